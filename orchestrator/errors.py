@@ -1,0 +1,17 @@
+"""What a user can get wrong. The command line prints such an error without a traceback and exits with code 2."""
+
+
+class UserError(Exception):
+    """A user's mistake: the message says where, what, the value and the remedy."""
+
+
+class ConfigError(UserError):
+    """A setting that is unknown, of the wrong type, out of range or contradicts another."""
+
+
+class DataError(UserError):
+    """Text or token files that are missing, damaged or do not fit the model."""
+
+
+class CheckpointError(UserError):
+    """A checkpoint or storage that is missing, damaged or holds something else."""
