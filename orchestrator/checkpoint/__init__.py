@@ -1,0 +1,1 @@
+"""The checkpoint adapter: training state <-> tensors <-> files in fsspec storage. Knows no Ray."""

@@ -1,0 +1,1 @@
+"""Token files, stateless sampling and tokenizers. Knows no Ray."""
