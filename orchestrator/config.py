@@ -1,0 +1,233 @@
+"""TrainConfig: every setting of a training run, and nanoGPT's grammar for giving them.
+
+`train configs/x.py --key=value`: settings files and flags in any order, the later one wins. A settings file is plain
+Python that assigns keys, nanoGPT's own files included. Nothing here imports torch or Ray, so `--help` is quick.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import math
+import traceback
+import typing
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, Literal, TypeVar, cast
+
+from orchestrator.errors import ConfigError
+
+GPT2_NAMES = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+    """Settings of a training run; names, defaults and meanings of the first blocks are nanoGPT's."""
+
+    # I/O
+    out_dir: str = "out"  # the run's folder: a path or any fsspec URL (s3://bucket/run); what it holds is continued
+    eval_interval: int = 2000  # iterations between evaluations
+    log_interval: int = 1  # iterations between log lines
+    eval_iters: int = 200  # batches per split in an evaluation
+    eval_only: bool = False  # evaluate once and exit
+    always_save_checkpoint: bool = True  # False: `sample` and `export` take the best state instead of the newest
+    init_from: str = (
+        "scratch"  # scratch, resume, gpt2, gpt2-medium, gpt2-large, gpt2-xl, a ckpt.pt, a Hugging Face folder
+    )
+    # wandb logging
+    wandb_log: bool = False  # log to Weights & Biases (pip install nanogpt-orchestrator[wandb])
+    wandb_project: str = "owt"  # its project
+    wandb_run_name: str = "gpt2"  # its run name
+    # data
+    dataset: str = "openwebtext"  # folder under data_dir, made by `prepare` or by nanoGPT's own prepare.py
+    gradient_accumulation_steps: int = 5 * 8  # micro-steps per iteration over all workers together
+    batch_size: int = 12  # sequences per micro-step
+    block_size: int = 1024  # tokens per sequence
+    # model
+    n_layer: int = 12  # transformer blocks
+    n_head: int = 12  # attention heads per block
+    n_embd: int = 768  # width, a multiple of n_head
+    dropout: float = 0.0  # probability; for pretraining 0 is good, for finetuning try 0.1+
+    bias: bool = False  # biases in Linear and LayerNorm layers
+    # adamw optimizer
+    learning_rate: float = 6e-4  # the highest learning rate
+    max_iters: int = 600000  # iterations in all
+    weight_decay: float = 1e-1  # on matrices and embeddings
+    beta1: float = 0.9  # AdamW's first moment decay
+    beta2: float = 0.95  # AdamW's second moment decay
+    grad_clip: float = 1.0  # gradient norm limit, 0.0 = none
+    # learning rate decay settings
+    decay_lr: bool = True  # False: a constant learning rate
+    warmup_iters: int = 2000  # iterations of linear warm-up
+    lr_decay_iters: int = 600000  # iteration at which min_lr is reached, about max_iters
+    min_lr: float = 6e-5  # the lowest learning rate, about learning_rate / 10
+    # DDP settings
+    backend: Literal["nccl", "gloo"] = "nccl"  # where no GPU is: gloo
+    # system
+    device: str = "cuda"  # cuda or cpu; where no GPU is: cpu
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = (
+        "auto"  # auto: bfloat16 where the GPU has it, else float16; float32 on a CPU
+    )
+    compile: bool = True  # torch.compile the model; where no compiler is: eager
+    # the cluster (ours from here on)
+    num_workers: int = 1  # DDP workers, one per GPU; at most gradient_accumulation_steps
+    cpus_per_worker: float = 1.0  # CPUs reserved for each worker, and its number of threads
+    gpus_per_worker: float | None = None  # GPUs reserved for each worker; None: 1 where the cluster has GPUs
+    max_failures: int = 8  # restarts after a lost worker or an error before the run gives up, -1 = no limit
+    # the order of the data
+    seed: int = 1337  # of initialisation, batches and dropout
+    data_dir: str = "data"  # where datasets lie, on every node
+    sampling: Literal["random", "epoch"] = (
+        "random"  # random: nanoGPT's, with replacement; epoch: every block once per epoch
+    )
+    # keeping and telling
+    checkpoint_interval: int = 0  # iterations between checkpoints, 0 = eval_interval
+    keep_checkpoints: int = 2  # newest checkpoints kept; the best one stays besides
+    tensorboard_log: bool = False  # write TensorBoard files to out_dir/tensorboard
+
+    @property
+    def iters_per_checkpoint(self) -> int:
+        return self.checkpoint_interval or self.eval_interval
+
+
+_AT_LEAST_0 = ("0 or more", lambda x: 0 <= x < math.inf)
+_AT_LEAST_1 = ("1 or more", lambda x: x >= 1)
+_FRACTION = ("from 0 up to, not including, 1", lambda x: 0 <= x < 1)
+_POSITIVE = ("more than 0", lambda x: 0 < x < math.inf)
+_BOUNDS: dict[str, tuple[str, Callable[[Any], bool]]] = {
+    **dict.fromkeys(("eval_interval", "log_interval", "eval_iters", "gradient_accumulation_steps"), _AT_LEAST_1),
+    **dict.fromkeys(("batch_size", "block_size", "n_layer", "n_head", "n_embd"), _AT_LEAST_1),
+    **dict.fromkeys(("num_workers", "keep_checkpoints"), _AT_LEAST_1),
+    **dict.fromkeys(("max_iters", "warmup_iters", "lr_decay_iters", "min_lr", "weight_decay"), _AT_LEAST_0),
+    **dict.fromkeys(("grad_clip", "seed", "checkpoint_interval", "gpus_per_worker"), _AT_LEAST_0),
+    **dict.fromkeys(("dropout", "beta1", "beta2"), _FRACTION),
+    **dict.fromkeys(("learning_rate", "cpus_per_worker"), _POSITIVE),
+    "max_failures": ("-1 (no limit) or more", lambda x: x >= -1),
+    "out_dir": ("a path or URL with a last part to name the run", lambda x: bool(x.strip("/. "))),
+    "dataset": ("the name of a folder under data_dir", lambda x: bool(x.strip("/. "))),
+    "device": ("cuda, cuda:<index> or cpu", lambda x: x == "cpu" or x.split(":")[0] == "cuda"),
+}
+
+
+def check(config: TrainConfig) -> TrainConfig:
+    """Return the config if every value is in range and none contradicts another.
+
+    Raises:
+        ConfigError: naming the key, the value and what would be right.
+    """
+    for key, (rule, holds) in _BOUNDS.items():
+        value = getattr(config, key)
+        if value is not None and not holds(value):
+            raise ConfigError(f"{key}={value!r} is out of range: {rule}")
+    for problem in _contradictions(config):
+        raise ConfigError(problem)
+    return config
+
+
+def _contradictions(config: TrainConfig) -> Iterator[str]:
+    if config.n_embd % config.n_head:
+        yield f"n_embd={config.n_embd} is not divisible by n_head={config.n_head}: every head needs the same width"
+    if config.num_workers > config.gradient_accumulation_steps:
+        yield (
+            f"num_workers={config.num_workers} is more than gradient_accumulation_steps="
+            f"{config.gradient_accumulation_steps}: each worker needs a micro-step of its own. "
+            f"Give --gradient_accumulation_steps={config.num_workers} or more (it is the global batch over all workers)"
+        )
+    starts = ("scratch", "resume", *GPT2_NAMES)
+    if not (config.init_from in starts or "://" in config.init_from or Path(config.init_from).exists()):
+        yield (
+            f"init_from={config.init_from!r} is neither {', '.join(starts)} nor an existing ckpt.pt or Hugging Face "
+            f"folder{nearest(config.init_from, starts)}"
+        )
+
+
+C = TypeVar("C")
+
+
+def parse(kind: type[C], argv: Sequence[str], prog: str) -> C:
+    """Read settings files and `--key=value` flags into a settings class, the later one winning.
+
+    Raises:
+        ConfigError: naming the settings file and line, the key, the value and the nearest valid key.
+        SystemExit: 0 after `--help`; 2 after a wrong flag, which tyro has explained with the nearest one.
+    """
+    values: dict[str, Any] = {}
+    for is_file, words in _runs(argv):
+        if is_file:
+            for word in words:
+                values |= _read_file(kind, Path(word), values)
+        else:
+            values = _parse_flags(kind, words, values, prog)
+    return kind(**values)
+
+
+def _runs(argv: Sequence[str]) -> Iterator[tuple[bool, list[str]]]:
+    """Cut argv into runs of settings files and runs of flags, in order; a word after `--key` is that key's value."""
+    runs: list[tuple[bool, list[str]]] = []
+    awaits_value = False
+    for word in argv:
+        is_flag = word.startswith("-")
+        is_file = not is_flag and not awaits_value
+        awaits_value = is_flag and "=" not in word
+        if not runs or runs[-1][0] is not is_file:
+            runs.append((is_file, []))
+        runs[-1][1].append(word)
+    yield from runs
+
+
+def _parse_flags(kind: type[C], flags: list[str], values: dict[str, Any], prog: str) -> dict[str, Any]:
+    import tyro
+
+    options = (tyro.conf.FlagConversionOff,)  # --key=False, as in nanoGPT, instead of --no-key
+    parsed = tyro.cli(kind, args=flags, prog=prog, default=kind(**values), use_underscores=True, config=options)
+    return {f.name: getattr(parsed, f.name) for f in dataclasses.fields(cast(Any, kind))}
+
+
+def _read_file(kind: Any, path: Path, values: dict[str, Any]) -> dict[str, Any]:
+    """Run a settings file and return the keys that it sets; it sees the values that stand so far, as in nanoGPT."""
+    if not path.is_file():
+        near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.py")], n=1)
+        hint = f"; did you mean {path.parent / near[0]}?" if near else ""
+        raise ConfigError(f"settings file {path} does not exist{hint}")
+    types = typing.get_type_hints(kind)
+    scope = {f.name: f.default for f in dataclasses.fields(kind)} | values
+    before = dict(scope)
+    try:
+        exec(compile(path.read_text(), str(path), "exec"), scope)
+    except SyntaxError as error:
+        raise ConfigError(f"{path}, line {error.lineno}: {error.msg}") from None
+    except Exception as error:
+        raise ConfigError(f"{path}, line {_line_in(error, path)}: {type(error).__name__}: {error}") from None
+    for key, value in scope.items():
+        if key not in types and not key.startswith("_") and isinstance(value, (bool, int, float, str)):
+            hint = nearest(key, types)
+            raise ConfigError(f"{path}: {key}={value!r}: no such setting{hint} (a variable of your own starts with _)")
+    changed = {key: value for key, value in scope.items() if key in types and value is not before[key]}
+    return {key: _of_type(types[key], value, f"{path}: {key}") for key, value in changed.items()}
+
+
+def _line_in(error: BaseException, path: Path) -> int:
+    """Return the line of the settings file at which it failed."""
+    return [frame.lineno or 0 for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path)][-1]
+
+
+def _of_type(wanted: Any, value: Any, where: str) -> Any:
+    """Return value in the setting's type: an int will do for a float, 6e5 for an int, True for neither."""
+    options = typing.get_args(wanted) or (wanted,)
+    if typing.get_origin(wanted) is Literal:
+        if value in options:
+            return value
+        raise ConfigError(f"{where}={value!r} is none of {', '.join(options)}{nearest(str(value), options)}")
+    for option in options:
+        if type(value) is option:
+            return value
+        if type(value) in (int, float) and option in (int, float) and value == option(value):
+            return option(value)
+    names = " or ".join(option.__name__ for option in options)
+    raise ConfigError(f"{where}={value!r} should be of type {names}")
+
+
+def nearest(word: str, options: Iterable[str]) -> str:
+    """Return `; did you mean X?` for the option that looks most like word, or nothing."""
+    near = difflib.get_close_matches(word, list(options), n=1)
+    return f"; did you mean {near[0]}?" if near else ""
