@@ -1,0 +1,196 @@
+"""Tokenizers: text to token ids and back, whole or as a stream.
+
+A tokenizer turns into a small JSON value, so that a checkpoint can carry it. This module must not know datasets,
+files of tokens or models; where GPT-2's vocabulary comes from is `gpt2_vocabulary.py`.
+"""
+
+from __future__ import annotations
+
+import codecs
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from orchestrator.data.gpt2_vocabulary import load_gpt2_encoding
+from orchestrator.errors import DataError
+
+Tokens = NDArray[np.uint16] | NDArray[np.uint32]
+
+GPT2_VOCAB_SIZE = 50257
+_REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
+_MAX_CODEPOINT = 0x10FFFF
+
+
+class StreamDecoder(Protocol):
+    """Turns a stream of token ids into text as soon as whole characters are known."""
+
+    def push(self, token: int) -> str:
+        """Take one token id and return the text it completes, perhaps none."""
+
+    def finish(self) -> str:
+        """Return what an unfinished character at the end decodes to."""
+
+
+class Tokenizer(Protocol):
+    """What training data and samples need of a tokenizer."""
+
+    @property
+    def vocab_size(self) -> int:
+        """How many token ids there are."""
+
+    def encode(self, text: str, *, allow_special: bool = False) -> Tokens:
+        """Return the token ids (n_tokens,) of a text; a prompt may allow special tokens such as `<|endoftext|>`."""
+
+    def decode(self, tokens: Sequence[int] | NDArray[Any]) -> str:
+        """Return the text of token ids; an id outside the vocabulary (a padded one) becomes U+FFFD."""
+
+    def decoder(self) -> StreamDecoder:
+        """Return a decoder that takes one token id at a time."""
+
+    def to_json(self) -> dict[str, Any]:
+        """Return a JSON value from which `tokenizer_from_json` makes this tokenizer again."""
+
+
+@dataclass(frozen=True)
+class CharTokenizer:
+    """One token per character, numbered in the order of `chars`. Source: nanoGPT, data/shakespeare_char/prepare.py."""
+
+    chars: str
+
+    @classmethod
+    def of_text(cls, text: str) -> CharTokenizer:
+        """Return the tokenizer that knows exactly the characters of a text, in the order of their code points."""
+        return cls("".join(sorted(set(text))))
+
+    @property
+    def vocab_size(self) -> int:
+        return len(self.chars)
+
+    def encode(self, text: str, *, allow_special: bool = False) -> Tokens:  # noqa: ARG002 (there are no special ones)
+        """Return one id per character (n_characters,).
+
+        Raises:
+            DataError: the text has a character that the tokenizer does not know.
+        """
+        ids = self._id_of_codepoint[_codepoints(text)]
+        unknown = np.flatnonzero(ids < 0)
+        if unknown.size:
+            position = int(unknown[0])
+            raise DataError(
+                f"the character {text[position]!r} (U+{ord(text[position]):04X}) at position {position} is not among "
+                f"the {self.vocab_size} characters that this tokenizer knows: {self.chars!r}; leave it out, or "
+                f"prepare the data with tokenizer gpt2, which encodes any text"
+            )
+        return ids.astype(token_dtype(self.vocab_size))
+
+    def decode(self, tokens: Sequence[int] | NDArray[Any]) -> str:
+        return "".join(map(self.push, np.asarray(tokens).tolist()))
+
+    def decoder(self) -> StreamDecoder:
+        return self  # a character is never split over tokens, so there is nothing to remember
+
+    def push(self, token: int) -> str:
+        return self.chars[token] if 0 <= token < self.vocab_size else _REPLACEMENT
+
+    def finish(self) -> str:
+        return ""
+
+    def to_json(self) -> dict[str, Any]:
+        return {"kind": "char", "chars": self.chars}
+
+    @cached_property
+    def _id_of_codepoint(self) -> NDArray[np.int32]:
+        table = np.full(_MAX_CODEPOINT + 1, -1, dtype=np.int32)
+        table[_codepoints(self.chars)] = np.arange(self.vocab_size)
+        return table
+
+
+@dataclass(frozen=True)
+class GPT2Tokenizer:
+    """GPT-2's byte-pair encoding, as tiktoken computes it."""
+
+    @property
+    def vocab_size(self) -> int:
+        return GPT2_VOCAB_SIZE
+
+    def encode(self, text: str, *, allow_special: bool = False) -> Tokens:
+        """Return the ids (n_tokens,); `<|endoftext|>` is the end-of-text token only where special ones are allowed.
+
+        Raises:
+            DataError: GPT-2's vocabulary cannot be had on this machine.
+        """
+        special = {"<|endoftext|>"} if allow_special else set()
+        # Lone surrogates, as from undecodable bytes on a command line, have no UTF-8 form.
+        text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace") if _has_surrogate(text) else text
+        # encode_ordinary gives the same ids, through a list of Python integers of 36 bytes each.
+        ids: NDArray[np.uint32] = load_gpt2_encoding().encode_to_numpy(
+            text, allowed_special=special, disallowed_special=()
+        )
+        return ids.astype(token_dtype(self.vocab_size))
+
+    def decode(self, tokens: Sequence[int] | NDArray[Any]) -> str:
+        stream = self.decoder()
+        return "".join(map(stream.push, np.asarray(tokens).tolist())) + stream.finish()
+
+    def decoder(self) -> StreamDecoder:
+        return _BytesDecoder()
+
+    def to_json(self) -> dict[str, Any]:
+        return {"kind": "gpt2"}
+
+
+class _BytesDecoder:
+    """Joins the bytes of GPT-2's tokens, which may split a UTF-8 character, into text."""
+
+    def __init__(self) -> None:
+        self._encoding = load_gpt2_encoding()
+        self._utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
+
+    def push(self, token: int) -> str:
+        if not 0 <= token < GPT2_VOCAB_SIZE:
+            return self.finish() + _REPLACEMENT
+        return self._utf8.decode(self._encoding.decode_single_token_bytes(token))
+
+    def finish(self) -> str:
+        rest = self._utf8.decode(b"", final=True)
+        self._utf8.reset()
+        return rest
+
+
+def tokenizer_from_json(value: Any) -> Tokenizer:
+    """Return the tokenizer that `to_json` described.
+
+    Raises:
+        DataError: the value describes no tokenizer known here.
+    """
+    kind = value.get("kind") if isinstance(value, dict) else None
+    if kind == "gpt2":
+        return GPT2Tokenizer()
+    chars = value.get("chars") if kind == "char" else None
+    if isinstance(chars, str) and chars and len(set(chars)) == len(chars):
+        return CharTokenizer(chars)
+    raise DataError(
+        f"not a tokenizer: {str(value)[:200]!r}; expected {{'kind': 'gpt2'}} or {{'kind': 'char', 'chars': distinct "
+        f"characters}}; was it written by a newer version?"
+    )
+
+
+def token_dtype(vocab_size: int) -> np.dtype[Any]:
+    """Return the smallest little-endian type for the ids: uint16, or uint32 above 65,536."""
+    return np.dtype("<u2" if vocab_size <= 1 << 16 else "<u4")
+
+
+def _codepoints(text: str) -> NDArray[np.uint32]:
+    return np.frombuffer(text.encode("utf-32-le", "surrogatepass"), dtype="<u4")
+
+
+def _has_surrogate(text: str) -> bool:
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        return True
+    return False
