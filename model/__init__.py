@@ -1,0 +1,19 @@
+"""The GPT: architecture, pretrained weights, optimizer groups, generation and MFU.
+
+Plain PyTorch. It must not know how it is trained: nothing here imports the orchestrator, Ray or a process group.
+"""
+
+from model.config import GPTConfig
+from model.gpt import GPT
+from model.huggingface import PretrainedError, from_huggingface, huggingface_config, to_huggingface
+from model.pretrained import read_pretrained_args
+
+__all__ = [
+    "GPT",
+    "GPTConfig",
+    "PretrainedError",
+    "from_huggingface",
+    "huggingface_config",
+    "read_pretrained_args",
+    "to_huggingface",
+]

@@ -1,0 +1,278 @@
+"""A GPT language model in one file: attention, MLP, block, and the model with its optimizer and its sampler.
+
+State-dict names and initialisation are nanoGPT's, so that its checkpoints load and its seeds give its weights.
+Must not know about data, devices, checkpoints or other processes.
+
+Source: https://github.com/openai/gpt-2/blob/master/src/model.py and https://github.com/karpathy/nanoGPT
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from model.config import GPTConfig
+from model.pretrained import check_tensors, read_pretrained
+
+log = logging.getLogger(__name__)
+
+A100_BF16_FLOPS = 312e12  # peak per second, dense; Source: NVIDIA A100 datasheet
+FUSED_ADAMW_DEVICES = ("cuda", "cpu", "mps", "xpu")
+
+
+class CausalSelfAttention(nn.Module):
+    """Multi-head attention in which position t sees positions 0..t."""
+
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__()
+        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)  # query, key, value of all heads
+        self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
+        self.resid_dropout = nn.Dropout(config.dropout)
+        self.n_head = config.n_head
+        self.dropout = config.dropout
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Mix (B, T, C) over positions; return (B, T, C)."""
+        B, T, C = x.shape
+        q, k, v = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head).permute(2, 0, 3, 1, 4)  # (B, nh, T, hs)
+        dropout_p = self.dropout if self.training else 0.0
+        y = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout_p, is_causal=True)  # (B, nh, T, hs)
+        y = y.transpose(1, 2).reshape(B, T, C)  # heads side by side again
+        return self.resid_dropout(self.c_proj(y))  # type: ignore[no-any-return]
+
+
+class MLP(nn.Module):
+    """Two linear layers, four times as wide in between."""
+
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__()
+        self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd, bias=config.bias)
+        self.gelu = nn.GELU(approximate="tanh" if config.activation == "gelu_tanh" else "none")
+        self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd, bias=config.bias)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Transform every position of (B, T, C) on its own; return (B, T, C)."""
+        x = self.gelu(self.c_fc(x))  # (B, T, 4C)
+        return self.dropout(self.c_proj(x))  # type: ignore[no-any-return]  # (B, T, C)
+
+
+class Block(nn.Module):
+    """Attention, then MLP, each normalised before and added to the residual stream after."""
+
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__()
+        self.ln_1 = nn.LayerNorm(config.n_embd, bias=config.bias)
+        self.attn = CausalSelfAttention(config)
+        self.ln_2 = nn.LayerNorm(config.n_embd, bias=config.bias)
+        self.mlp = MLP(config)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return (B, T, C) for (B, T, C)."""
+        x = x + self.attn(self.ln_1(x))
+        return x + self.mlp(self.ln_2(x))  # type: ignore[no-any-return]
+
+
+class Transformer(nn.Module):
+    """Embeddings and blocks: token ids in, normalised residual stream out."""
+
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__()
+        self.wte = nn.Embedding(config.vocab_size, config.n_embd)
+        self.wpe = nn.Embedding(config.block_size, config.n_embd)
+        self.drop = nn.Dropout(config.dropout)
+        self.h = nn.ModuleList([Block(config) for _ in range(config.n_layer)])
+        self.ln_f = nn.LayerNorm(config.n_embd, bias=config.bias)
+
+    def forward(self, idx: Tensor) -> Tensor:
+        """Return (B, T, C) for (B, T) token ids."""
+        pos = torch.arange(idx.size(1), dtype=torch.long, device=idx.device)  # (T)
+        tok_emb = self.wte(idx)  # (B, T, C)
+        pos_emb = self.wpe(pos)  # (T, C), the same for every row
+        x = self.drop(tok_emb + pos_emb)
+        for block in self.h:
+            x = block(x)
+        return self.ln_f(x)  # type: ignore[no-any-return]
+
+
+class GPT(nn.Module):
+    """The transformer and a head that shares the token embedding's weight."""
+
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__()
+        self.config = config
+        # The order of construction is the order in which random numbers are drawn: a seed stands for nanoGPT's weights.
+        self.transformer = Transformer(config)
+        self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        self._tie_weights()
+        self.apply(self._init_weights)
+        # Every block adds to the residual stream twice: scaled down so that its variance does not grow with depth.
+        for name, param in self.named_parameters():
+            if name.endswith("c_proj.weight"):
+                nn.init.normal_(param, mean=0.0, std=0.02 / math.sqrt(2 * config.n_layer))
+        log.info("number of parameters: %.2fM", self.get_num_params() / 1e6)
+
+    def _tie_weights(self) -> None:
+        self.transformer.wte.weight = self.lm_head.weight  # Source: https://arxiv.org/abs/1608.05859
+
+    def _init_weights(self, module: nn.Module) -> None:
+        if isinstance(module, nn.Linear | nn.Embedding):
+            nn.init.normal_(module.weight, mean=0.0, std=0.02)
+        if isinstance(module, nn.Linear) and module.bias is not None:
+            nn.init.zeros_(module.bias)
+
+    def forward(self, idx: Tensor, targets: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+        """Return logits and the mean cross-entropy of the targets.
+
+        idx: (B, T) token ids, T at most block_size. targets: (B, T), -1 where a position does not count.
+        Logits are (B, T, vocab_size) with targets; without, only the last position's, (B, 1, vocab_size), and no loss.
+
+        Raises:
+            ValueError: the sequence is longer than block_size.
+        """
+        T = idx.size(1)
+        if self.config.block_size < T:
+            raise ValueError(f"sequence of {T} tokens is longer than block_size={self.config.block_size}")
+        x = self.transformer(idx)  # (B, T, C)
+        if targets is None:
+            return self.lm_head(x[:, -1:, :]), None  # (B, 1, V): the only position that generation needs
+        logits = self.lm_head(x)  # (B, T, V)
+        loss = F.cross_entropy(logits.view(-1, logits.size(-1)), targets.reshape(-1), ignore_index=-1)
+        return logits, loss
+
+    @torch.no_grad()
+    def generate(
+        self,
+        idx: Tensor,
+        max_new_tokens: int,
+        temperature: float = 1.0,
+        top_k: int | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
+        """Return (B, T) token ids continued to (B, T + max_new_tokens). Call `eval()` first.
+
+        Raises:
+            ValueError: as `generate_stream`.
+        """
+        return torch.cat((idx, *self.generate_stream(idx, max_new_tokens, temperature, top_k, generator)), dim=1)
+
+    @torch.no_grad()
+    def generate_stream(
+        self,
+        idx: Tensor,
+        max_new_tokens: int,
+        temperature: float = 1.0,
+        top_k: int | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Iterator[Tensor]:
+        """Yield max_new_tokens times one next token for each row of (B, T) token ids, as (B, 1). Call `eval()` first.
+
+        temperature: below 1 sharper, above 1 flatter, 0 always the likeliest token.
+        top_k: draw from the k likeliest tokens only.
+        generator: the source of randomness, PyTorch's global one by default.
+
+        Raises:
+            ValueError: temperature below 0, top_k below 1, or no token to continue from.
+        """
+        if temperature < 0:
+            raise ValueError(f"temperature must be 0 or more, got {temperature!r}")
+        if top_k is not None and top_k < 1:
+            raise ValueError(f"top_k must be 1 or more, got {top_k!r}")
+        if idx.dim() != 2 or idx.size(1) == 0:
+            raise ValueError(f"idx must be (B, T) token ids with T at least 1, got shape {tuple(idx.shape)}")
+        for _ in range(max_new_tokens):
+            logits, _ = self(idx[:, -self.config.block_size :])  # no more context than there are positions
+            idx_next = _sample(logits[:, -1, :], temperature, top_k, generator)  # (B, 1)
+            yield idx_next
+            idx = torch.cat((idx, idx_next), dim=1)  # (B, T + 1)
+
+    def crop_block_size(self, block_size: int) -> None:
+        """Shorten the context, for instance of a pretrained GPT-2, to block_size positions.
+
+        Raises:
+            ValueError: block_size is larger than the model's.
+        """
+        if block_size > self.config.block_size:
+            raise ValueError(f"cannot crop block_size={self.config.block_size} to the larger {block_size}")
+        self.config = replace(self.config, block_size=block_size)
+        wpe = self.transformer.wpe
+        wpe.weight = nn.Parameter(wpe.weight.detach()[:block_size].clone())  # a view would keep the whole table alive
+        wpe.num_embeddings = block_size
+
+    @classmethod
+    def from_pretrained(cls, model_type: str, override_args: dict[str, Any] | None = None) -> GPT:
+        """Return a GPT with the weights of a Hugging Face GPT-2.
+
+        model_type: gpt2, gpt2-medium, gpt2-large, gpt2-xl, or a folder or fsspec URL with config.json and tensors.
+        override_args: {"dropout": p} or nothing: all else is fixed by the weights.
+
+        Raises:
+            PretrainedError: (a ValueError) the source is unreachable, incomplete or not a GPT-2.
+            ValueError: override_args holds anything but dropout.
+        """
+        overrides = override_args or {}
+        if set(overrides) - {"dropout"}:
+            raise ValueError(f"only dropout can be overridden for pretrained weights, got {sorted(overrides)}")
+        args, state = read_pretrained(model_type)
+        with torch.device("meta"):  # weights that are about to be replaced are never drawn
+            model = cls(GPTConfig(**{**args, **overrides}))
+        check_tensors(model.state_dict(), state, source=model_type)
+        model.load_state_dict(state, assign=True)
+        model._tie_weights()  # assigned tensors are new parameters
+        return model
+
+    def configure_optimizers(
+        self, weight_decay: float, learning_rate: float, betas: tuple[float, float], device_type: str
+    ) -> torch.optim.AdamW:
+        """Return AdamW with two groups: matrices and embeddings decay, biases and norms do not.
+
+        The fused kernel is used wherever PyTorch has one. On CPU it takes a tenth of the plain loop's time.
+        """
+        params = [p for p in self.parameters() if p.requires_grad]
+        decayed = [p for p in params if p.dim() >= 2]
+        others = [p for p in params if p.dim() < 2]
+        for kind, group in (("decayed", decayed), ("other", others)):
+            log.info("%s parameters: %d tensors, %d values", kind, len(group), sum(p.numel() for p in group))
+        fused = device_type in FUSED_ADAMW_DEVICES
+        log.info("fused AdamW: %s", fused)
+        groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
+        return torch.optim.AdamW(groups, lr=learning_rate, betas=betas, fused=fused)
+
+    def get_num_params(self, non_embedding: bool = True) -> int:
+        """Return the number of parameters, by default without position embeddings.
+
+        Token embeddings count: they are the head's weight as well.
+        """
+        count = sum(p.numel() for p in self.parameters())
+        return count - self.transformer.wpe.weight.numel() if non_embedding else count
+
+    def estimate_mfu(self, fwdbwd_per_iter: float, dt: float, peak_flops: float = A100_BF16_FLOPS) -> float:
+        """Return model FLOPs utilisation: the share of peak_flops (per second) that went into the model.
+
+        fwdbwd_per_iter: sequences of block_size per iteration. dt: seconds per iteration.
+
+        Source: PaLM, appendix B, https://arxiv.org/abs/2204.02311
+        """
+        cfg = self.config
+        head_size = cfg.n_embd // cfg.n_head
+        flops_per_token = 6 * self.get_num_params() + 12 * cfg.n_layer * cfg.n_head * head_size * cfg.block_size
+        flops_per_iter = flops_per_token * cfg.block_size * fwdbwd_per_iter
+        return flops_per_iter / dt / peak_flops
+
+
+def _sample(logits: Tensor, temperature: float, top_k: int | None, generator: torch.Generator | None) -> Tensor:
+    """Draw one token id per row, (B, V) -> (B, 1)."""
+    if temperature == 0:
+        return logits.argmax(dim=-1, keepdim=True)
+    logits = logits / temperature
+    if top_k is not None:
+        kth_best = torch.topk(logits, min(top_k, logits.size(-1))).values[:, -1:]  # (B, 1)
+        logits = logits.masked_fill(logits < kth_best, -torch.inf)
+    return torch.multinomial(F.softmax(logits, dim=-1), num_samples=1, generator=generator)

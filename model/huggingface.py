@@ -1,0 +1,129 @@
+"""What a GPT-2 of ours is called in Hugging Face's files, and back: names, layout and config.json, as pure functions.
+
+Must not know where files lie (`pretrained.py` reads them).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from model.config import GPTConfig
+
+# OpenAI's GPT-2 keeps these as Conv1D, (in, out), where nn.Linear holds (out, in).
+TRANSPOSED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
+MASK_BUFFERS = (".attn.bias", ".attn.masked_bias")  # causal masks that older files store as if they were weights
+ACTIVATION_NAMES = {"gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "gelu": "gelu"}
+TIED = "lm_head.weight"
+EMBEDDING = "transformer.wte.weight"
+
+# Settings of GPT2Config that change the maths: ours is the default of each, so a key may be missing.
+FIXED_SETTINGS = {
+    "layer_norm_epsilon": 1e-5,
+    "scale_attn_weights": True,
+    "scale_attn_by_inverse_layer_idx": False,
+    "add_cross_attention": False,
+    "tie_word_embeddings": True,
+}
+
+
+class PretrainedError(ValueError):
+    """Pretrained weights that cannot be reached, are damaged, or belong to another architecture."""
+
+
+def from_huggingface(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return a GPT state dict for the tensors of a GPT-2 file, float32, `lm_head.weight` tied.
+
+    Names may come with or without `transformer.`; linear weights arrive as (in, out) and leave as (out, in).
+    Names that GPT-2 does not have are passed on, for the caller to compare with its model.
+
+    Raises:
+        PretrainedError: the head's weight is not the token embedding's.
+    """
+    state: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        if name.endswith(MASK_BUFFERS):
+            continue
+        full_name = name if name.startswith(("transformer.", "lm_head.")) else f"transformer.{name}"
+        state[full_name] = _transpose_if_linear(full_name, tensor).float()
+    if EMBEDDING in state:
+        if TIED in state and not torch.equal(state[TIED], state[EMBEDDING]):
+            raise PretrainedError(f"{TIED} differs from {EMBEDDING}: a model with an untied head cannot be loaded")
+        state[TIED] = state[EMBEDDING]
+    return state
+
+
+def to_huggingface(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return a GPT's tensors under the names and in the layout of GPT2LMHeadModel.
+
+    The tied `lm_head.weight` is left out, as Hugging Face leaves it out. A model without biases gets zero ones, which
+    compute the same: GPT-2 has no such option, so read back it is a model with bias=True.
+    """
+    tensors: dict[str, Tensor] = {}
+    for name, tensor in state_dict.items():
+        if name == TIED:
+            continue
+        tensors[name] = _transpose_if_linear(name, tensor)
+        bias = name.removesuffix(".weight") + ".bias"
+        if name.endswith(".weight") and bias not in state_dict and not name.endswith(("wte.weight", "wpe.weight")):
+            tensors[bias] = tensor.new_zeros(tensor.size(0))  # (out)
+    return tensors
+
+
+def _transpose_if_linear(name: str, tensor: Tensor) -> Tensor:
+    # Anything but a matrix is left alone: the comparison of shapes then says what is wrong with it.
+    return tensor.t().contiguous() if name.endswith(TRANSPOSED) and tensor.dim() == 2 else tensor
+
+
+def huggingface_config(config: GPTConfig) -> dict[str, Any]:
+    """Return the content of the config.json with which GPT2LMHeadModel computes what our GPT computes."""
+    end_of_text = 50256 if config.vocab_size > 50256 else None  # a character vocabulary has no such token
+    return {
+        "model_type": "gpt2",
+        "architectures": ["GPT2LMHeadModel"],
+        "vocab_size": config.vocab_size,
+        "n_positions": config.block_size,
+        "n_embd": config.n_embd,
+        "n_layer": config.n_layer,
+        "n_head": config.n_head,
+        "n_inner": None,
+        "activation_function": "gelu_new" if config.activation == "gelu_tanh" else "gelu",
+        "resid_pdrop": config.dropout,
+        "embd_pdrop": config.dropout,
+        "attn_pdrop": config.dropout,
+        **FIXED_SETTINGS,
+        "bos_token_id": end_of_text,
+        "eos_token_id": end_of_text,
+    }
+
+
+def config_arguments(content: Mapping[str, Any]) -> dict[str, Any]:
+    """Return GPTConfig's arguments for the content of a GPT-2's config.json; missing keys have GPT2Config's defaults.
+
+    Raises:
+        PretrainedError: another architecture, or a setting that our GPT does not compute.
+    """
+    if content.get("model_type") != "gpt2":
+        raise PretrainedError(f"model_type must be gpt2, got {content.get('model_type')!r}")
+    n_embd = content.get("n_embd", 768)
+    if content.get("n_inner") not in (None, 4 * n_embd):
+        raise PretrainedError(f"n_inner must be 4 * n_embd = {4 * n_embd}, got {content['n_inner']!r}")
+    for key, value in FIXED_SETTINGS.items():
+        if content.get(key, value) != value:
+            raise PretrainedError(f"{key} must be {value!r}, got {content[key]!r}")
+    activation = content.get("activation_function", "gelu_new")
+    if activation not in ACTIVATION_NAMES:
+        names = ", ".join(ACTIVATION_NAMES)
+        raise PretrainedError(f"activation_function must be one of {names}, got {activation!r}")
+    return {
+        "n_layer": content.get("n_layer", 12),
+        "n_head": content.get("n_head", 12),
+        "n_embd": n_embd,
+        "block_size": content.get("n_positions", 1024),
+        "vocab_size": content.get("vocab_size", 50257),
+        "bias": True,
+        "activation": ACTIVATION_NAMES[activation],
+    }
