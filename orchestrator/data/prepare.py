@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import secrets
 from dataclasses import dataclass
 from pathlib import Path, PurePath
 from typing import Literal
@@ -89,7 +90,7 @@ def _existing(folder: Path, kind: TokenizerKind, sha256: str) -> PreparedInfo | 
     except DataError as error:
         if _is_interrupted(folder):
             return None
-        raise DataError(f"{error} --overwrite") from error
+        raise DataError(f"{error}; --overwrite writes the folder anew") from error
     if meta and meta.source_sha256 == sha256 and meta.tokenizer["kind"] == kind:
         return _up_to_date(folder, meta)
     holds = f"{meta.tokenizer['kind']} tokens of {meta.source_name}" if meta else "token files that nanoGPT made"
@@ -116,7 +117,7 @@ def _write(folder: Path, kind: TokenizerKind, text: Text) -> PreparedInfo:
     tokenizer.encode("")  # finds out now whether the vocabulary can be had, before anything is written
     parts = {"train": text.content[:n_train], "val": text.content[n_train:]}
     folder.mkdir(parents=True, exist_ok=True)
-    temporary = {split: folder / f".{split}.bin.{os.getpid()}.tmp" for split in SPLITS}
+    temporary = {split: _temporary(folder / f"{split}.bin") for split in SPLITS}
     try:
         n_tokens = {split: write_tokens(temporary[split], parts[split], tokenizer) for split in SPLITS}
         meta = Meta(
@@ -140,12 +141,16 @@ def _write(folder: Path, kind: TokenizerKind, text: Text) -> PreparedInfo:
 
 
 def _replace(path: Path, content: str) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = _temporary(path)
     with temporary.open("w", encoding="utf-8") as file:
         file.write(content)
         file.flush()
         os.fsync(file.fileno())
     temporary.replace(path)
+
+
+def _temporary(path: Path) -> Path:
+    return path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")  # two nodes may prepare one shared folder
 
 
 def _is_interrupted(folder: Path) -> bool:

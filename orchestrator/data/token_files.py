@@ -143,6 +143,7 @@ def read_meta(folder: Path) -> Meta | None:
         raise DataError(f"{path} has format version {version!r}, this program knows {FORMAT_VERSION}")
     if meta.dtype not in _DTYPES or not all(type(n) is int for n in (meta.train_tokens, meta.val_tokens)):
         raise DataError(f"{path}: dtype {meta.dtype!r} or a token count is not valid; is the file damaged?")
+    tokenizer_from_json(meta.tokenizer)
     return meta
 
 

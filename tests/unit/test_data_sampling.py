@@ -1,0 +1,128 @@
+"""Which block starts where: frozen numbers, independence of the world size, coverage and uniformity."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from orchestrator.data.sampling import Sampling, offsets, permute
+
+N_TOKENS = 1_003_854  # Tiny Shakespeare's training split
+SMALL = Sampling(seed=1337, batch_size=4, block_size=64, gradient_accumulation_steps=5)
+EPOCH = replace(SMALL, mode="epoch")
+
+
+# A run that is resumed with other numbers than these would see other data: never adapt them to a change of code.
+@pytest.mark.parametrize(
+    ("sampling", "split", "iter_num", "micro_step", "stream", "expected"),
+    [
+        (SMALL, "train", 0, 0, "train", [247095, 544727, 703278, 766883]),
+        (SMALL, "train", 7, 3, "train", [611268, 151000, 724884, 837851]),
+        (SMALL, "val", 7, 3, "train", [133809, 510717, 879068, 747430]),
+        (SMALL, "train", 0, 0, "eval", [256319, 486554, 51437, 235730]),
+        (SMALL, "val", 7, 3, "eval", [109016, 477959, 509440, 868587]),
+        (EPOCH, "train", 0, 0, "train", [304256, 360960, 536640, 502208]),
+        (EPOCH, "train", 7, 3, "train", [225792, 352384, 216960, 908224]),
+        (EPOCH, "val", 7, 3, "train", [694848, 152448, 78656, 643008]),
+        (EPOCH, "val", 7, 3, "eval", [109016, 477959, 509440, 868587]),
+    ],
+)
+def test_offsets_are_frozen(sampling, split, iter_num, micro_step, stream, expected):
+    starts = offsets(sampling, N_TOKENS, split, iter_num, micro_step, stream)
+    assert starts.dtype == np.int64
+    assert starts.tolist() == expected
+
+
+def test_offsets_of_a_file_beyond_32_bits_are_frozen():
+    expected = [4524692063, 7554943416, 3515897696, 7477294308]
+    assert offsets(SMALL, 9_000_000_000, "train", 600_000, 39).tolist() == expected
+
+
+@pytest.mark.parametrize("sampling", [SMALL, EPOCH])
+def test_iteration_sees_the_same_sequences_with_any_number_of_workers(sampling):
+    def drawn(world_size: int) -> Counter[int]:
+        steps = sampling.gradient_accumulation_steps  # 5: neither 2 nor 3 divides it
+        return Counter(
+            start
+            for rank in range(world_size)
+            for micro_step in range(rank, steps, world_size)
+            for start in offsets(sampling, N_TOKENS, "train", 11, micro_step).tolist()
+        )
+
+    assert drawn(1).total() == 20
+    assert drawn(1) == drawn(2) == drawn(3)
+
+
+@pytest.mark.parametrize("sampling", [SMALL, EPOCH])
+def test_batches_differ_by_seed_split_stream_and_step(sampling):
+    drawn = [
+        tuple(offsets(replace(sampling, seed=seed), N_TOKENS, split, iter_num, micro_step, stream))
+        for seed in (0, 1, -1)
+        for split in ("train", "val")
+        for stream in ("train", "eval")
+        for iter_num in range(8)
+        for micro_step in range(5)
+    ]
+    assert len(set(drawn)) == len(drawn)
+
+
+@pytest.mark.parametrize("sampling", [SMALL, EPOCH])
+@pytest.mark.parametrize("n_tokens", [65, 66, 128, 129, 130])
+def test_every_offset_leaves_room_for_inputs_and_targets(sampling, n_tokens):
+    starts = np.concatenate([offsets(sampling, n_tokens, "train", i, j) for i in range(40) for j in range(5)])
+    assert starts.min() >= 0
+    assert starts.max() + sampling.block_size + 1 <= n_tokens
+
+
+def test_random_mode_reaches_the_first_and_the_last_start():
+    starts = np.concatenate([offsets(SMALL, 64 + 3, "train", i, 0) for i in range(40)])
+    assert set(starts.tolist()) == {0, 1, 2}
+
+
+def test_random_mode_is_uniform():
+    sampling = replace(SMALL, batch_size=64)
+    n_starts = 1000
+    starts = np.concatenate([offsets(sampling, 64 + n_starts, "train", i, 0) for i in range(1000)])
+    counts = np.bincount(starts * 50 // n_starts, minlength=50)
+    chi_square = float(((counts - len(starts) / 50) ** 2 / (len(starts) / 50)).sum())
+    assert 20 < chi_square < 90  # 49 degrees of freedom: mean 49, standard deviation 10
+
+
+@pytest.mark.parametrize("n_blocks", [1, 2, 3, 4, 5, 10, 16, 17, 99, 1000])
+def test_every_epoch_visits_every_block_once(n_blocks):
+    sampling = Sampling(batch_size=4, block_size=8, gradient_accumulation_steps=3, mode="epoch")
+    n_epochs = (
+        4  # 4 * n_blocks sequences: whole micro-steps, which straddle the epochs where 4 does not divide n_blocks
+    )
+    micro_steps = range(n_blocks)
+    starts = [offsets(sampling, n_blocks * 8 + 1, "train", j // 3, j % 3) for j in micro_steps]
+    epochs = np.concatenate(starts).reshape(n_epochs, n_blocks)
+    assert (np.sort(epochs, axis=1) == np.arange(n_blocks) * 8).all()
+
+
+def test_epochs_have_different_orders():
+    orders = {tuple(permute(np.arange(50), 50, 1, "train", np.full(50, epoch)).tolist()) for epoch in range(20)}
+    assert len(orders) == 20
+
+
+def test_epoch_order_looks_random():
+    order = permute(np.arange(10_000), 10_000, 1, "train", np.zeros(10_000)).astype(np.int64)
+    assert abs(np.corrcoef(order, np.arange(10_000))[0, 1]) < 0.03
+    assert abs(np.corrcoef(order[1:], order[:-1])[0, 1]) < 0.03
+
+
+def test_first_block_of_small_epochs_is_spread_over_all_blocks():
+    firsts = [int(permute(np.array([0]), 7, 1, "train", np.array([epoch]))[0]) for epoch in range(1400)]
+    assert all(140 < count < 260 for count in Counter(firsts).values())
+    assert len(set(firsts)) == 7
+
+
+@pytest.mark.parametrize(
+    ("n_tokens", "iter_num", "micro_step"), [(64, 0, 0), (1000, -1, 0), (1000, 0, -1)], ids=["short", "iter", "micro"]
+)
+def test_impossible_offsets_are_refused(n_tokens, iter_num, micro_step):
+    with pytest.raises(ValueError, match=r"block_size|negative"):
+        offsets(SMALL, n_tokens, "train", iter_num, micro_step)
