@@ -65,9 +65,7 @@ class TrainConfig:
     backend: Literal["nccl", "gloo"] = "nccl"  # where no GPU is: gloo
     # system
     device: str = "cuda"  # cuda or cpu; where no GPU is: cpu
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = (
-        "auto"  # auto: bfloat16 where the GPU has it, else float16; float32 on a CPU
-    )
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # auto: bfloat16, float16 or, on a CPU, float32
     compile: bool = True  # torch.compile the model; where no compiler is: eager
     # the cluster (ours from here on)
     num_workers: int = 1  # DDP workers, one per GPU; at most gradient_accumulation_steps
@@ -77,9 +75,8 @@ class TrainConfig:
     # the order of the data
     seed: int = 1337  # of initialisation, batches and dropout
     data_dir: str = "data"  # where datasets lie, on every node
-    sampling: Literal["random", "epoch"] = (
-        "random"  # random: nanoGPT's, with replacement; epoch: every block once per epoch
-    )
+    sampling: Literal["random", "epoch"] = "random"  # epoch: every block once per epoch; random: with replacement
+    deterministic: bool = True  # same bits after a restart; False: nondeterministic GPU kernels, a little faster
     # keeping and telling
     checkpoint_interval: int = 0  # iterations between checkpoints, 0 = eval_interval
     keep_checkpoints: int = 2  # newest checkpoints kept; the best one stays besides

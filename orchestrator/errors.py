@@ -15,3 +15,7 @@ class DataError(UserError):
 
 class CheckpointError(UserError):
     """A checkpoint or storage that is missing, damaged or holds something else."""
+
+
+class StorageError(Exception):
+    """Storage failed where the run cannot go on without it: no mistake of the user's, a restart may help."""

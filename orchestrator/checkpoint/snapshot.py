@@ -6,7 +6,7 @@ Nothing here knows where a snapshot is kept (`store.py`) or how other programs w
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
@@ -31,7 +31,7 @@ class Snapshot:
     model: nanoGPT's state-dict names -> tensors, the tied `lm_head.weight` left out (it is `transformer.wte.weight`).
     optimizer: `exp_avg.<parameter>`, `exp_avg_sq.<parameter>` and `step` (float32 scalar); empty when only the
         model was read, or when nothing was stepped yet.
-    param_groups: empty when only the model was read.
+    param_groups: empty where the source has no optimizer.
     val_loss: the validation loss of exactly this state, None where it was not evaluated.
     """
 
@@ -44,6 +44,31 @@ class Snapshot:
     val_loss: float | None = None
     config: dict[str, Any] = field(default_factory=dict)
     scaler: dict[str, Any] = field(default_factory=dict)
+
+
+def describe(snapshot: Snapshot) -> dict[str, Any]:
+    """Return everything of a snapshot but its tensors, as JSON values."""
+    return {
+        "iter_num": snapshot.iter_num,
+        "best_val_loss": snapshot.best_val_loss,
+        "val_loss": snapshot.val_loss,
+        "model_args": snapshot.model_args,
+        "config": snapshot.config,
+        "param_groups": [asdict(group) for group in snapshot.param_groups],
+        "scaler": snapshot.scaler,
+    }
+
+
+def undescribe(description: dict[str, Any], model: dict[str, Tensor], optimizer: dict[str, Tensor]) -> Snapshot:
+    """Return the snapshot of a description and tensors; other keys of the description are left out."""
+    groups = tuple(
+        ParamGroup(**{**group, "params": tuple(group["params"]), "betas": tuple(group["betas"])})
+        for group in description["param_groups"]
+    )
+    plain = {
+        key: description[key] for key in ("model_args", "iter_num", "best_val_loss", "val_loss", "config", "scaler")
+    }
+    return Snapshot(model=model, optimizer=optimizer, param_groups=groups, **plain)
 
 
 def tensors_equal(a: Snapshot, b: Snapshot) -> bool:

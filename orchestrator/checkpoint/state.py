@@ -1,0 +1,80 @@
+"""TrainState: the live training state, and its passage to and from a Snapshot. Nothing else outlives a step."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from model import GPT
+from orchestrator.checkpoint.snapshot import ParamGroup, Snapshot
+
+_MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+@dataclass
+class TrainState:
+    """nanoGPT's model, optimizer, iter_num, best_val_loss and config, and the GradScaler (in use with float16 only)."""
+
+    model: GPT
+    optimizer: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler
+    config: dict[str, Any]
+    iter_num: int = 0
+    best_val_loss: float = 1e9
+    resumed_from: str | None = None  # the checkpoint of this run that filled it
+
+
+def capture(state: TrainState, val_loss: float | None = None) -> Snapshot:
+    """Return the state as a snapshot that shares its tensors: nothing is copied, so use it before the next step."""
+    names: dict[Tensor, str] = {parameter: name for name, parameter in state.model.named_parameters()}
+    optimizer: dict[str, Tensor] = {}
+    for parameter, slots in state.optimizer.state.items():
+        optimizer |= {f"{moment}.{names[parameter]}": slots[moment] for moment in _MOMENTS}
+        optimizer["step"] = slots["step"]  # the same for all: every parameter is in every step
+    groups = tuple(
+        ParamGroup(
+            params=tuple(names[parameter] for parameter in group["params"]),
+            lr=float(group["lr"]),
+            betas=tuple(group["betas"]),
+            eps=group["eps"],
+            weight_decay=group["weight_decay"],
+        )
+        for group in state.optimizer.param_groups
+    )
+    return Snapshot(
+        model={name: parameter.detach() for parameter, name in names.items()},
+        optimizer=optimizer,
+        param_groups=groups,
+        model_args=asdict(state.model.config),
+        iter_num=state.iter_num,
+        best_val_loss=state.best_val_loss,
+        val_loss=val_loss if val_loss is not None and math.isfinite(val_loss) else None,  # JSON knows no NaN
+        config=state.config,
+        scaler=state.scaler.state_dict(),
+    )
+
+
+def make_slots(optimizer: torch.optim.Optimizer) -> None:
+    """Give every parameter its AdamW slots, as the first step would, so that a snapshot can be filled in."""
+    for group in optimizer.param_groups:
+        on_device = group.get("fused") or group.get("capturable")
+        for parameter in group["params"]:
+            slots = optimizer.state[parameter]
+            slots["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device if on_device else "cpu")
+            for moment in _MOMENTS:
+                slots[moment] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
+
+
+def adopt_groups(optimizer: torch.optim.Optimizer, groups: tuple[ParamGroup, ...]) -> list[str]:
+    """Set the optimizer's hyperparameters to the saved ones, as nanoGPT's resume does; return what that changed."""
+    changed = []
+    for live, saved in zip(optimizer.param_groups, groups, strict=True):
+        for key in ("betas", "eps", "weight_decay"):
+            if live[key] != getattr(saved, key):
+                changed.append(f"{key} {getattr(saved, key)} instead of {live[key]}")
+                live[key] = getattr(saved, key)
+    return changed

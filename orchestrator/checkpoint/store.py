@@ -1,0 +1,225 @@
+"""CheckpointStore: the checkpoints of one run as they lie in storage.
+
+    <out_dir>/checkpoint_<iter_num>_<attempt>/state.json                            written last: without it, nothing
+                                             /model-00000-of-00002.safetensors      nanoGPT's parameter names
+                                             /optimizer-00000-of-00002.safetensors  exp_avg.<parameter>, ..., step
+
+The truth about a run is what lies here whole; Ray's registry is a cache of it. Knows nothing of ranks (`save.py`,
+`restore.py`) or of live models (`state.py`).
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import xxhash
+from fsspec.core import url_to_fs
+from torch import Tensor
+
+from orchestrator.checkpoint.files import FileRecord, read_tensors
+from orchestrator.checkpoint.snapshot import Snapshot, undescribe
+from orchestrator.checkpoint.transfer import delivered
+from orchestrator.errors import CheckpointError
+
+logger = logging.getLogger(__name__)
+
+FORMAT_VERSION = 1
+_NAME = re.compile(r"checkpoint_(\d{8,})_(\w+)")
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A committed checkpoint: its directory name and the content of its state.json."""
+
+    name: str
+    state: dict[str, Any]
+
+    @property
+    def iter_num(self) -> int:
+        return int(self.state["iter_num"])
+
+    @property
+    def val_loss(self) -> float | None:
+        value = self.state["val_loss"]
+        return None if value is None else float(value)
+
+    @property
+    def files(self) -> dict[str, FileRecord]:
+        return {name: FileRecord(**record) for name, record in self.state["files"].items()}
+
+    @property
+    def model_files(self) -> dict[str, FileRecord]:
+        return {name: record for name, record in self.files.items() if name.startswith("model-")}
+
+    @property
+    def size_bytes(self) -> int:
+        return sum(record.size_bytes for record in self.files.values())
+
+    def snapshot(self, tensors: dict[str, Tensor]) -> Snapshot:
+        """Return the state with these tensors, which may lack the optimizer's."""
+        in_model = {name for name, entry in self.state["tensors"].items() if entry["file"].startswith("model-")}
+        model = {name: tensor for name, tensor in tensors.items() if name in in_model}
+        return undescribe(self.state, model, {name: tensors[name] for name in tensors if name not in in_model})
+
+
+class CheckpointStore:
+    """The checkpoints in one run's folder, which is a path or any fsspec URL."""
+
+    def __init__(self, out_dir: str, storage_options: dict[str, Any] | None = None) -> None:
+        self.out_dir, self.storage_options = out_dir, storage_options
+        try:
+            self.fs, self.root = url_to_fs(out_dir, **(storage_options or {}))
+        except (ImportError, ValueError) as error:
+            raise CheckpointError(f"out_dir={out_dir}: {error}") from None
+
+    def path(self, *parts: str) -> str:
+        return "/".join((self.root.rstrip("/"), *parts))
+
+    def names(self) -> list[str]:
+        """Return the names of all checkpoint directories, whole or not, highest iteration first."""
+        self.fs.invalidate_cache()
+        try:
+            entries = self.fs.ls(self.root, detail=False)
+        except (FileNotFoundError, NotADirectoryError):
+            return []
+        except Exception as error:  # every storage has exceptions of its own
+            raise CheckpointError(f"out_dir={self.out_dir} cannot be read: {type(error).__name__}: {error}") from None
+        found = [name for entry in entries if _NAME.fullmatch(name := entry.rstrip("/").rsplit("/", 1)[-1])]
+        return sorted(found, key=_age)
+
+    def load(self, name: str) -> Checkpoint | None:
+        """Return a checkpoint, or None where it was never committed.
+
+        Raises:
+            CheckpointError: its state.json is damaged or of a newer format.
+        """
+        path = self.path(name, "state.json")
+        try:
+            text = self.fs.cat_file(path)
+        except FileNotFoundError:
+            return None
+        except OSError as error:
+            raise CheckpointError(f"{path} cannot be read: {type(error).__name__}: {error}") from None
+        try:
+            state = json.loads(text)
+            checksum = state.pop("checksum")
+        except (ValueError, AttributeError, KeyError):
+            raise CheckpointError(f"{path} is damaged: it is not whole JSON") from None
+        if state["format_version"] > FORMAT_VERSION:
+            raise CheckpointError(
+                f"{path} has format {state['format_version']}: update this program, it knows {FORMAT_VERSION}"
+            )
+        if checksum != _checksum(state):
+            raise CheckpointError(f"{path} is damaged: its checksum differs from the one recorded when it was written")
+        return Checkpoint(name, state)
+
+    def newest_first(self) -> Iterator[Checkpoint]:
+        """Yield the committed checkpoints; one with a damaged state.json is passed over with a warning."""
+        for name in self.names():
+            try:
+                checkpoint = self.load(name)
+            except CheckpointError as error:
+                logger.warning("passing over checkpoint %s: %s", name, error)
+                continue
+            if checkpoint:
+                yield checkpoint
+
+    def select(self, which: str = "auto") -> Checkpoint:
+        """Return a checkpoint by name, the `latest`, the `best` (validation loss), or `auto`: what nanoGPT's ckpt.pt
+        would hold, the latest with always_save_checkpoint and the best without.
+
+        Raises:
+            CheckpointError: there is none.
+        """
+        found = list(self.newest_first())
+        if which not in ("auto", "latest", "best"):
+            found = [checkpoint for checkpoint in found if checkpoint.name == which]
+        if not found:
+            what = "checkpoint" if which in ("auto", "latest", "best") else f"checkpoint {which}"
+            raise CheckpointError(
+                f"out_dir={self.out_dir} holds no {what}: train there first, or give another --out_dir"
+            )
+        keeps_best = not found[0].state["config"].get("always_save_checkpoint", True)
+        if which == "best" or (which == "auto" and keeps_best):
+            return best(found) or found[0]
+        return found[0]
+
+    def read(self, checkpoint: Checkpoint, model_only: bool = False) -> Snapshot:
+        """Read and verify a checkpoint's tensors; the optimizer's files are not touched with model_only.
+
+        Raises:
+            CheckpointError: naming the file that is missing or damaged.
+        """
+        tensors: dict[str, Tensor] = {}
+        for name, record in (checkpoint.model_files if model_only else checkpoint.files).items():
+            tensors |= read_tensors(self.fs, self.path(checkpoint.name, name), record)
+        return checkpoint.snapshot(tensors)
+
+    def commit(self, name: str, state: dict[str, Any]) -> Checkpoint:
+        """Announce a checkpoint whose files are all written: after this it exists."""
+        self.write_json(f"{name}/state.json", {**state, "checksum": _checksum(state)})
+        return Checkpoint(name, state)
+
+    def write_json(self, name: str, value: dict[str, Any]) -> None:
+        """Write a JSON file whole or not at all."""
+        with delivered(f"{self.out_dir.rstrip('/')}/{name}", self.storage_options) as file:
+            file.write_text(json.dumps(value, indent=1, allow_nan=False))
+
+    def read_json(self, name: str) -> dict[str, Any]:
+        """Return a JSON file's content, {} where it is missing or damaged."""
+        try:
+            value = json.loads(self.fs.cat_file(self.path(name)))
+        except (OSError, ValueError):
+            return {}
+        return value if isinstance(value, dict) else {}
+
+    def prune(self, keep: int) -> list[str]:
+        """Delete all but the newest `keep` committed checkpoints and the best one; return what was deleted.
+
+        What was begun before the newest committed one and never announced goes too; newer beginnings stay, for
+        somebody may be writing them.
+        """
+        found = list(self.newest_first())
+        if not found:
+            return []
+        stay = {checkpoint.name for checkpoint in found[:keep]}
+        if top := best(found):
+            stay.add(top.name)
+        names = self.names()
+        doomed = [name for name in names[names.index(found[0].name) :] if name not in stay]
+        for name in doomed:
+            self._delete(name)
+        return doomed
+
+    def _delete(self, name: str) -> None:
+        """Delete state.json first, so that at no moment half a checkpoint looks whole."""
+        announced = self.path(name, "state.json")
+        if self.fs.exists(announced):
+            self.fs.rm_file(announced)
+        self.fs.rm(self.path(name), recursive=True)
+
+
+def best(checkpoints: list[Checkpoint]) -> Checkpoint | None:
+    """Return the one with the lowest validation loss, None where none was evaluated."""
+    evaluated = [checkpoint for checkpoint in checkpoints if checkpoint.val_loss is not None]
+    return min(evaluated, key=lambda checkpoint: (checkpoint.val_loss, -checkpoint.iter_num), default=None)
+
+
+def checkpoint_name(iter_num: int, attempt: str) -> str:
+    """Return the directory name: no two attempts share one, so a late writer cannot harm another's checkpoint."""
+    return f"checkpoint_{iter_num:08d}_{attempt}"
+
+
+def _age(name: str) -> tuple[int, str]:
+    match = _NAME.fullmatch(name)
+    assert match
+    return -int(match[1]), match[2]
+
+
+def _checksum(state: dict[str, Any]) -> str:
+    return xxhash.xxh3_128(json.dumps(state, sort_keys=True).encode()).hexdigest()

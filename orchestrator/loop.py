@@ -1,0 +1,271 @@
+"""The training loop, top to bottom: nanoGPT's, on any number of ranks, resumable at any iteration.
+
+Knows no Ray. `orchestrator/worker.py` calls it on a cluster; this starts it in one plain process or several:
+
+    python -m orchestrator.loop configs/quickstart.py
+    torchrun --nproc_per_node=2 -m orchestrator.loop configs/quickstart.py
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from orchestrator.checkpoint.restore import begin
+from orchestrator.checkpoint.save import save
+from orchestrator.checkpoint.snapshot import Snapshot
+from orchestrator.checkpoint.start import scratch_args
+from orchestrator.checkpoint.state import TrainState, capture
+from orchestrator.checkpoint.store import CheckpointStore
+from orchestrator.config import TrainConfig, check, parse
+from orchestrator.data.dataset import Dataset, open_dataset
+from orchestrator.data.sampling import Sampling
+from orchestrator.errors import StorageError
+from orchestrator.process import environment, pin, plain_world, resolve
+from orchestrator.telemetry.lines import print_record
+from orchestrator.telemetry.tell import open_telemetry
+from orchestrator.world import World
+
+Record = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a call of `train` ended."""
+
+    iter_num: int
+    best_val_loss: float
+    stopped: bool = False
+
+
+def train(
+    config: TrainConfig,
+    world: World,
+    tell: Callable[[Record], None] = lambda _record: None,
+    committed: Callable[[str, Snapshot], None] = lambda _name, _snapshot: None,
+    should_stop: Callable[[], bool] = lambda: False,
+) -> Outcome:
+    """Train from the newest state in out_dir, or from init_from, to max_iters; config is resolved for this machine.
+
+    tell: receives a record of every evaluation, checkpoint and logged iteration, on rank 0.
+    committed: called on all ranks with name and content after a checkpoint was committed.
+    should_stop: if it answers True on any rank, all ranks save and leave after the iteration.
+
+    Raises:
+        UserError: on all ranks alike, if data or checkpoints do not fit.
+    """
+    pin(config)
+    tell = tell if world.is_main else lambda _record: None
+
+    # the data: a batch is a pure function of (seed, split, iter_num, micro_step), so there is no loader state
+    data = world.together(lambda: open_dataset(config.data_dir, config.dataset, sampling_of(config)))
+    store = CheckpointStore(config.out_dir)
+
+    # the state: the newest whole checkpoint, or what init_from names
+    state = begin(config, world, store, scratch_args(config, data.vocab_size))
+    world.together(lambda: data.check_fits(state.model.config.vocab_size))
+    state.config = asdict(config) | ({"tokenizer": data.tokenizer.to_json()} if data.tokenizer else {})
+    resumed_at = state.iter_num if state.resumed_from else None
+    tell(_beginning(config, world, state))
+
+    # the model as it is called: compiled, and wrapped where gradients are averaged over ranks
+    net: nn.Module = torch.compile(state.model) if config.compile else state.model  # type: ignore[assignment]
+    ddp = wrap(net, world) if world.size > 1 else None
+    if ddp:
+        warm_up(ddp, data, config, world)
+    micro_steps = range(world.rank, config.gradient_accumulation_steps, world.size)
+    weight = world.size / config.gradient_accumulation_steps  # DDP divides by world.size: the mean over micro-steps
+
+    vote = world.vote(False)
+    running_mfu = -1.0
+    while True:
+        stopping = vote.passed()
+        done = state.iter_num >= config.max_iters
+
+        # evaluate the loss on both splits, and save a checkpoint; a state that was resumed has been through both
+        if state.iter_num != resumed_at or config.eval_only:
+            val_loss = None
+            if done or config.eval_only or state.iter_num % config.eval_interval == 0:
+                losses = evaluate(net, data, config, world)
+                val_loss = losses["val"]
+                state.best_val_loss = min(state.best_val_loss, val_loss)
+                tell({"kind": "eval", "iter": state.iter_num, "train_loss": losses["train"], "val_loss": val_loss,
+                      "lr": learning_rate(config, state.iter_num), "mfu": running_mfu})  # fmt: skip
+            due = done or stopping or state.iter_num % config.iters_per_checkpoint == 0
+            if due and state.iter_num > 0 and not config.eval_only:
+                snapshot = capture(state, val_loss)
+                t0 = time.perf_counter()
+                name = save(snapshot, world, store, environment(config, world.device), config.keep_checkpoints)
+                if name:
+                    committed(name, snapshot)
+                    tell(
+                        {
+                            "kind": "checkpoint",
+                            "iter": state.iter_num,
+                            "name": name,
+                            "seconds": time.perf_counter() - t0,
+                        }
+                    )
+                elif done or stopping:
+                    raise StorageError(f"out_dir={config.out_dir}: the last state could not be saved")
+        if done or stopping or config.eval_only:
+            return Outcome(state.iter_num, state.best_val_loss, stopped=stopping and not done)
+
+        t0 = time.perf_counter()
+        vote = world.vote(should_stop())  # answered while the step runs
+        lr = learning_rate(config, state.iter_num)
+        for group in state.optimizer.param_groups:
+            group["lr"] = lr
+
+        # forward and backward this rank's micro-steps; gradients are averaged over ranks in the last one
+        loss_sum = torch.zeros((), device=world.device)
+        for micro_step in micro_steps:
+            X, Y = to_device(data.batch("train", state.iter_num, micro_step), world.device)
+            torch.manual_seed(dropout_seed(config.seed, state.iter_num, micro_step))
+            if ddp:
+                ddp.require_backward_grad_sync = micro_step == micro_steps[-1]
+            with autocast(config):
+                _, loss = (ddp or net)(X, Y)
+            loss_sum += loss.detach()
+            state.scaler.scale(loss * weight).backward()
+
+        # clip, step, and flush the gradients as soon as we can: this memory is needed no more
+        if config.grad_clip != 0.0:
+            state.scaler.unscale_(state.optimizer)
+            torch.nn.utils.clip_grad_norm_(state.model.parameters(), config.grad_clip)
+        state.scaler.step(state.optimizer)
+        state.scaler.update()
+        state.optimizer.zero_grad(set_to_none=True)
+
+        # timing and logging; the loss is the mean over this rank's micro-steps, and .item() waits for the GPU
+        if state.iter_num % config.log_interval == 0:
+            loss_value = loss_sum.item() / len(micro_steps)
+            dt = time.perf_counter() - t0
+            if state.iter_num >= (resumed_at or 0) + 5:  # let the loop settle a bit
+                mfu = state.model.estimate_mfu(config.batch_size * len(micro_steps), dt)
+                running_mfu = mfu if running_mfu == -1.0 else 0.9 * running_mfu + 0.1 * mfu
+            tell({"kind": "step", "iter": state.iter_num, "loss": loss_value, "lr": lr, "dt_s": dt, "mfu": running_mfu,
+                  "tokens_per_s": tokens_per_iter(config) / dt})  # fmt: skip
+        state.iter_num += 1
+
+
+def sampling_of(config: TrainConfig) -> Sampling:
+    """Return how batches are drawn under this config."""
+    return Sampling(
+        config.seed, config.batch_size, config.block_size, config.gradient_accumulation_steps, config.sampling
+    )
+
+
+def tokens_per_iter(config: TrainConfig) -> int:
+    """Return the tokens of the global batch."""
+    return config.gradient_accumulation_steps * config.batch_size * config.block_size
+
+
+def wrap(net: nn.Module, world: World) -> DistributedDataParallel:
+    """Average gradients over ranks; the weights are equal already, so nothing is broadcast."""
+    device_ids = [world.device.index] if world.device.type == "cuda" else None
+    return DistributedDataParallel(
+        net, device_ids=device_ids, gradient_as_bucket_view=True, broadcast_buffers=False, init_sync=False
+    )
+
+
+def warm_up(ddp: DistributedDataParallel, data: Dataset, config: TrainConfig, world: World) -> None:
+    """Run one throw-away forward and backward, so that every attempt sums gradients in the same order.
+
+    After its first backward DDP rebuilds its buckets in the order in which gradients became ready, and with that the
+    order of summation over three or more ranks. Without this, a resumed run's first step would be summed in the
+    first order where the undisturbed run's was summed in the second, and the bits would differ.
+    """
+    X, Y = to_device(data.batch("train", 0, 0), world.device)
+    with autocast(config):
+        _, loss = ddp(X, Y)
+    loss.backward()
+    ddp.zero_grad(set_to_none=True)
+
+
+@torch.no_grad()
+def evaluate(net: nn.Module, data: Dataset, config: TrainConfig, world: World) -> dict[str, float]:
+    """Return the mean loss per split over eval_iters batches, shared out to all ranks.
+
+    The batches are the same at every evaluation, so two losses compare states, not batches; and each loss has its
+    own place in the sum, so that the mean has the same bits on any number of ranks.
+    """
+    net.eval()
+    means = {}
+    for split in ("train", "val"):
+        losses = torch.zeros(config.eval_iters, dtype=torch.float64)
+        for k in range(world.rank, config.eval_iters, world.size):
+            X, Y = to_device(data.batch(split, 0, k, evaluation=True), world.device)
+            with autocast(config):
+                _, loss = net(X, Y)
+            losses[k] = loss.item()
+        means[split] = world.sum(losses).mean().item()
+    net.train()
+    return means
+
+
+def learning_rate(config: TrainConfig, it: int) -> float:
+    """Return the learning rate of an iteration: linear warm-up, cosine decay, then min_lr.
+
+    Source: nanoGPT's train.py, get_lr.
+    """
+    if not config.decay_lr:
+        return config.learning_rate
+    if it < config.warmup_iters:
+        return config.learning_rate * (it + 1) / (config.warmup_iters + 1)
+    if it >= config.lr_decay_iters:
+        return config.min_lr
+    decay_ratio = (it - config.warmup_iters) / (config.lr_decay_iters - config.warmup_iters)
+    coeff = 0.5 * (1.0 + math.cos(math.pi * decay_ratio))  # from 1 to 0
+    return config.min_lr + coeff * (config.learning_rate - config.min_lr)
+
+
+def dropout_seed(seed: int, iter_num: int, micro_step: int) -> int:
+    """Return the seed of a micro-step's dropout: no random state has to be saved, whoever computes it."""
+    return int(np.random.SeedSequence((seed, iter_num, micro_step)).generate_state(1, np.uint64)[0])
+
+
+def autocast(config: TrainConfig) -> AbstractContextManager[Any]:
+    """Return the context in which the model computes in dtype; its weights stay float32."""
+    if config.dtype == "float32":
+        return nullcontext()
+    return torch.autocast(config.device.split(":")[0], dtype=getattr(torch, config.dtype))
+
+
+def to_device(batch: tuple[Tensor, Tensor], device: torch.device) -> tuple[Tensor, Tensor]:
+    """Move a batch; to a GPU from pinned memory, so that the copy runs behind the computation."""
+    if device.type == "cpu":
+        return batch
+    X, Y = batch
+    return X.pin_memory().to(device, non_blocking=True), Y.pin_memory().to(device, non_blocking=True)
+
+
+def _beginning(config: TrainConfig, world: World, state: TrainState) -> Record:
+    return {"kind": "begin", "iter": state.iter_num, "max_iters": config.max_iters, "from": state.resumed_from,
+            "num_params": state.model.get_num_params(), "tokens_per_iter": tokens_per_iter(config),
+            "world_size": world.size, "device": str(world.device), "dtype": config.dtype}  # fmt: skip
+
+
+def main() -> None:
+    """Train in this process alone, or as one of those that torchrun started."""
+    config = resolve(check(parse(TrainConfig, sys.argv[1:], "python -m orchestrator.loop")))
+    world = plain_world(config)
+    with open_telemetry(config, world, print_record) as tell:
+        train(config, world, tell)
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,47 @@
+"""Records as lines of text: nanoGPT's, where nanoGPT has one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+Record = dict[str, Any]
+
+
+def line_of(record: Record) -> str:
+    """Return the line of a record."""
+    return _LINES[record["kind"]](record)
+
+
+def print_record(record: Record) -> None:
+    """Print the line of a record to stdout."""
+    print(line_of(record), flush=True)
+
+
+def _step(r: Record) -> str:
+    return f"iter {r['iter']}: loss {r['loss']:.4f}, time {r['dt_s'] * 1000:.2f}ms, mfu {r['mfu'] * 100:.2f}%"
+
+
+def _eval(r: Record) -> str:
+    return f"step {r['iter']}: train loss {r['train_loss']:.4f}, val loss {r['val_loss']:.4f}"
+
+
+def _begin(r: Record) -> str:
+    origin = f"resuming {r['from']}" if r["from"] else "beginning"
+    return (
+        f"{origin} at iteration {r['iter']} of {r['max_iters']}: {r['num_params'] / 1e6:.2f}M parameters, "
+        f"{r['tokens_per_iter']:,} tokens per iteration, {r['world_size']} worker(s) on {r['device']}, {r['dtype']}"
+    )
+
+
+def _checkpoint(r: Record) -> str:
+    return f"saved {r['name']} in {r['seconds']:.2f} s"
+
+
+_LINES: dict[str, Callable[[Record], str]] = {
+    "step": _step,
+    "eval": _eval,
+    "begin": _begin,
+    "checkpoint": _checkpoint,
+    "note": lambda r: r["text"],
+}

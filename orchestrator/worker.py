@@ -1,0 +1,86 @@
+"""What Ray starts for every rank: it makes the World, calls the loop, and brings checkpoints to Ray's notice."""
+
+from __future__ import annotations
+
+import logging
+import os
+from contextlib import suppress
+from dataclasses import asdict
+from typing import Any
+
+import ray.train
+import torch.distributed as dist
+from ray.train import Checkpoint, CheckpointUploadMode
+
+from orchestrator.board import Poster
+from orchestrator.checkpoint.snapshot import Snapshot
+from orchestrator.checkpoint.store import CheckpointStore
+from orchestrator.config import TrainConfig
+from orchestrator.errors import CheckpointError, UserError
+from orchestrator.loop import train
+from orchestrator.process import local_device, new_attempt, resolve
+from orchestrator.telemetry.tell import PostingHandler, open_telemetry
+from orchestrator.world import World
+
+
+def run_worker(job: dict[str, Any]) -> dict[str, Any]:
+    """Train as one rank of the group that Ray has set up; job is {config, run_id, cwd, board}.
+
+    Returns how it ended: Outcome's fields, or {"error": ...} for a user's mistake, which no restart would mend.
+    """
+    with suppress(FileNotFoundError):
+        os.chdir(job["cwd"])  # relative paths mean on every node what they mean for the driver
+    config = resolve(TrainConfig(**job["config"]))
+    world = _world(config)
+    poster = Poster(job["board"])
+    _log_through(poster, world)
+    try:
+        world.together(lambda: _check_shared(config, job["run_id"]))
+        with open_telemetry(config, world, poster.post) as tell:
+            outcome = train(config, world, tell, _register, poster.should_stop)
+        return asdict(outcome)
+    except UserError as error:
+        return {"error": str(error)}
+    finally:
+        poster.close()
+
+
+def _world(config: TrainConfig) -> World:
+    context = ray.train.get_context()
+    device = local_device(config, context.get_local_rank())
+    world = World(context.get_world_rank(), context.get_world_size(), device)
+    assert dist.is_initialized() or world.size == 1
+    return World(world.rank, world.size, device, attempt=world.broadcast_json(new_attempt()))
+
+
+def _log_through(poster: Poster, world: World) -> None:
+    """Send rank 0's log lines to the driver's display; the others' go to Ray's log files and the driver's stderr."""
+    log = logging.getLogger("orchestrator")
+    log.setLevel(logging.INFO)
+    if world.is_main:
+        log.handlers = [PostingHandler(poster.post)]
+        log.propagate = False
+
+
+def _check_shared(config: TrainConfig, run_id: str) -> None:
+    """Check that this node sees the folder that the driver has prepared.
+
+    Raises:
+        CheckpointError: it does not.
+    """
+    store = CheckpointStore(config.out_dir)
+    if store.read_json("run.json").get("run_id") != run_id:
+        raise CheckpointError(
+            f"out_dir={config.out_dir} is not the driver's on node {os.uname().nodename}: it must be a folder that all "
+            "nodes share (NFS) or a URL (s3://bucket/run)"
+        )
+
+
+def _register(name: str, snapshot: Snapshot) -> None:
+    """Tell Ray of a committed checkpoint, which is in its place already, whole and checked: nothing is uploaded."""
+    run = ray.train.get_context().get_storage()
+    checkpoint = Checkpoint(f"{run.experiment_fs_path}/{name}", filesystem=run.storage_filesystem)
+    metrics = {"iter_num": snapshot.iter_num, "best_val_loss": snapshot.best_val_loss, "val_loss": snapshot.val_loss}
+    ray.train.report(
+        metrics, checkpoint, checkpoint_dir_name=name, checkpoint_upload_mode=CheckpointUploadMode.NO_UPLOAD
+    )
