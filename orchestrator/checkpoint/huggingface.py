@@ -1,0 +1,115 @@
+"""A Snapshot as a Hugging Face folder: what `GPT2LMHeadModel.from_pretrained` and other tools for GPT-2 load.
+
+Names and layout are `model/huggingface.py`'s. Nothing here knows a live model; reading is `model/pretrained.py`.
+"""
+
+from __future__ import annotations
+
+import json
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import save_file
+
+from model import GPTConfig, huggingface_config, to_huggingface
+from orchestrator.checkpoint.snapshot import Snapshot
+from orchestrator.checkpoint.transfer import delivered
+from orchestrator.data.tokenizers import GPT2Tokenizer, Tokenizer
+from orchestrator.errors import CheckpointError
+
+CHAR_TOKENIZER_FILE = "char_tokenizer.json"  # ours: transformers has no tokenizer of single characters
+
+
+def write_huggingface(
+    snapshot: Snapshot,
+    folder_or_url: str | Path,
+    tokenizer: Tokenizer | None = None,
+    *,
+    storage_options: dict[str, Any] | None = None,
+) -> None:
+    """Write config.json, generation_config.json, model.safetensors and, where it is known, the tokenizer.
+
+    The model computes the same logits as ours, with its activation. GPT-2's tokenizer becomes vocab.json and
+    merges.txt, for `AutoTokenizer`; one of characters a small file that `sample` understands.
+
+    Raises:
+        CheckpointError: the snapshot is no GPT, or a file cannot be written.
+        DataError: the tokenizer is GPT-2's, and its vocabulary cannot be had on this machine.
+    """
+    folder = str(folder_or_url).rstrip("/")
+    try:
+        config = huggingface_config(GPTConfig(**snapshot.model_args))
+    except (TypeError, ValueError) as error:
+        raise CheckpointError(f"{folder}: model_args do not describe a GPT: {error}") from None
+    special = {key: config[key] for key in ("bos_token_id", "eos_token_id")}
+    texts = {
+        **_tokenizer_files(tokenizer, config["n_positions"]),
+        "generation_config.json": _json(special),
+        "config.json": _json(config),
+    }
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in to_huggingface(snapshot.model).items()}
+    with delivered(f"{folder}/model.safetensors", storage_options) as scratch_file:
+        save_file(tensors, scratch_file, metadata={"format": "pt"})
+    for name, text in texts.items():  # config.json comes last: without it, nobody takes the folder for a model
+        with delivered(f"{folder}/{name}", storage_options) as scratch_file:
+            scratch_file.write_text(text, encoding="utf-8")
+
+
+def _json(value: Any) -> str:
+    return json.dumps(value, indent=2, ensure_ascii=False) + "\n"
+
+
+def _tokenizer_files(tokenizer: Tokenizer | None, block_size: int) -> dict[str, str]:
+    if tokenizer is None:
+        return {}
+    if not isinstance(tokenizer, GPT2Tokenizer):
+        return {CHAR_TOKENIZER_FILE: _json(tokenizer.to_json())}
+    # Imported here: its vocabulary is 50,257 entries that only this export needs.
+    from orchestrator.data.gpt2_vocabulary import load_gpt2_encoding
+
+    encoding = load_gpt2_encoding()
+    end_of_text = "<|endoftext|>"
+    words = [encoding.decode_single_token_bytes(token) for token in range(encoding.n_vocab - 1)]
+    vocabulary = {_printable(word): token for token, word in enumerate(words)} | {end_of_text: encoding.n_vocab - 1}
+    merges = [f"{_printable(left)} {_printable(right)}" for left, right in _merges(words)]
+    settings = {"tokenizer_class": "GPT2Tokenizer", "model_max_length": block_size, "add_prefix_space": False}
+    settings |= dict.fromkeys(("bos_token", "eos_token", "unk_token"), end_of_text)
+    return {
+        "vocab.json": json.dumps(vocabulary, ensure_ascii=False),
+        "merges.txt": "\n".join(["#version: 0.2", *merges, ""]),
+        "tokenizer_config.json": _json(settings),
+    }
+
+
+def _merges(words: list[bytes]) -> list[tuple[bytes, bytes]]:
+    """Return the two halves that each word of more than one byte was merged from, in order of rank."""
+    rank = {word: i for i, word in enumerate(words)}
+    return [_halves(word, rank) for word in words if len(word) > 1]
+
+
+def _halves(word: bytes, rank: dict[bytes, int]) -> tuple[bytes, bytes]:
+    """Merge a word's bytes by the merges before its own, lowest rank first, until two parts are left."""
+    parts = [word[i : i + 1] for i in range(len(word))]
+    while len(parts) > 2:
+        pairs = [rank.get(left + right, len(rank)) for left, right in pairwise(parts)]
+        i = pairs.index(min(pairs))
+        parts[i : i + 2] = [parts[i] + parts[i + 1]]
+    return parts[0], parts[1]
+
+
+def _printable(word: bytes) -> str:
+    return "".join(_CHARACTER_OF_BYTE[byte] for byte in word)
+
+
+def _characters() -> list[str]:
+    """Return a visible character for each byte: itself where it is one, else one from U+0100 on.
+
+    Source: OpenAI's GPT-2, src/encoder.py, bytes_to_unicode.
+    """
+    visible = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+    others = [byte for byte in range(256) if byte not in visible]
+    return [chr(byte) if byte in visible else chr(0x100 + others.index(byte)) for byte in range(256)]
+
+
+_CHARACTER_OF_BYTE = _characters()
