@@ -74,7 +74,31 @@ def sample(argv: Sequence[str]) -> int:
     return 0
 
 
-COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {"prepare": prepare, "train": train, "sample": sample}
+def export(argv: Sequence[str]) -> int:
+    """Write a run for other programs."""
+    from orchestrator import export as exporting
+
+    print(exporting.export(parse(exporting.ExportConfig, argv, "orchestrator export")))
+    return 0
+
+
+def inspect(argv: Sequence[str]) -> int:
+    """List what a run holds."""
+    from orchestrator import inspect as inspecting
+
+    config = parse(inspecting.InspectConfig, argv, "orchestrator inspect")
+    print(inspecting.inspect(config))
+    print(_next_steps(config.out_dir))
+    return 0
+
+
+COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
+    "prepare": prepare,
+    "train": train,
+    "sample": sample,
+    "export": export,
+    "inspect": inspect,
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -21,10 +21,12 @@ from typing import Any
 os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.25")  # a lost worker is noticed within this
 os.environ.setdefault("RAY_CHDIR_TO_TRIAL_DIR", "0")  # relative paths keep their meaning in workers
 os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+# Without a dashboard, as in a cluster that is started here, two of Ray's actors complain about it every second.
+os.environ.setdefault("RAY_DEDUP_LOGS_SKIP_REGEX", "State API may be temporarily unavailable|'PreemptionWatcher'")
 
 import ray
 from fsspec.implementations.local import LocalFileSystem as LocalStorage
-from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig, UserCallback
+from ray.train import CheckpointConfig, FailureConfig, LoggingConfig, RunConfig, ScalingConfig, UserCallback
 from ray.train.torch import TorchConfig, TorchTrainer
 
 from orchestrator.board import open_board, take_from
@@ -229,6 +231,7 @@ def _trainer(
             else PyFileSystem(FSSpecHandler(store.fs)),
             failure_config=FailureConfig(max_failures=config.max_failures),
             checkpoint_config=CheckpointConfig(),  # what is kept is decided where it is written (CheckpointStore.prune)
+            logging_config=LoggingConfig(log_level="WARNING"),
             callbacks=[_LostAttempts(job["board"], config.max_failures)],
         ),
     )

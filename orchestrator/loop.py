@@ -8,7 +8,9 @@ Knows no Ray. `orchestrator/worker.py` calls it on a cluster; this starts it in 
 
 from __future__ import annotations
 
+import logging
 import math
+import platform
 import sys
 import time
 from collections.abc import Callable
@@ -31,13 +33,14 @@ from orchestrator.checkpoint.store import CheckpointStore
 from orchestrator.config import TrainConfig, check, parse
 from orchestrator.data.dataset import Dataset, open_dataset
 from orchestrator.data.sampling import Sampling
-from orchestrator.errors import StorageError
+from orchestrator.errors import DataError, StorageError
 from orchestrator.process import environment, pin, plain_world, resolve
 from orchestrator.telemetry.lines import print_record
 from orchestrator.telemetry.tell import open_telemetry
 from orchestrator.world import World
 
 Record = dict[str, Any]
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -77,6 +80,8 @@ def train(
     world.together(lambda: data.check_fits(state.model.config.vocab_size))
     state.config = asdict(config) | ({"tokenizer": data.tokenizer.to_json()} if data.tokenizer else {})
     resumed_at = state.iter_num if state.resumed_from else None
+    surroundings = environment(config, world, data.fingerprint())
+    world.together(lambda: check_surroundings(surroundings, world, state))
     tell(_beginning(config, world, state))
 
     # the model as it is called: compiled, and wrapped where gradients are averaged over ranks
@@ -106,7 +111,7 @@ def train(
             if due and state.iter_num > 0 and not config.eval_only:
                 snapshot = capture(state, val_loss)
                 t0 = time.perf_counter()
-                name = save(snapshot, world, store, environment(config, world.device), config.keep_checkpoints)
+                name = save(snapshot, world, store, surroundings, config.keep_checkpoints)
                 if name:
                     committed(name, snapshot)
                     tell(
@@ -160,6 +165,21 @@ def train(
         state.iter_num += 1
 
 
+def check_surroundings(now: Record, world: World, state: TrainState) -> None:
+    """Compare what decides the bits with the other ranks and with the checkpoint that was resumed.
+
+    Raises:
+        DataError: this rank has other data than rank 0.
+    """
+    data_of_main = world.broadcast_json(now["data"])
+    if data_of_main != now["data"]:
+        raise DataError(f"{platform.node()} has another dataset than rank 0: prepare the same one on every node")
+    before = state.resumed_from.state["environment"] if state.resumed_from else now
+    changed = [f"{key} {before.get(key)} -> {value}" for key, value in now.items() if before.get(key) != value]
+    if changed and world.is_main:
+        logger.warning("the last bits may differ from an undisturbed run's: %s", ", ".join(changed))
+
+
 def sampling_of(config: TrainConfig) -> Sampling:
     """Return how batches are drawn under this config."""
     return Sampling(
@@ -175,9 +195,7 @@ def tokens_per_iter(config: TrainConfig) -> int:
 def wrap(net: nn.Module, world: World) -> DistributedDataParallel:
     """Average gradients over ranks; the weights are equal already, so nothing is broadcast."""
     device_ids = [world.device.index] if world.device.type == "cuda" else None
-    return DistributedDataParallel(
-        net, device_ids=device_ids, gradient_as_bucket_view=True, broadcast_buffers=False, init_sync=False
-    )
+    return DistributedDataParallel(net, device_ids=device_ids, gradient_as_bucket_view=True, init_sync=False)
 
 
 def warm_up(ddp: DistributedDataParallel, data: Dataset, config: TrainConfig, world: World) -> None:
@@ -252,9 +270,17 @@ def to_device(batch: tuple[Tensor, Tensor], device: torch.device) -> tuple[Tenso
 
 
 def _beginning(config: TrainConfig, world: World, state: TrainState) -> Record:
-    return {"kind": "begin", "iter": state.iter_num, "max_iters": config.max_iters, "from": state.resumed_from,
-            "num_params": state.model.get_num_params(), "tokens_per_iter": tokens_per_iter(config),
-            "world_size": world.size, "device": str(world.device), "dtype": config.dtype}  # fmt: skip
+    return {
+        "kind": "begin",
+        "iter": state.iter_num,
+        "max_iters": config.max_iters,
+        "from": state.resumed_from.name if state.resumed_from else None,
+        "num_params": state.model.get_num_params(),
+        "tokens_per_iter": tokens_per_iter(config),
+        "world_size": world.size,
+        "device": str(world.device),
+        "dtype": config.dtype,
+    }
 
 
 def main() -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import os
+import platform
 import shutil
 from dataclasses import replace
 from typing import Any
@@ -51,10 +52,12 @@ def pin(config: TrainConfig) -> None:
     torch.backends.cudnn.allow_tf32 = True
 
 
-def environment(config: TrainConfig, device: torch.device) -> dict[str, Any]:
+def environment(config: TrainConfig, world: World, data_fingerprint: str) -> dict[str, Any]:
     """Return what else decides the bits, to be stored with every checkpoint."""
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+    name = torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else platform.machine()
     return {
+        "world_size": world.size,
+        "data": data_fingerprint,
         "torch": torch.__version__,
         "device_name": name,
         "dtype": config.dtype,
@@ -71,7 +74,7 @@ def process_group_backend(config: TrainConfig) -> str:
 def plain_world(config: TrainConfig) -> World:
     """Join the other processes if `torchrun` started this one, else be a world of one; config is resolved."""
     if "RANK" not in os.environ:
-        return World(device=torch.device(config.device))
+        return World(device=torch.device(config.device), attempt=new_attempt())
     dist.init_process_group(process_group_backend(config))
     local = int(os.environ["LOCAL_RANK"])
     world = World(dist.get_rank(), dist.get_world_size(), local_device(config, local))

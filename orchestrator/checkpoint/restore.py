@@ -34,7 +34,7 @@ def begin(config: TrainConfig, world: World, store: CheckpointStore, scratch_arg
     for checkpoint in _offered(world, store):
         state = _build(config, {**checkpoint.state["model_args"], "dropout": config.dropout}, world)
         if _fill_from_store(state, checkpoint, world, store):
-            state.resumed_from = checkpoint.name
+            state.resumed_from = checkpoint
             return state
     if config.init_from == "scratch":
         return _build(config, scratch_args, world)

@@ -29,7 +29,7 @@ def save(
     parts = world.gather_json(_write_mine(snapshot, world, store, name))
     failed = [f"rank {rank}: {part['error']}" for rank, part in enumerate(parts) if "error" in part]
     if not failed and world.is_main:
-        failed = _announce(snapshot, store, name, parts, {**environment, "world_size": world.size})
+        failed = _announce(snapshot, store, name, parts, environment)
     failed = world.broadcast_json(failed)
     if failed and world.is_main:
         logger.warning("checkpoint %s was not saved: %s", name, "; ".join(failed))

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from model import GPT
 from orchestrator.checkpoint.snapshot import ParamGroup, Snapshot
+from orchestrator.checkpoint.store import Checkpoint
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -25,7 +26,7 @@ class TrainState:
     config: dict[str, Any]
     iter_num: int = 0
     best_val_loss: float = 1e9
-    resumed_from: str | None = None  # the checkpoint of this run that filled it
+    resumed_from: Checkpoint | None = None  # the checkpoint of this run that filled it
 
 
 def capture(state: TrainState, val_loss: float | None = None) -> Snapshot:

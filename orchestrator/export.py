@@ -1,0 +1,51 @@
+"""Write a run's state in a format that other programs read."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from fsspec.core import url_to_fs
+
+from orchestrator.checkpoint.huggingface import write_huggingface
+from orchestrator.checkpoint.nanogpt import write_nanogpt
+from orchestrator.checkpoint.store import CheckpointStore
+from orchestrator.config import nearest
+from orchestrator.data.tokenizers import tokenizer_from_json
+from orchestrator.errors import ConfigError
+
+FORMATS = ("nanogpt", "hf")
+
+
+@dataclass(frozen=True)
+class ExportConfig:
+    """What to write, and where."""
+
+    out_dir: str = "out"  # the run
+    format: str = "nanogpt"  # nanogpt: a ckpt.pt for nanoGPT's train.py and sample.py; hf: a Hugging Face folder
+    to: str = ""  # the file (nanogpt) or folder (hf) to write, a path or URL
+    checkpoint: str = "auto"  # best, latest, a name, or auto: the best if the run has always_save_checkpoint=False
+    overwrite: bool = False  # write even if something is there
+
+
+def export(config: ExportConfig) -> str:
+    """Write the state and return a line that says what was written.
+
+    Raises:
+        UserError: the format is unknown, there is no such state, or the target exists or cannot be written.
+    """
+    if config.format not in FORMATS:
+        raise ConfigError(f"format={config.format!r} is none of {', '.join(FORMATS)}{nearest(config.format, FORMATS)}")
+    if not config.to:
+        raise ConfigError("--to is missing: the " + ("file" if config.format == "nanogpt" else "folder") + " to write")
+    fs, path = url_to_fs(config.to)
+    if fs.exists(path) and not config.overwrite:
+        raise ConfigError(f"{config.to} exists: give another --to, or --overwrite=True")
+    store = CheckpointStore(config.out_dir)
+    checkpoint = store.select(config.checkpoint)
+    snapshot = store.read(checkpoint, model_only=config.format == "hf")
+    if config.format == "nanogpt":
+        write_nanogpt(snapshot, config.to)
+    else:
+        saved = snapshot.config.get("tokenizer")
+        write_huggingface(snapshot, config.to, tokenizer_from_json(saved) if saved else None)
+    return f"wrote {checkpoint.name} (iteration {checkpoint.iter_num}) to {config.to}"

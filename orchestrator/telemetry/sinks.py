@@ -1,0 +1,198 @@
+"""Where records go besides the run's folder: TensorBoard and Weights & Biases, each an optional extra.
+
+A sink that fails is dropped with one warning: no sink ends a training run. Knows neither the loop nor its settings.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable
+from typing import Any, Protocol
+
+from fsspec.implementations.local import LocalFileSystem
+
+from orchestrator.errors import ConfigError, UserError
+from orchestrator.telemetry.metrics import MetricsLog, Record, locate
+
+logger = logging.getLogger(__name__)
+
+# Source: nanoGPT, train.py, the keys of wandb.log
+_NANOGPT_KEYS = {"train_loss": "train/loss", "val_loss": "val/loss", "lr": "lr", "mfu": "mfu"}
+_WANDB_INIT_TIMEOUT_S = 30.0
+
+
+class Sink(Protocol):
+    """Takes records such as {"kind": "eval", "iter": 250, "train_loss": 2.1, "val_loss": 2.3, "lr": 1e-3}."""
+
+    def write(self, record: Record) -> None:
+        """Take a record."""
+
+    def flush(self) -> None:
+        """Hand on what was taken."""
+
+    def close(self) -> None:
+        """Hand on what was taken, and end."""
+
+
+class Sinks:
+    """Several sinks as one; one that raises is warned about, closed and left out from then on."""
+
+    def __init__(self, sinks: list[Sink]) -> None:
+        self._sinks = list(sinks)
+
+    def write(self, record: Record) -> None:
+        """Pass a record to every sink."""
+        self._each(lambda sink: sink.write(record))
+
+    def flush(self) -> None:
+        """Flush every sink."""
+        self._each(lambda sink: sink.flush())
+
+    def close(self) -> None:
+        """Close every sink; later records go nowhere."""
+        self._each(lambda sink: sink.close())
+        self._sinks = []
+
+    def _each(self, act: Callable[[Sink], None]) -> None:
+        for sink in list(self._sinks):
+            try:
+                act(sink)
+            except Exception as error:  # network, full disk, whatever: training goes on
+                self._sinks.remove(sink)
+                _warn_dropped(type(sink).__name__, error)
+
+
+class TensorBoardSink:
+    """Scalars in out_dir/tensorboard. On resume, what an earlier attempt computed beyond start_iter is hidden.
+
+    Raises:
+        ConfigError: tensorboard is not installed.
+    """
+
+    def __init__(self, out_dir: str, start_iter: int) -> None:
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError as error:
+            raise ConfigError(_missing("tensorboard", "tensorboard_log")) from error
+        # start_iter itself was evaluated before its checkpoint was written, and is not evaluated again.
+        purge_step = start_iter + 1 if start_iter else None
+        make: Any = SummaryWriter
+        self._writer = make(f"{out_dir.rstrip('/')}/tensorboard", purge_step=purge_step)
+
+    def write(self, record: Record) -> None:
+        for name, value in scalars(record).items():
+            self._writer.add_scalar(name, value, record["iter"])
+
+    def flush(self) -> None:
+        self._writer.flush()
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+class WandbSink:
+    """nanoGPT's charts in Weights & Biases; a run's later attempts continue its W&B run.
+
+    Raises:
+        ConfigError: wandb is not installed.
+    """
+
+    def __init__(
+        self, out_dir: str, project: str, run_name: str, config: Record, storage_options: Record | None = None
+    ) -> None:
+        try:
+            import wandb
+        except ImportError as error:
+            raise ConfigError(_missing("wandb", "wandb_log")) from error
+        fs, root = locate(out_dir, storage_options)
+        self._run = wandb.init(
+            project=project,
+            name=run_name,
+            id=_run_id(fs, root),
+            resume="allow",
+            config=config,
+            dir=root if isinstance(fs, LocalFileSystem) else None,  # offline runs lie with the run, ready for a sync
+            settings=wandb.Settings(init_timeout=_WANDB_INIT_TIMEOUT_S),
+        )
+        # Iterations computed again after a restart come as new W&B steps: charts go by iteration.
+        self._run.define_metric("*", step_metric="iter")
+
+    def write(self, record: Record) -> None:
+        if values := scalars(record):
+            self._run.log({"iter": record["iter"], **values})
+
+    def flush(self) -> None:
+        pass  # wandb sends from a process of its own
+
+    def close(self) -> None:
+        self._run.finish()
+
+
+def open_sinks(
+    *,
+    out_dir: str,
+    attempt: str,
+    start_iter: int,
+    wandb_log: bool = False,
+    wandb_project: str = "owt",
+    wandb_run_name: str = "gpt2",
+    tensorboard_log: bool = False,
+    config: Record | None = None,
+    storage_options: Record | None = None,
+) -> Sinks:
+    """Open the metrics file of a run and the sinks that its settings ask for. Call it on rank 0 only.
+
+    Raises:
+        ConfigError: a sink is asked for whose package is not installed.
+    """
+    openers: list[Callable[[], Sink]] = [lambda: MetricsLog(out_dir, attempt, storage_options=storage_options)]
+    if tensorboard_log:
+        openers.append(lambda: TensorBoardSink(out_dir, start_iter))
+    if wandb_log:
+        openers.append(lambda: WandbSink(out_dir, wandb_project, wandb_run_name, config or {}, storage_options))
+    sinks = []
+    for opener in openers:
+        try:
+            sinks.append(opener())
+        except UserError:
+            raise
+        except Exception as error:  # no network, no account, a full disk: training goes on
+            _warn_dropped("a sink", error)
+    return Sinks(sinks)
+
+
+def scalars(record: Record) -> dict[str, float]:
+    """Return a record's numbers under the names that charts have: nanoGPT's for an evaluation, else `kind/key`.
+
+    mfu is a fraction in records and percent in charts, as in nanoGPT; below 0 it is not known yet and left out.
+    """
+    kind = record["kind"]
+    values = {key: x for key, x in record.items() if type(x) in (int, float) and key not in ("iter", "time")}
+    if "mfu" in values:
+        mfu = values.pop("mfu")
+        values |= {"mfu": mfu * 100} if mfu >= 0 else {}
+    return {_NANOGPT_KEYS.get(key, key) if kind == "eval" else f"{kind}/{key}": x for key, x in values.items()}
+
+
+def _run_id(fs: Any, root: str) -> str:
+    """Return the W&B id that lies in the run's folder, a new one at the first start.
+
+    It is kept, not computed from out_dir and name: a folder that was emptied and begun anew is another run.
+    """
+    path = f"{root.rstrip('/')}/wandb_run_id"
+    try:
+        return str(fs.cat_file(path).decode().strip())
+    except FileNotFoundError:
+        run_id = os.urandom(8).hex()
+        fs.makedirs(root, exist_ok=True)
+        fs.pipe_file(path, run_id.encode())
+        return run_id
+
+
+def _warn_dropped(name: str, error: Exception) -> None:
+    logger.warning("%s is left out from now on (%s: %s); training goes on", name, type(error).__name__, error)
+
+
+def _missing(extra: str, key: str) -> str:
+    return f"{key}=True needs a package: pip install 'nanogpt-orchestrator[{extra}]'"
