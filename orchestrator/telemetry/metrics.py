@@ -3,8 +3,8 @@
     <out_dir>/metrics.jsonl                        on a disk: appended to, a line per record
              /metrics-<iter>-<attempt>.jsonl       on an object store, which cannot append: parts
 
-A record has a `kind` (step, eval, checkpoint, ...), its `iter`, the `attempt` that computed it and its `time` in seconds
-since 1970. Losing metrics must never end or hold up a training run. Knows no model and no other sink (`sinks.py`).
+A record has a `kind` (step, eval, checkpoint, ...), its `iter`, the `attempt` that computed it and its `time` (seconds
+since 1970). Losing metrics must never end or hold up a training run. Knows no model and no other sink (`sinks.py`).
 """
 
 from __future__ import annotations
@@ -57,6 +57,7 @@ class MetricsLog:
         self._flush_interval_s, self._close_timeout_s = flush_interval_s, close_timeout_s
         self._clock = clock
         self._flushed_at = clock()
+        self._iter = 0
         self._lines: list[tuple[int, str]] = []  # (iter, line) not stored yet; the upload thread only removes from it
         self._lock = threading.Lock()
         self._upload: threading.Thread | None = None
@@ -64,11 +65,12 @@ class MetricsLog:
         self._is_failing = False
 
     def write(self, record: Record) -> None:
-        """Keep a record; on a disk it is there when this returns."""
+        """Keep a record; on a disk it is there when this returns. Without `iter` it belongs to the one before."""
         now = self._clock()
-        line = to_line({**record, "attempt": self._attempt, "time": now})
+        self._iter = int(record.get("iter", self._iter))
+        line = to_line({"iter": self._iter, "attempt": self._attempt, "time": now, **record})
         with self._lock:
-            self._lines.append((int(record["iter"]), line))
+            self._lines.append((self._iter, line))
         if self._is_local or now - self._flushed_at >= self._flush_interval_s:
             self.flush()
 

@@ -36,7 +36,7 @@ class Sink(Protocol):
 
 
 class Sinks:
-    """Several sinks as one; one that raises is warned about, closed and left out from then on."""
+    """Several sinks as one; one that raises is warned about and left out from then on."""
 
     def __init__(self, sinks: list[Sink]) -> None:
         self._sinks = list(sinks)
@@ -64,31 +64,37 @@ class Sinks:
 
 
 class TensorBoardSink:
-    """Scalars in out_dir/tensorboard. On resume, what an earlier attempt computed beyond start_iter is hidden.
+    """Scalars in out_dir/tensorboard. What an earlier attempt computed beyond the first record's iteration is hidden.
 
     Raises:
         ConfigError: tensorboard is not installed.
     """
 
-    def __init__(self, out_dir: str, start_iter: int) -> None:
+    def __init__(self, out_dir: str) -> None:
         try:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError as error:
             raise ConfigError(_missing("tensorboard", "tensorboard_log")) from error
-        # start_iter itself was evaluated before its checkpoint was written, and is not evaluated again.
-        purge_step = start_iter + 1 if start_iter else None
-        make: Any = SummaryWriter
-        self._writer = make(f"{out_dir.rstrip('/')}/tensorboard", purge_step=purge_step)
+        self._make: Any = SummaryWriter
+        self._folder = f"{out_dir.rstrip('/')}/tensorboard"
+        self._writer: Any = None
 
     def write(self, record: Record) -> None:
+        if "iter" not in record:
+            return
+        if self._writer is None:
+            # The iteration resumed from was evaluated before its checkpoint was written, and is not evaluated again.
+            self._writer = self._make(self._folder, purge_step=record["iter"] + 1 if record["iter"] else None)
         for name, value in scalars(record).items():
             self._writer.add_scalar(name, value, record["iter"])
 
     def flush(self) -> None:
-        self._writer.flush()
+        if self._writer:
+            self._writer.flush()
 
     def close(self) -> None:
-        self._writer.close()
+        if self._writer:
+            self._writer.close()
 
 
 class WandbSink:
@@ -102,18 +108,18 @@ class WandbSink:
         self, out_dir: str, project: str, run_name: str, config: Record, storage_options: Record | None = None
     ) -> None:
         try:
-            import wandb
+            from wandb import Settings, init  # by name: a folder ./wandb of old runs would pass as the module
         except ImportError as error:
             raise ConfigError(_missing("wandb", "wandb_log")) from error
         fs, root = locate(out_dir, storage_options)
-        self._run = wandb.init(
+        self._run = init(
             project=project,
             name=run_name,
             id=_run_id(fs, root),
             resume="allow",
             config=config,
             dir=root if isinstance(fs, LocalFileSystem) else None,  # offline runs lie with the run, ready for a sync
-            settings=wandb.Settings(init_timeout=_WANDB_INIT_TIMEOUT_S),
+            settings=Settings(init_timeout=_WANDB_INIT_TIMEOUT_S),
         )
         # Iterations computed again after a restart come as new W&B steps: charts go by iteration.
         self._run.define_metric("*", step_metric="iter")
@@ -133,7 +139,6 @@ def open_sinks(
     *,
     out_dir: str,
     attempt: str,
-    start_iter: int,
     wandb_log: bool = False,
     wandb_project: str = "owt",
     wandb_run_name: str = "gpt2",
@@ -148,7 +153,7 @@ def open_sinks(
     """
     openers: list[Callable[[], Sink]] = [lambda: MetricsLog(out_dir, attempt, storage_options=storage_options)]
     if tensorboard_log:
-        openers.append(lambda: TensorBoardSink(out_dir, start_iter))
+        openers.append(lambda: TensorBoardSink(out_dir))
     if wandb_log:
         openers.append(lambda: WandbSink(out_dir, wandb_project, wandb_run_name, config or {}, storage_options))
     sinks = []
@@ -168,6 +173,8 @@ def scalars(record: Record) -> dict[str, float]:
     mfu is a fraction in records and percent in charts, as in nanoGPT; below 0 it is not known yet and left out.
     """
     kind = record["kind"]
+    if kind not in ("step", "eval", "checkpoint"):
+        return {}
     values = {key: x for key, x in record.items() if type(x) in (int, float) and key not in ("iter", "time")}
     if "mfu" in values:
         mfu = values.pop("mfu")

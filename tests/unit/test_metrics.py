@@ -1,0 +1,330 @@
+"""Metrics: what is written is read again, whatever was cut off; no sink ends a run."""
+
+import json
+import logging
+import sys
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+from fsspec.implementations.memory import MemoryFileSystem
+
+from orchestrator.errors import CheckpointError, ConfigError
+from orchestrator.telemetry.metrics import MetricsLog, read_metrics, to_line
+from orchestrator.telemetry.sinks import Sinks, TensorBoardSink, WandbSink, open_sinks, scalars
+
+
+class Clock:
+    """Seconds that pass only when told to."""
+
+    def __init__(self) -> None:
+        self.now_s = 1000.0
+
+    def __call__(self) -> float:
+        return self.now_s
+
+
+def step(iter_num: int, loss: float = 1.0) -> dict[str, Any]:
+    return {"kind": "step", "iter": iter_num, "loss": loss, "lr": 1e-3, "dt_s": 0.5, "mfu": 0.25, "tokens_per_s": 9.0}
+
+
+def evaluation(iter_num: int, val_loss: float = 2.0) -> dict[str, Any]:
+    return {"kind": "eval", "iter": iter_num, "train_loss": 1.5, "val_loss": val_loss, "lr": 1e-3, "mfu": -1.0}
+
+
+@pytest.fixture
+def memory_dir(request: pytest.FixtureRequest) -> str:
+    return f"memory://metrics/{request.node.name}"
+
+
+def parts(url: str) -> list[str]:
+    fs = MemoryFileSystem()
+    return sorted(path.rsplit("/", 1)[-1] for path in fs.ls(url.removeprefix("memory:/"), detail=False))
+
+
+@pytest.fixture(params=["disk", "object store"])
+def out_dir(request: pytest.FixtureRequest, tmp_path: Path, memory_dir: str) -> str:
+    return str(tmp_path / "run") if request.param == "disk" else memory_dir
+
+
+def test_records_come_back_with_attempt_and_time(out_dir: str) -> None:
+    clock = Clock()
+    log = MetricsLog(out_dir, "a1", clock=clock)
+    records = [evaluation(0), step(0), {"kind": "checkpoint", "iter": 5, "name": "c5", "bytes": 10, "seconds": 0.5}]
+    for record in records:
+        clock.now_s += 1
+        log.write(record)
+    log.close()
+    times = [1001.0, 1002.0, 1003.0]
+    expected = [{**r, "attempt": "a1", "time": t} for r, t in zip(records, times, strict=True)]
+    assert read_metrics(out_dir) == expected
+
+
+def test_a_run_without_metrics_has_none(out_dir: str) -> None:
+    assert read_metrics(out_dir) == []
+
+
+def test_of_an_iteration_computed_twice_the_last_wins(out_dir: str) -> None:
+    clock = Clock()
+    for attempt, iters, loss in (("zz", range(6), 1.0), ("aa", range(3, 5), 2.0)):
+        log = MetricsLog(out_dir, attempt, clock=clock)
+        for i in iters:
+            clock.now_s += 1
+            log.write(step(i, loss))
+            log.write(evaluation(i))
+        log.write({"kind": "begin", "iter": iters[0]})
+        log.close()
+    records = read_metrics(out_dir)
+    steps = [(r["iter"], r["loss"], r["attempt"]) for r in records if r["kind"] == "step"]
+    assert steps == [(0, 1.0, "zz"), (1, 1.0, "zz"), (2, 1.0, "zz"), (3, 2.0, "aa"), (4, 2.0, "aa"), (5, 1.0, "zz")]
+    assert [r["iter"] for r in records if r["kind"] == "eval"] == list(range(6))
+    assert [r["attempt"] for r in records if r["kind"] == "begin"] == ["zz", "aa"]
+
+
+def test_a_line_on_a_disk_is_there_at_once(tmp_path: Path) -> None:
+    log = MetricsLog(str(tmp_path), "a")
+    log.write(step(1))
+    assert json.loads((tmp_path / "metrics.jsonl").read_text())["iter"] == 1
+
+
+def test_a_torn_line_is_left_out_and_does_not_swallow_the_next(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    MetricsLog(str(tmp_path), "a").write(step(1))
+    path = tmp_path / "metrics.jsonl"
+    path.write_text(path.read_text() + '{"kind": "step", "iter": 2, "lo')
+    MetricsLog(str(tmp_path), "b").write(step(2))
+    assert [(r["iter"], r["attempt"]) for r in read_metrics(str(tmp_path))] == [(1, "a"), (2, "b")]
+    assert "left out 1 cut off or damaged line" in caplog.text
+
+
+def test_an_object_store_gets_parts_by_time(memory_dir: str) -> None:
+    clock = Clock()
+    log = MetricsLog(memory_dir, "a", flush_interval_s=30.0, clock=clock)
+    log.write(step(7))
+    assert read_metrics(memory_dir) == []
+    clock.now_s += 30
+    log.write(step(8))
+    log.close()
+    assert parts(memory_dir) == ["metrics-00000007-a.jsonl"]
+    assert [r["iter"] for r in read_metrics(memory_dir)] == [7, 8]
+
+
+def test_a_part_grows_until_it_is_large(memory_dir: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("orchestrator.telemetry.metrics._PART_BYTES", len(to_line({**step(0), "attempt": "a"})) * 2)
+    log = MetricsLog(memory_dir, "a")
+    for i in (0, 1, 2, 3, 0, 1):  # back to 0: a rollback within the attempt
+        log.write(step(i))
+        log.close()
+    assert parts(memory_dir) == ["metrics-00000000-a-2.jsonl", "metrics-00000000-a.jsonl", "metrics-00000002-a.jsonl"]
+    assert [r["iter"] for r in read_metrics(memory_dir)] == [0, 1, 2, 3]
+
+
+def test_training_does_not_wait_for_a_slow_upload(memory_dir: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    is_open, has_begun = threading.Event(), threading.Event()
+    put = MemoryFileSystem.pipe_file
+
+    def slow_put(self: MemoryFileSystem, path: str, value: bytes) -> None:
+        has_begun.set()
+        assert is_open.wait(60)
+        put(self, path, value)
+
+    monkeypatch.setattr(MemoryFileSystem, "pipe_file", slow_put)
+    log = MetricsLog(memory_dir, "a", flush_interval_s=0.0)
+    log.write(step(0))
+    assert has_begun.wait(60)
+    log.write(step(1))  # returns although the upload of step 0 hangs
+    log.flush()
+    is_open.set()
+    log.close()
+    assert [r["iter"] for r in read_metrics(memory_dir)] == [0, 1]
+
+
+def test_close_gives_up_on_storage_that_hangs(memory_dir: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    is_open = threading.Event()
+    monkeypatch.setattr(MemoryFileSystem, "pipe_file", lambda *_: is_open.wait(60))
+    log = MetricsLog(memory_dir, "a", close_timeout_s=0.0)
+    log.write(step(0))
+    log.close()
+    is_open.set()
+
+
+def test_lines_wait_while_storage_fails(
+    out_dir: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    log = MetricsLog(out_dir, "a")
+
+    def fail(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as broken:
+        broken.setattr(MetricsLog, "_append", fail)
+        broken.setattr(MetricsLog, "_put", fail)
+        broken.setattr("orchestrator.telemetry.metrics._KEPT_LINES", 2)
+        for i in range(4):
+            log.write(step(i))
+            log.close()
+    log.write(step(4))
+    log.close()
+    assert [r["iter"] for r in read_metrics(out_dir)] == [2, 3, 4]
+    assert [r.levelname for r in caplog.records] == ["WARNING", "INFO"]
+    assert "No space left" in caplog.text
+
+
+def test_a_record_without_iteration_belongs_to_the_one_before(out_dir: str) -> None:
+    log = MetricsLog(out_dir, "a")
+    for record in ({"kind": "note"}, step(4), {"kind": "note"}):
+        log.write(record)
+    log.close()
+    assert [(r["kind"], r["iter"]) for r in read_metrics(out_dir)] == [("note", 0), ("step", 4), ("note", 4)]
+
+
+def test_lines_are_standard_json() -> None:
+    assert json.loads(to_line({"loss": float("nan"), "lr": float("inf"), "x": 1.5})) == {
+        "loss": None,
+        "lr": None,
+        "x": 1.5,
+    }
+
+
+def test_what_is_no_storage_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="nothing://run"):
+        MetricsLog("nothing://run", "a")
+    (tmp_path / "metrics.jsonl").mkdir()
+    with pytest.raises(CheckpointError, match="cannot be read"):
+        read_metrics(str(tmp_path))
+
+
+class Broken:
+    """A sink that fails at everything."""
+
+    def __init__(self) -> None:
+        self.calls = 0
+
+    def write(self, record: dict[str, Any]) -> None:
+        self.calls += 1
+        raise ConnectionError(f"no route at {record['iter']}")
+
+    def flush(self) -> None:
+        raise ConnectionError
+
+    def close(self) -> None:
+        raise ConnectionError
+
+
+class Kept:
+    """A sink that remembers what it was told."""
+
+    def __init__(self) -> None:
+        self.told: list[Any] = []
+
+    def write(self, record: dict[str, Any]) -> None:
+        self.told.append(record["iter"])
+
+    def flush(self) -> None:
+        self.told.append("flush")
+
+    def close(self) -> None:
+        self.told.append("close")
+
+
+def test_a_failing_sink_is_dropped_with_one_warning(caplog: pytest.LogCaptureFixture) -> None:
+    broken, kept = Broken(), Kept()
+    sinks = Sinks([broken, kept])
+    for i in range(3):
+        sinks.write(step(i))
+    sinks.flush()
+    sinks.close()
+    sinks.write(step(9))
+    assert broken.calls == 1
+    assert kept.told == [0, 1, 2, "flush", "close"]
+    assert [r.getMessage() for r in caplog.records] == [
+        "Broken is left out from now on (ConnectionError: no route at 0); training goes on"
+    ]
+
+
+def test_charts_have_nanogpts_names() -> None:
+    assert scalars({**evaluation(5), "mfu": 0.4, "attempt": "a", "time": 3.0}) == {
+        "train/loss": 1.5,
+        "val/loss": 2.0,
+        "lr": 1e-3,
+        "mfu": 40.0,
+    }
+    assert scalars(evaluation(5)).keys() == {"train/loss", "val/loss", "lr"}
+    assert scalars(step(1))["step/mfu"] == 25.0
+    assert scalars({"kind": "checkpoint", "iter": 1, "name": "c", "bytes": 3, "seconds": 0.5}) == {
+        "checkpoint/bytes": 3,
+        "checkpoint/seconds": 0.5,
+    }
+
+
+def test_open_sinks_writes_the_metrics_file(tmp_path: Path) -> None:
+    sinks = open_sinks(out_dir=str(tmp_path), attempt="a")
+    sinks.write(step(3))
+    sinks.close()
+    assert [p.name for p in tmp_path.iterdir()] == ["metrics.jsonl"]
+
+
+@pytest.mark.parametrize(
+    ("module", "setting", "extra"),
+    [("torch.utils.tensorboard", "tensorboard_log", "tensorboard"), ("wandb", "wandb_log", "wandb")],
+)
+def test_a_missing_package_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, module: str, setting: str, extra: str
+) -> None:
+    monkeypatch.setitem(sys.modules, module, None)
+    settings: dict[str, Any] = {setting: True}
+    with pytest.raises(ConfigError, match=rf"{setting}=True.*pip install 'nanogpt-orchestrator\[{extra}\]'"):
+        open_sinks(out_dir=str(tmp_path), attempt="a", **settings)
+
+
+def test_a_sink_that_cannot_open_is_left_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail(*_: Any) -> None:
+        raise OSError("disk full")
+
+    monkeypatch.setattr(TensorBoardSink, "__init__", fail)
+    sinks = open_sinks(out_dir=str(tmp_path), attempt="a", tensorboard_log=True)
+    sinks.write(step(1))
+    assert len(read_metrics(str(tmp_path))) == 1
+    assert "disk full" in caplog.text
+
+
+def test_tensorboard_shows_each_iteration_once_after_a_restart(tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    for start, stop, loss in ((0, 5, 1.0), (3, 8, 2.0)):
+        sink = TensorBoardSink(str(tmp_path))
+        sink.write({"kind": "note", "text": "not an iteration's"})
+        sink.write({"kind": "begin", "iter": start})
+        if start == 0:
+            sink.write(evaluation(3, val_loss=2.5))
+        for i in range(start, stop):
+            sink.write(step(i, loss))
+        sink.flush()
+        sink.close()
+    charts = EventAccumulator(str(tmp_path / "tensorboard"))
+    charts.Reload()
+    points = {event.step: event.value for event in charts.Scalars("step/loss")}
+    assert points == {0: 1.0, 1: 1.0, 2: 1.0, 3: 2.0, 4: 2.0, 5: 2.0, 6: 2.0, 7: 2.0}
+    assert [event.step for event in charts.Scalars("val/loss")] == [3]  # the state resumed from was evaluated before
+
+
+def test_wandb_offline_continues_the_same_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("wandb")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    ids = []
+    for _ in range(2):
+        sink = WandbSink(str(tmp_path), "owt", "mini", {"n_layer": 2})
+        ids.append((sink._run.id, sink._run.project, sink._run.name, dict(sink._run.config)))
+        sink.write({"kind": "begin", "iter": 0})
+        sink.write(evaluation(5))
+        sink.flush()
+        sink.close()
+    assert ids[0] == ids[1] == ((tmp_path / "wandb_run_id").read_text(), "owt", "mini", {"n_layer": 2})
+    assert len(list((tmp_path / "wandb").glob("offline-run-*"))) >= 1
