@@ -113,10 +113,14 @@ def _cluster() -> Iterator[bool]:
 
 
 def _join_or_start() -> bool:
+    """Join the cluster at RAY_ADDRESS or the one that runs on this machine, else start one; return whether it did."""
+    address = os.environ.get("RAY_ADDRESS", "auto")
     try:
-        ray.init(address="auto", logging_level=logging.WARNING)
+        if address == "local":  # Ray's word for: a new one in any case
+            raise ConnectionError
+        ray.init(address=address, logging_level=logging.WARNING)
     except ConnectionError:
-        if address := os.environ.get("RAY_ADDRESS"):
+        if address not in ("auto", "local"):
             raise ConfigError(f"RAY_ADDRESS={address}: no Ray cluster answers there") from None
         ray.init(
             address="local",

@@ -10,7 +10,7 @@ from dataclasses import asdict
 from typing import Any
 
 from orchestrator.config import TrainConfig
-from orchestrator.telemetry.sinks import open_sinks
+from orchestrator.telemetry.sinks import Sinks, open_sinks
 from orchestrator.world import World
 
 Record = dict[str, Any]
@@ -25,22 +25,20 @@ def open_telemetry(
     Raises:
         ConfigError: on all ranks, if W&B or TensorBoard is asked for and not installed.
     """
-    sinks = world.together(lambda: _open(config, world) if world.is_main else [])
+    sinks = world.together(lambda: _open(config, world) if world.is_main else Sinks([]))
 
     def tell(record: Record) -> None:
         stamped = {**record, "attempt": world.attempt, "time": time.time()}
         show(stamped)
-        for sink in sinks:
-            sink.write(stamped)
+        sinks.write(stamped)
 
     try:
         yield tell
     finally:
-        for sink in sinks:
-            sink.close()
+        sinks.close()
 
 
-def _open(config: TrainConfig, world: World) -> list[Any]:
+def _open(config: TrainConfig, world: World) -> Sinks:
     return open_sinks(
         out_dir=config.out_dir,
         attempt=world.attempt,
