@@ -6,6 +6,7 @@ Names and layout are `model/huggingface.py`'s. Nothing here knows a live model; 
 from __future__ import annotations
 
 import json
+import logging
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -14,9 +15,12 @@ from safetensors.torch import save_file
 
 from model import GPTConfig, huggingface_config, to_huggingface
 from orchestrator.checkpoint.snapshot import Snapshot
-from orchestrator.checkpoint.transfer import delivered
-from orchestrator.data.tokenizers import GPT2Tokenizer, Tokenizer
-from orchestrator.errors import CheckpointError
+from orchestrator.checkpoint.transfer import delivered, exists, fetched
+from orchestrator.data.gpt2_vocabulary import load_gpt2_encoding
+from orchestrator.data.tokenizers import GPT2Tokenizer, Tokenizer, tokenizer_from_json
+from orchestrator.errors import CheckpointError, DataError
+
+logger = logging.getLogger(__name__)
 
 CHAR_TOKENIZER_FILE = "char_tokenizer.json"  # ours: transformers has no tokenizer of single characters
 
@@ -35,7 +39,6 @@ def write_huggingface(
 
     Raises:
         CheckpointError: the snapshot is no GPT, or a file cannot be written.
-        DataError: the tokenizer is GPT-2's, and its vocabulary cannot be had on this machine.
     """
     folder = str(folder_or_url).rstrip("/")
     try:
@@ -56,6 +59,25 @@ def write_huggingface(
             scratch_file.write_text(text, encoding="utf-8")
 
 
+def read_char_tokenizer(
+    folder_or_url: str | Path, *, storage_options: dict[str, Any] | None = None
+) -> Tokenizer | None:
+    """Return the tokenizer of characters that `write_huggingface` left in a folder, None where there is none.
+
+    Raises:
+        CheckpointError: the storage cannot be reached.
+        DataError: the file is damaged.
+    """
+    path = f"{str(folder_or_url).rstrip('/')}/{CHAR_TOKENIZER_FILE}"
+    if not exists(path, storage_options):
+        return None
+    with fetched(path, storage_options) as file:
+        try:
+            return tokenizer_from_json(json.loads(file.read_bytes()))
+        except ValueError as error:
+            raise DataError(f"{path} is damaged: {error}; export the model again") from None
+
+
 def _json(value: Any) -> str:
     return json.dumps(value, indent=2, ensure_ascii=False) + "\n"
 
@@ -65,10 +87,11 @@ def _tokenizer_files(tokenizer: Tokenizer | None, block_size: int) -> dict[str, 
         return {}
     if not isinstance(tokenizer, GPT2Tokenizer):
         return {CHAR_TOKENIZER_FILE: _json(tokenizer.to_json())}
-    # Imported here: its vocabulary is 50,257 entries that only this export needs.
-    from orchestrator.data.gpt2_vocabulary import load_gpt2_encoding
-
-    encoding = load_gpt2_encoding()
+    try:
+        encoding = load_gpt2_encoding()
+    except DataError as error:  # the weights are what was asked for
+        logger.warning("exported without tokenizer files: %s", error)
+        return {}
     end_of_text = "<|endoftext|>"
     words = [encoding.decode_single_token_bytes(token) for token in range(encoding.n_vocab - 1)]
     vocabulary = {_printable(word): token for token, word in enumerate(words)} | {end_of_text: encoding.n_vocab - 1}

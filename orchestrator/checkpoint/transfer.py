@@ -18,6 +18,19 @@ from fsspec.implementations.local import LocalFileSystem
 from orchestrator.errors import CheckpointError
 
 
+def exists(url: str, storage_options: dict[str, Any] | None = None) -> bool:
+    """Return whether there is a file or folder.
+
+    Raises:
+        CheckpointError: storage that cannot be reached.
+    """
+    fs, path = _locate(url, storage_options)
+    try:
+        return bool(fs.exists(path))
+    except Exception as error:  # every storage library has exceptions of its own
+        raise CheckpointError(f"{url} cannot be looked for: {type(error).__name__}: {error}") from error
+
+
 @contextmanager
 def fetched(url: str, storage_options: dict[str, Any] | None = None) -> Iterator[Path]:
     """Lend a file as one on this machine: itself where it is local, else a copy that is deleted afterwards.

@@ -122,6 +122,21 @@ def open_token_files(data_dir: str | Path, name: str) -> TokenFiles:
     return TokenFiles(folder, splits, None, None, GPT2Tokenizer())  # as nanoGPT assumes where there is no meta
 
 
+def read_tokenizer(data_dir: str | Path, name: str) -> Tokenizer | None:
+    """Return the tokenizer of the dataset folder `data_dir/name`, whose token files need not be there.
+
+    None where its meta does not tell it; GPT-2's where there is no meta, as nanoGPT assumes.
+
+    Raises:
+        DataError: the meta is damaged or of another version.
+    """
+    folder = Path(data_dir) / name
+    if (meta := read_meta(folder)) is not None:
+        return tokenizer_from_json(meta.tokenizer)
+    path = folder / "meta.pkl"
+    return _nanogpt_tokenizer(path, read_nanogpt_meta(path)) if path.exists() else GPT2Tokenizer()
+
+
 def read_meta(folder: Path) -> Meta | None:
     """Return what a folder's meta.json says, None where there is no such file.
 

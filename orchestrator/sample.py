@@ -1,0 +1,242 @@
+"""Print text from a model as it is drawn: nanoGPT's sample.py, for a run, a ckpt.pt, Hugging Face folders and GPT-2.
+
+Knows no Ray and nothing of training.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+import sys
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, TextIO
+
+import torch
+
+from model import GPT, GPTConfig, PretrainedError
+from orchestrator.checkpoint.huggingface import read_char_tokenizer
+from orchestrator.checkpoint.nanogpt import read_nanogpt
+from orchestrator.checkpoint.snapshot import Snapshot
+from orchestrator.checkpoint.store import CheckpointStore
+from orchestrator.checkpoint.transfer import exists
+from orchestrator.config import GPT2_NAMES, nearest
+from orchestrator.data.token_files import read_tokenizer
+from orchestrator.data.tokenizers import GPT2Tokenizer, Tokenizer, tokenizer_from_json
+from orchestrator.errors import CheckpointError, ConfigError, DataError
+
+logger = logging.getLogger(__name__)
+
+SEPARATOR = "---------------"
+
+
+@dataclass(frozen=True)
+class SampleConfig:
+    """Which model to sample from, and how; the first block is nanoGPT's."""
+
+    init_from: str = "resume"  # resume: the run in out_dir; or gpt2, gpt2-xl, ..., a ckpt.pt, a Hugging Face folder
+    out_dir: str = "out"  # the run's folder, a path or URL; nanoGPT's, with a ckpt.pt, as well
+    start: str = "\n"  # the prompt, or FILE:prompt.txt
+    num_samples: int = 10  # samples to draw
+    max_new_tokens: int = 500  # tokens in each
+    temperature: float = 0.8  # below 1 less random, above 1 more, 0 always the likeliest token
+    top_k: int = 200  # draw from the k likeliest tokens only
+    seed: int = 1337  # of the draws
+    device: str = "cuda"  # cuda, cuda:1, cpu; where no GPU is: cpu
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # on a GPU; auto: bfloat16 where it has it
+    compile: bool = False  # torch.compile the model: slower to begin, then faster
+
+    checkpoint: str = "auto"  # of a run: best, latest, a name; auto: the best if it has always_save_checkpoint=False
+    data_dir: str = "data"  # where the dataset lies that tells the characters of a ckpt.pt
+
+
+def check(config: SampleConfig) -> SampleConfig:
+    """Return the config if every value is in range.
+
+    Raises:
+        ConfigError: naming the key, the value and what would be right.
+    """
+    for key, least in (("temperature", 0), ("top_k", 1), ("num_samples", 1), ("max_new_tokens", 1), ("seed", 0)):
+        value = getattr(config, key)
+        if not least <= value < float("inf"):
+            raise ConfigError(f"{key}={value!r} is out of range: {least} or more")
+    try:
+        torch.device(config.device)
+    except RuntimeError:
+        raise ConfigError(f"device={config.device!r} is no device; give cuda, cuda:<index> or cpu") from None
+    if _is_missing(config.init_from):
+        raise ConfigError(
+            f"init_from={config.init_from!r} is neither resume, {', '.join(GPT2_NAMES)} nor an existing ckpt.pt or "
+            f"Hugging Face folder{nearest(config.init_from, ('resume', *GPT2_NAMES))}"
+        )
+    return config
+
+
+def sample(config: SampleConfig, out: TextIO | None = None) -> None:
+    """Print num_samples samples to out (standard output), each token's text as soon as it is drawn.
+
+    On a CPU, the same ckpt.pt and seed give the text that nanoGPT's sample.py gives. Ctrl-C ends it.
+
+    Raises:
+        ConfigError, CheckpointError, DataError: a setting, the model or the prompt is not usable.
+    """
+    check(config)
+    device = _device(config)
+    torch.manual_seed(config.seed)
+    torch.cuda.manual_seed(config.seed)
+    model, tokenizer = load(config)
+    ids = _encode(config, tokenizer, model.config.vocab_size)
+
+    model.eval().to(device)
+    if config.compile and _can_compile(device):
+        model.compile()
+    with _autocast(config, device):
+        _print_samples(config, model, tokenizer, ids, device, out or sys.stdout)
+
+
+def load(config: SampleConfig) -> tuple[GPT, Tokenizer]:
+    """Return the model that the settings name, on the CPU, and its tokenizer.
+
+    Raises:
+        CheckpointError, DataError: the model or its tokenizer is missing or damaged.
+    """
+    source = config.init_from
+    if source != "resume" and not _is_nanogpt(source):
+        try:
+            model = GPT.from_pretrained(source)
+        except PretrainedError as error:
+            raise CheckpointError(f"init_from={source}: {error}") from error
+        return model, (None if source in GPT2_NAMES else read_char_tokenizer(source)) or GPT2Tokenizer()
+    snapshot = read_nanogpt(source, model_only=True) if source != "resume" else _read_run(config)
+    return build(snapshot), tokenizer_of(snapshot.config, config.data_dir)
+
+
+def _read_run(config: SampleConfig) -> Snapshot:
+    """Read a run's checkpoint; where it has none, nanoGPT's out_dir/ckpt.pt."""
+    store = CheckpointStore(config.out_dir)
+    nanogpt_file = f"{config.out_dir.rstrip('/')}/ckpt.pt"
+    if config.checkpoint == "auto" and next(store.newest_first(), None) is None and exists(nanogpt_file):
+        logger.info("sampling from %s", nanogpt_file)
+        return read_nanogpt(nanogpt_file, model_only=True)
+    checkpoint = store.select(config.checkpoint)
+    logger.info("sampling from %s in %s (iteration %d)", checkpoint.name, config.out_dir, checkpoint.iter_num)
+    return store.read(checkpoint, model_only=True)
+
+
+def build(snapshot: Snapshot) -> GPT:
+    """Return the model of a snapshot.
+
+    Raises:
+        CheckpointError: its model_args are no GPT's, or its tensors are not theirs.
+    """
+    try:
+        # Its weights are drawn before they are replaced, as in nanoGPT: after that, a seed draws the same text.
+        model = GPT(GPTConfig(**{**snapshot.model_args, "dropout": 0.0}))
+        model.load_state_dict({**snapshot.model, "lm_head.weight": snapshot.model["transformer.wte.weight"]})
+    except (TypeError, ValueError, KeyError, RuntimeError) as error:
+        raise CheckpointError(f"the checkpoint holds no GPT: {type(error).__name__}: {error}") from error
+    return model
+
+
+def tokenizer_of(run_config: dict[str, Any], data_dir: str) -> Tokenizer:
+    """Return the tokenizer that a run's config carries, else that of its dataset, else GPT-2's, as in nanoGPT.
+
+    Raises:
+        DataError: the dataset's meta tells the size of the vocabulary, but not what the ids mean.
+    """
+    if run_config.get("tokenizer"):
+        return tokenizer_from_json(run_config["tokenizer"])
+    name = str(run_config.get("dataset") or "")
+    tokenizer = read_tokenizer(data_dir, name) if name else GPT2Tokenizer()
+    if tokenizer is None:
+        raise DataError(f"{Path(data_dir, name)}: its meta.pkl has no itos, so token ids cannot be turned into text")
+    if isinstance(tokenizer, GPT2Tokenizer):
+        logger.info("tokenizer: GPT-2's (none with the model, no other in %s)", Path(data_dir, name))
+    return tokenizer
+
+
+def _encode(config: SampleConfig, tokenizer: Tokenizer, vocab_size: int) -> list[int]:
+    """Return the prompt's token ids."""
+    if tokenizer.vocab_size > vocab_size:
+        raise DataError(
+            f"the model has vocab_size={vocab_size}, but the tokenizer {tokenizer.vocab_size} tokens: the model was "
+            f"trained on another dataset than data_dir={config.data_dir} tells; give the --data_dir that has its meta"
+        )
+    prompt = _read_prompt(config.start)
+    try:
+        return list(tokenizer.encode(prompt, allow_special=True).tolist())
+    except DataError as error:
+        raise DataError(f"start={config.start!r}: {error}") from None
+
+
+def _read_prompt(start: str) -> str:
+    if not start.startswith("FILE:"):
+        text, where = start, "start"
+    else:
+        where = start.removeprefix("FILE:")
+        try:
+            text = Path(where).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigError(f"start={start!r}: {where} is not a readable text file: {error}") from None
+    if not text:
+        raise ConfigError(f"{where} is empty: the model needs something to go on from, for instance --start='\\n'")
+    return text
+
+
+def _print_samples(
+    config: SampleConfig, model: GPT, tokenizer: Tokenizer, ids: Sequence[int], device: torch.device, out: TextIO
+) -> None:
+    x = torch.tensor([ids], dtype=torch.long, device=device)  # (1, T)
+    try:
+        for _ in range(config.num_samples):
+            decoder = tokenizer.decoder()
+            _print(out, "".join(map(decoder.push, ids)))
+            for token in model.generate_stream(x, config.max_new_tokens, config.temperature, config.top_k):
+                _print(out, decoder.push(int(token)))
+            _print(out, f"{decoder.finish()}\n{SEPARATOR}\n")
+    except KeyboardInterrupt:
+        _print(out, "\n")
+    except BrokenPipeError:  # `... | head` has seen enough; Python would complain again when it closes the pipe
+        os.dup2(os.open(os.devnull, os.O_WRONLY), out.fileno())
+
+
+def _print(out: TextIO, text: str) -> None:
+    encoding = out.encoding or "utf-8"  # a terminal that lacks a character shows a question mark
+    out.write(text.encode(encoding, "replace").decode(encoding))
+    out.flush()
+
+
+def _is_nanogpt(source: str) -> bool:
+    return source.endswith((".pt", ".pth")) or Path(source).is_file()
+
+
+def _is_missing(source: str) -> bool:
+    return not (source in ("resume", *GPT2_NAMES) or "://" in source or Path(source).exists())
+
+
+def _device(config: SampleConfig) -> torch.device:
+    device = torch.device(config.device)
+    if device.type != "cuda" or torch.cuda.is_available():
+        return device
+    logger.info("no GPU here: device=cpu")
+    return torch.device("cpu")
+
+
+def _autocast(config: SampleConfig, device: torch.device) -> AbstractContextManager[Any]:
+    if device.type != "cuda":
+        return nullcontext()
+    best = "bfloat16" if torch.cuda.is_bf16_supported() else "float16"
+    dtype = getattr(torch, best if config.dtype == "auto" else config.dtype)
+    torch.backends.cuda.matmul.allow_tf32 = True
+    torch.backends.cudnn.allow_tf32 = True
+    return torch.autocast(device_type="cuda", dtype=dtype)
+
+
+def _can_compile(device: torch.device) -> bool:
+    if device.type == "cuda" or any(shutil.which(name) for name in ("g++", "clang++")):
+        return True
+    logger.warning("compile=True, but no C++ compiler is here: the model runs uncompiled")
+    return False
