@@ -7,6 +7,7 @@ it hands over arguments and tensors (`gpt.py` puts them together).
 from __future__ import annotations
 
 import json
+import pickle
 import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path, PurePosixPath
@@ -123,7 +124,10 @@ def _read_shards(index: Path, fetch: Fetch) -> dict[str, Tensor]:
 def _read_file(path: Path) -> dict[str, Tensor]:
     if path.suffix == ".safetensors":
         return load_file(path)
-    tensors: dict[str, Tensor] = torch.load(path, map_location="cpu", weights_only=True)
+    try:
+        tensors: dict[str, Tensor] = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError:  # PyTorch's own message advises to switch the protection off
+        raise ValueError("it holds more than tensors, or is no PyTorch file; convert it to safetensors") from None
     return tensors
 
 
