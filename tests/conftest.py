@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import asdict, replace
 from pathlib import Path
 
 os.environ.setdefault("RAY_AUTH_MODE", "disabled")  # or a local cluster writes a token into the home folder
@@ -11,6 +15,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 
+from orchestrator.checkpoint.snapshot import Snapshot
+from orchestrator.checkpoint.store import CheckpointStore
 from orchestrator.config import TrainConfig
 from orchestrator.data.prepare import PrepareConfig, prepare
 
@@ -53,3 +59,33 @@ def tiny(data_dir: str, tmp_path: Path) -> TrainConfig:
         compile=False,
         cpus_per_worker=0.5,
     )
+
+
+Undisturbed = Callable[[TrainConfig, int], Snapshot]
+
+
+@pytest.fixture(scope="session")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Undisturbed:
+    """The final state of a tiny run that nothing happens to, with torchrun instead of Ray, for any world size."""
+    known: dict[int, Snapshot] = {}
+
+    def final(config: TrainConfig, world_size: int) -> Snapshot:
+        if world_size not in known:
+            out_dir = str(tmp_path_factory.mktemp("undisturbed") / "run")
+            train_with_torchrun(replace(config, out_dir=out_dir), world_size)
+            known[world_size] = final_state(out_dir)
+        return known[world_size]
+
+    return final
+
+
+def train_with_torchrun(config: TrainConfig, world_size: int) -> None:
+    flags = [f"--{key}={value}" for key, value in asdict(config).items()]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={world_size}"]
+    done = subprocess.run([*command, "-m", "orchestrator.loop", *flags], timeout=120, capture_output=True, check=False)
+    assert done.returncode == 0, done.stderr.decode()
+
+
+def final_state(out_dir: str) -> Snapshot:
+    store = CheckpointStore(out_dir)
+    return store.read(store.select("latest"))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,6 +33,7 @@ class Fault:
         if not self.marker.exists():
             self.marker.write_text(f"{self.point} {self.iter_num} {self.rank}")
             os.kill(self.pid or os.getpid(), signal.SIGKILL)
+            time.sleep(60)  # a worker whose driver was killed does no further step: Ray ends it within a second
 
 
 def worker_with(*faults: Fault) -> Callable[[dict[str, Any]], dict[str, Any]]:

@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -17,18 +17,17 @@ import psutil
 import pytest
 import ray
 
-from orchestrator.checkpoint.snapshot import Snapshot, tensors_equal
+from orchestrator.checkpoint.snapshot import tensors_equal
 from orchestrator.checkpoint.store import CheckpointStore
 from orchestrator.config import TrainConfig
 from orchestrator.launch import launch
 from orchestrator.telemetry.metrics import read_metrics
 from tests.chaos.faults import Fault, worker_with
+from tests.conftest import Undisturbed, final_state
 
 pytestmark = pytest.mark.filterwarnings("default")  # Ray and its parts warn of themselves
 
 OWN_CLUSTER = {**os.environ, "RAY_ADDRESS": "local"}  # not the one of the tests beside it
-
-Undisturbed = Callable[[TrainConfig, int], Snapshot]
 
 
 @pytest.fixture(scope="module")
@@ -38,32 +37,6 @@ def cluster() -> Iterator[None]:
     )
     yield
     ray.shutdown()
-
-
-@pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Undisturbed:
-    """The final state of a run that nothing happens to, with torchrun instead of Ray; one for each world size."""
-    known: dict[int, Snapshot] = {}
-
-    def final(config: TrainConfig, world_size: int) -> Snapshot:
-        if world_size not in known:
-            out_dir = str(tmp_path_factory.mktemp("undisturbed") / "run")
-            train_with_torchrun(replace(config, out_dir=out_dir), world_size)
-            known[world_size] = final_state(out_dir)
-        return known[world_size]
-
-    return final
-
-
-def train_with_torchrun(config: TrainConfig, world_size: int) -> None:
-    flags = [f"--{key}={value}" for key, value in asdict(config).items()]
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={world_size}"]
-    subprocess.run([*command, "-m", "orchestrator.loop", *flags], check=True, timeout=120, capture_output=True)
-
-
-def final_state(out_dir: str) -> Snapshot:
-    store = CheckpointStore(out_dir)
-    return store.read(store.select("latest"))
 
 
 def attempts(out_dir: str) -> int:

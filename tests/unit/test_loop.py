@@ -1,0 +1,203 @@
+"""The loop in one plain process: it learns, resumes with the same bits, and says what nanoGPT says."""
+
+from __future__ import annotations
+
+import logging
+import math
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from orchestrator.checkpoint.nanogpt import write_nanogpt
+from orchestrator.checkpoint.snapshot import tensors_equal
+from orchestrator.checkpoint.store import CheckpointStore
+from orchestrator.config import TrainConfig
+from orchestrator.errors import CheckpointError, ConfigError, StorageError
+from orchestrator.loop import Outcome, dropout_seed, learning_rate, train
+from orchestrator.process import resolve
+from orchestrator.telemetry.lines import line_of
+from orchestrator.world import World
+
+Record = dict[str, Any]
+
+
+def run(config: TrainConfig, stop_after: int | None = None, attempt: str = "a") -> tuple[Outcome, list[Record]]:
+    records: list[Record] = []
+    calls = iter(range(10**6))
+    outcome = train(
+        resolve(config),
+        World(attempt=attempt),
+        records.append,
+        should_stop=lambda: stop_after is not None and next(calls) >= stop_after,
+    )
+    return outcome, records
+
+
+def last_state(config: TrainConfig) -> Any:
+    store = CheckpointStore(config.out_dir)
+    return store.read(store.select("latest"))
+
+
+def test_it_learns_and_says_so_in_nanogpts_words(tiny: TrainConfig) -> None:
+    outcome, records = run(replace(tiny, max_iters=120, lr_decay_iters=120))
+    losses = {r["iter"]: r["val_loss"] for r in records if r["kind"] == "eval"}
+    assert losses[0] == pytest.approx(math.log(tiny_vocab(tiny)), abs=0.2)
+    assert outcome.best_val_loss == min(losses.values()) < losses[0] - 1
+    lines = [line_of(record) for record in records]
+    assert lines[1].startswith("step 0: train loss 4.")
+    assert any(line.startswith("iter 10: loss ") and ", time " in line and ", mfu " in line for line in lines)
+
+
+def tiny_vocab(config: TrainConfig) -> int:
+    return int(last_state(config).model_args["vocab_size"])
+
+
+@pytest.mark.parametrize(
+    "change", [{}, {"sampling": "epoch"}, {"dtype": "bfloat16"}, {"dtype": "float16"}, {"decay_lr": False}]
+)
+def test_a_stopped_run_goes_on_with_the_same_bits(tiny: TrainConfig, tmp_path: Path, change: dict[str, Any]) -> None:
+    undisturbed = replace(tiny, out_dir=str(tmp_path / "undisturbed"), **change)
+    disturbed = replace(tiny, **change)
+    run(undisturbed)
+    outcome, _ = run(disturbed, stop_after=9)
+    assert outcome == Outcome(10, outcome.best_val_loss, stopped=True)
+    outcome, records = run(disturbed, attempt="b")
+    assert [r["iter"] for r in records if r["kind"] == "step"] == list(range(10, 24))
+    assert tensors_equal(last_state(disturbed), last_state(undisturbed))
+    assert last_state(disturbed).best_val_loss == last_state(undisturbed).best_val_loss
+    assert last_state(disturbed).scaler == last_state(undisturbed).scaler
+    assert bool(last_state(disturbed).scaler) == (change.get("dtype") == "float16")
+
+
+def test_weights_follow_from_seed_and_data_alone(tiny: TrainConfig, tmp_path: Path) -> None:
+    run(tiny)
+    torch.rand(5)  # a random state that something else has moved
+    other = replace(tiny, out_dir=str(tmp_path / "other"))
+    run(other)
+    assert tensors_equal(last_state(tiny), last_state(other))
+    reseeded = replace(tiny, out_dir=str(tmp_path / "reseeded"), seed=7)
+    run(reseeded)
+    assert not tensors_equal(last_state(tiny), last_state(reseeded))
+
+
+def test_a_resumed_iteration_is_neither_evaluated_nor_saved_again(tiny: TrainConfig) -> None:
+    run(replace(tiny, max_iters=8))
+    _, records = run(replace(tiny, max_iters=9), attempt="b")
+    assert [(r["kind"], r["iter"]) for r in records] == [
+        ("begin", 8), ("step", 8), ("eval", 9), ("checkpoint", 9),
+    ]  # fmt: skip
+
+
+def test_eval_only_evaluates_once_and_writes_nothing(tiny: TrainConfig) -> None:
+    run(replace(tiny, max_iters=8))
+    before = CheckpointStore(tiny.out_dir).names()
+    _, records = run(replace(tiny, eval_only=True), attempt="b")
+    assert [r["kind"] for r in records] == ["begin", "eval"]
+    assert CheckpointStore(tiny.out_dir).names() == before
+
+
+def test_a_nanogpt_checkpoint_goes_on_with_optimizer_and_iteration(tiny: TrainConfig, tmp_path: Path) -> None:
+    run(tiny)
+    run(replace(tiny, out_dir=str(tmp_path / "first"), max_iters=12))
+    first = replace(tiny, out_dir=str(tmp_path / "first"))
+    write_nanogpt(last_state(first), str(tmp_path / "ckpt.pt"))
+    imported = replace(tiny, out_dir=str(tmp_path / "imported"), init_from=str(tmp_path / "ckpt.pt"))
+    _, records = run(imported)
+    assert records[0]["iter"] == 12
+    assert tensors_equal(last_state(imported), last_state(tiny))
+
+
+def test_resume_finds_nanogpts_own_file_in_out_dir(tiny: TrainConfig, tmp_path: Path) -> None:
+    run(replace(tiny, max_iters=12))
+    old = tmp_path / "nanogpt"
+    write_nanogpt(last_state(tiny), str(old / "ckpt.pt"))
+    _, records = run(replace(tiny, out_dir=str(old), init_from="resume"))
+    assert records[0]["iter"] == 12
+
+
+def test_a_shorter_block_crops_positions_and_their_moments(tiny: TrainConfig, tmp_path: Path) -> None:
+    run(replace(tiny, max_iters=4))
+    write_nanogpt(last_state(tiny), str(tmp_path / "ckpt.pt"))
+    cropped = replace(
+        tiny, out_dir=str(tmp_path / "cropped"), init_from=str(tmp_path / "ckpt.pt"), block_size=8, max_iters=5
+    )
+    run(cropped)
+    state = last_state(cropped)
+    assert state.model_args["block_size"] == 8
+    assert {state.model[k].shape[0] for k in state.model if "wpe" in k} == {8}
+    assert {state.optimizer[k].shape[0] for k in state.optimizer if "wpe" in k} == {8}
+    with pytest.raises(ConfigError, match="block_size=32 is over the model's"):
+        run(replace(cropped, out_dir=str(tmp_path / "longer"), block_size=32))
+
+
+def test_pretrained_weights_are_the_starting_point(tiny: TrainConfig, tmp_path: Path) -> None:
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    torch.manual_seed(0)
+    theirs = GPT2LMHeadModel(GPT2Config(n_layer=2, n_head=2, n_embd=32, n_positions=32, vocab_size=100))
+    theirs.save_pretrained(tmp_path / "gpt2")
+    config = replace(tiny, init_from=str(tmp_path / "gpt2"), max_iters=1, learning_rate=0.0001, decay_lr=False)
+    run(config)
+    state = last_state(config)
+    assert (state.model_args["activation"], state.model_args["bias"], state.model_args["block_size"]) == (
+        "gelu_tanh",
+        True,
+        16,
+    )
+    moved = (state.model["transformer.wte.weight"] - theirs.transformer.wte.weight).abs().max()
+    assert 0 < moved < 1e-3
+
+
+def test_other_surroundings_are_told(tiny: TrainConfig, caplog: pytest.LogCaptureFixture) -> None:
+    run(replace(tiny, max_iters=4))
+    with caplog.at_level(logging.WARNING):
+        run(replace(tiny, dtype="bfloat16", max_iters=5), attempt="b")
+    assert "the last bits may differ from an undisturbed run's: dtype float32 -> bfloat16" in caplog.text
+
+
+def test_saved_hyperparameters_stay_as_in_nanogpt(tiny: TrainConfig, caplog: pytest.LogCaptureFixture) -> None:
+    run(replace(tiny, max_iters=4))
+    run(replace(tiny, max_iters=5, beta2=0.5), attempt="b")
+    assert "the optimizer goes on as saved, as in nanoGPT: betas (0.9, 0.95) instead of (0.9, 0.5)" in caplog.text
+    assert last_state(tiny).param_groups[0].betas == (0.9, 0.95)
+
+
+def test_nothing_to_resume_is_an_error(tiny: TrainConfig) -> None:
+    with pytest.raises(CheckpointError, match=r"holds neither a checkpoint nor nanoGPT's ckpt\.pt"):
+        run(replace(tiny, init_from="resume"))
+
+
+def test_a_lost_checkpoint_does_not_end_the_run_but_a_lost_last_one_does(
+    tiny: TrainConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    outcomes = iter([None, None, "checkpoint"])
+    monkeypatch.setattr("orchestrator.loop.save", lambda *_: next(outcomes))
+    outcome, records = run(replace(tiny, max_iters=12))
+    assert outcome.iter_num == 12
+    assert [r["iter"] for r in records if r["kind"] == "checkpoint"] == [12]
+    monkeypatch.setattr("orchestrator.loop.save", lambda *_: None)
+    with pytest.raises(StorageError, match="the last state could not be saved"):
+        run(replace(tiny, max_iters=4))
+
+
+def test_learning_rate_is_nanogpts(tiny: TrainConfig) -> None:
+    config = replace(tiny, learning_rate=1.0, min_lr=0.1, warmup_iters=3, lr_decay_iters=7)
+    rates = [learning_rate(config, it) for it in range(10)]
+    assert rates == pytest.approx([0.25, 0.5, 0.75, 1.0, 0.8681980515, 0.55, 0.2318019485, 0.1, 0.1, 0.1])
+    assert learning_rate(replace(config, decay_lr=False), 0) == 1.0
+
+
+def test_dropout_seeds_are_frozen() -> None:
+    seeds = [dropout_seed(1337, 0, 0), dropout_seed(1337, 1, 0), dropout_seed(1337, 0, 1)]
+    assert seeds == [13582406009521608908, 16623927000384563079, 5041976786429857533]
+
+
+def test_config_and_tokenizer_are_stored_with_the_state(tiny: TrainConfig) -> None:
+    run(replace(tiny, max_iters=4))
+    state = last_state(tiny)
+    assert state.config["n_embd"] == tiny.n_embd
+    assert state.config["tokenizer"]["kind"] == "char"
+    assert asdict(tiny).keys() <= state.config.keys()
