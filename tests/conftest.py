@@ -67,14 +67,15 @@ Undisturbed = Callable[[TrainConfig, int], Snapshot]
 @pytest.fixture(scope="session")
 def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Undisturbed:
     """The final state of a tiny run that nothing happens to, with torchrun instead of Ray, for any world size."""
-    known: dict[int, Snapshot] = {}
+    known: dict[tuple[int, int], Snapshot] = {}
 
     def final(config: TrainConfig, world_size: int) -> Snapshot:
-        if world_size not in known:
+        key = (world_size, config.max_iters)
+        if key not in known:
             out_dir = str(tmp_path_factory.mktemp("undisturbed") / "run")
             train_with_torchrun(replace(config, out_dir=out_dir), world_size)
-            known[world_size] = final_state(out_dir)
-        return known[world_size]
+            known[key] = final_state(out_dir)
+        return known[key]
 
     return final
 

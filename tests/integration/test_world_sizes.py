@@ -2,22 +2,28 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
+import pytest
 import torch
 
-from orchestrator.checkpoint.snapshot import Snapshot
 from orchestrator.config import TrainConfig
 from tests.conftest import Undisturbed
 
-LOSS_TOLERANCE = 1e-4  # of a loss near 3 after 24 iterations at a high learning rate; sums are made in another order
+WORLD_SIZES = (1, 2, 3)  # of 4 micro-steps, 3 processes do 2, 1 and 1
+
+
+def test_the_mean_gradient_does_not_depend_on_the_number_of_workers(
+    tiny: TrainConfig, undisturbed: Undisturbed
+) -> None:
+    one_step = replace(tiny, max_iters=1)
+    moments = [undisturbed(one_step, size).optimizer for size in WORLD_SIZES]
+    for name, tensor in moments[0].items():  # exp_avg is a tenth of the first gradient
+        for other in moments[1:]:
+            torch.testing.assert_close(other[name], tensor, rtol=1e-4, atol=1e-7)
 
 
 def test_losses_agree_on_any_number_of_workers(tiny: TrainConfig, undisturbed: Undisturbed) -> None:
-    states = {size: undisturbed(tiny, size) for size in (1, 2, 3)}  # 4 micro-steps: 3 workers do 2, 1 and 1
-    for size in (2, 3):
-        assert states[size].val_loss is not None
-        assert abs(states[size].val_loss - states[1].val_loss) < LOSS_TOLERANCE  # type: ignore[operator]
-        assert largest_difference(states[size], states[1]) < 1e-3
-
-
-def largest_difference(a: Snapshot, b: Snapshot) -> float:
-    return max(torch.max(torch.abs(a.model[name] - b.model[name])).item() for name in a.model)
+    """24 iterations at a high learning rate; only the order of summation differs, about 1e-7 of each sum."""
+    losses = [undisturbed(tiny, size).val_loss for size in WORLD_SIZES]
+    assert losses == pytest.approx([losses[0]] * 3, abs=1e-4)

@@ -141,13 +141,16 @@ def test_training_does_not_wait_for_a_slow_upload(memory_dir: str, monkeypatch: 
     assert [r["iter"] for r in read_metrics(memory_dir)] == [0, 1]
 
 
-def test_close_gives_up_on_storage_that_hangs(memory_dir: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_close_gives_up_on_storage_that_hangs(
+    memory_dir: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     is_open = threading.Event()
     monkeypatch.setattr(MemoryFileSystem, "pipe_file", lambda *_: is_open.wait(60))
     log = MetricsLog(memory_dir, "a", close_timeout_s=0.0)
     log.write(step(0))
     log.close()
     is_open.set()
+    assert "1 metrics records were not written" in caplog.text
 
 
 def test_lines_wait_while_storage_fails(
@@ -169,7 +172,8 @@ def test_lines_wait_while_storage_fails(
     log.write(step(4))
     log.close()
     assert [r["iter"] for r in read_metrics(out_dir)] == [2, 3, 4]
-    assert [r.levelname for r in caplog.records] == ["WARNING", "INFO"]
+    changes = [r.levelname for r in caplog.records if "training goes on" in r.msg or "again" in r.msg]
+    assert changes == ["WARNING", "INFO"]
     assert "No space left" in caplog.text
 
 
