@@ -84,12 +84,17 @@ class MetricsLog:
             self._upload.start()
 
     def close(self) -> None:
-        """Store what is left, and give uploads close_timeout_s each to end."""
+        """Store what is left; storage that does not answer within close_timeout_s costs the records not yet there."""
+        deadline_s = time.monotonic() + self._close_timeout_s
+        self._wait(deadline_s)
+        self.flush()  # does nothing while that upload hangs
+        self._wait(deadline_s)
+        if self._lines:
+            logger.warning("%d metrics records were not written to %s", len(self._lines), self._root)
+
+    def _wait(self, deadline_s: float) -> None:
         if self._upload:
-            self._upload.join(self._close_timeout_s)
-        self.flush()
-        if self._upload:
-            self._upload.join(self._close_timeout_s)
+            self._upload.join(max(0.0, deadline_s - time.monotonic()))
 
     def _store(self) -> None:
         with self._lock:
