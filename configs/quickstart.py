@@ -2,7 +2,7 @@
 # Two Ray Train workers share each iteration's micro-steps.
 
 out_dir = "out/quickstart"
-eval_interval = 250
+eval_interval = 200
 eval_iters = 40
 log_interval = 10
 
@@ -17,8 +17,8 @@ n_embd = 128
 dropout = 0.0
 
 learning_rate = 2e-3
-max_iters = 1000
-lr_decay_iters = 1000
+max_iters = 600
+lr_decay_iters = 600
 min_lr = 2e-4
 beta2 = 0.99
 warmup_iters = 50

@@ -30,10 +30,10 @@ def run_worker(job: dict[str, Any]) -> dict[str, Any]:
     """
     with suppress(FileNotFoundError):
         os.chdir(job["cwd"])  # relative paths mean on every node what they mean for the driver
+    poster = Poster(job["board"])
+    _log_through(poster)
     config = resolve(TrainConfig(**job["config"]))
     world = _world(config)
-    poster = Poster(job["board"])
-    _log_through(poster, world)
     try:
         world.together(lambda: _check_shared(config, job["run_id"]))
         with open_telemetry(config, world, poster.post) as tell:
@@ -53,13 +53,17 @@ def _world(config: TrainConfig) -> World:
     return World(world.rank, world.size, device, attempt=world.broadcast_json(new_attempt()))
 
 
-def _log_through(poster: Poster, world: World) -> None:
-    """Send rank 0's log lines to the driver's display; the others' go to Ray's log files and the driver's stderr."""
-    log = logging.getLogger("orchestrator")
-    log.setLevel(logging.INFO)
-    if world.is_main:
-        log.handlers = [PostingHandler(poster.post)]
-        log.propagate = False
+def _log_through(poster: Poster) -> None:
+    """Send rank 0's log lines to the driver's display; of the other ranks only warnings are shown, by Ray."""
+    logging.getLogger("ray.train").setLevel(logging.WARNING)
+    for name in ("orchestrator", "model"):
+        log = logging.getLogger(name)
+        if ray.train.get_context().get_world_rank() == 0:
+            log.setLevel(logging.INFO)
+            log.handlers = [PostingHandler(poster.post)]
+            log.propagate = False
+        else:
+            log.setLevel(logging.WARNING)
 
 
 def _check_shared(config: TrainConfig, run_id: str) -> None:

@@ -1,6 +1,5 @@
 """nanoGPT's ckpt.pt: read as it is, written so that nanoGPT goes on from it."""
 
-import json
 import logging
 import pickle
 from dataclasses import replace
@@ -14,10 +13,8 @@ from model import GPT, GPTConfig
 from orchestrator.checkpoint.nanogpt import parameter_shapes, plain, read_nanogpt, write_nanogpt
 from orchestrator.checkpoint.snapshot import Snapshot, tensors_equal
 from orchestrator.errors import CheckpointError
+from tests.golden import CKPT, EVAL_LOSS, EVAL_ROWS
 
-GOLDEN = Path(__file__).parents[1] / "golden"
-CKPT = GOLDEN / "nanogpt_ckpt.pt"
-NUMBERS = json.loads((GOLDEN / "nanogpt_ckpt.json").read_text())
 NANOGPT_KEYS = {"model", "optimizer", "model_args", "iter_num", "best_val_loss", "config"}
 HEAD, EMBEDDING = "lm_head.weight", "transformer.wte.weight"
 
@@ -47,7 +44,7 @@ def resume_as_nanogpt(path: Path) -> tuple[GPT, torch.optim.AdamW]:
 
 
 def step(model: GPT, optimizer: torch.optim.AdamW, times: int) -> None:
-    rows = torch.tensor(NUMBERS["eval_rows"])
+    rows = torch.tensor(EVAL_ROWS)
     for i in range(times):
         batch = rows.roll(i, dims=0)[:4]
         _, loss = model(batch[:, :-1], batch[:, 1:])
@@ -68,10 +65,10 @@ def rewritten(tmp_path: Path, change: Any) -> Path:
 
 def test_real_checkpoint_has_the_recorded_loss() -> None:
     snapshot = read_nanogpt(CKPT)
-    rows = torch.tensor(NUMBERS["eval_rows"])
+    rows = torch.tensor(EVAL_ROWS)
     _, loss = build(snapshot)(rows[:, :-1], rows[:, 1:])
     assert loss is not None
-    assert loss.item() == pytest.approx(NUMBERS["eval_loss"], abs=2e-6)
+    assert loss.item() == pytest.approx(EVAL_LOSS, abs=2e-6)
     assert (snapshot.iter_num, snapshot.config["dataset"]) == (800, "shakespeare_char")
     assert type(snapshot.best_val_loss) is float
     assert snapshot.best_val_loss == pytest.approx(2.3282694816589355)

@@ -1,7 +1,6 @@
 """Sampling: from every kind of source, as a stream, with nanoGPT's text for nanoGPT's seed."""
 
 import io
-import json
 import os
 import pickle
 from dataclasses import replace
@@ -25,12 +24,10 @@ from orchestrator.data.tokenizers import CharTokenizer
 from orchestrator.errors import CheckpointError, ConfigError, DataError
 from orchestrator.sample import SEPARATOR, SampleConfig, sample
 from orchestrator.world import World
+from tests.golden import CHARS, CKPT
+from tests.golden import GREEDY as GREEDY_TOKENS
 
-GOLDEN = Path(__file__).parents[1] / "golden"
-CKPT = GOLDEN / "nanogpt_ckpt.pt"
-NUMBERS = json.loads((GOLDEN / "nanogpt_ckpt.json").read_text())
-CHARS = NUMBERS["chars"]
-GREEDY_TEXT = "".join(CHARS[i] for i in NUMBERS["greedy_from_token_0"])
+GREEDY_TEXT = "".join(CHARS[i] for i in GREEDY_TOKENS)
 GREEDY = SampleConfig(init_from=str(CKPT), num_samples=1, max_new_tokens=80, temperature=0.0, device="cpu")
 
 
