@@ -8,10 +8,13 @@ from __future__ import annotations
 import logging
 import sys
 from collections.abc import Callable, Sequence
+from typing import TypeVar
 
 from orchestrator import __version__
 from orchestrator.config import TrainConfig, check, nearest, parse
 from orchestrator.errors import ConfigError, UserError
+
+C = TypeVar("C")
 
 USAGE = """\
 orchestrator: train nanoGPT models on Ray, on machines that come and go.
@@ -26,6 +29,41 @@ orchestrator: train nanoGPT models on Ray, on machines that come and go.
 `orchestrator COMMAND --help` lists a command's settings. Settings files and --key=value may come in any order and
 number; the later one wins."""
 
+HELP = {
+    "prepare": """\
+Turn text into the token files of a dataset, nine tenths for training and one for validation, as nanoGPT splits it.
+
+  orchestrator prepare quickstart                            it brings its own text, and needs no network
+  orchestrator prepare mine --text book.txt 'more/*.txt'     your text, with GPT-2's tokens
+  orchestrator prepare mine --text book.txt --tokenizer=char""",
+    "train": """\
+Train a GPT on Ray, on the cluster that this machine is in or on this machine alone; go on with what out_dir holds.
+
+  orchestrator train configs/quickstart.py
+  orchestrator train configs/quickstart.py --num_workers=1 --max_iters=2000
+  orchestrator train my_model.py my_cluster.py --out_dir=s3://bucket/run
+
+A settings file is Python that assigns the keys below (`batch_size = 12`), nanoGPT's own files included. Files and
+--key=value come in any order and number; the later one wins. The same command, given again, goes on where it was.""",
+    "sample": """\
+Print text from a model as it is drawn.
+
+  orchestrator sample --out_dir=out/quickstart
+  orchestrator sample --out_dir=out/quickstart --start="ROMEO:" --num_samples=2 --max_new_tokens=100
+  orchestrator sample --init_from=gpt2-xl --start=FILE:prompt.txt
+  orchestrator sample --init_from=ckpt.pt""",
+    "export": """\
+Write a run's state in a format that other programs read.
+
+  orchestrator export --out_dir=out/quickstart --format=nanogpt --to=ckpt.pt
+  orchestrator export --out_dir=out/quickstart --format=hf --to=exported --checkpoint=best""",
+    "inspect": """\
+List the checkpoints that a run holds: iteration, validation loss, size, and which are the latest and the best.
+
+  orchestrator inspect --out_dir=out/quickstart
+  orchestrator inspect --out_dir=s3://bucket/run --verify=True""",
+}
+
 
 def prepare(argv: Sequence[str]) -> int:
     """Make a dataset."""
@@ -35,7 +73,12 @@ def prepare(argv: Sequence[str]) -> int:
 
     options = (tyro.conf.PositionalRequiredArgs, tyro.conf.FlagCreatePairsOff)
     config = tyro.cli(
-        preparing.PrepareConfig, args=list(argv), prog="orchestrator prepare", use_underscores=True, config=options
+        preparing.PrepareConfig,
+        args=list(argv),
+        prog="orchestrator prepare",
+        description=HELP["prepare"],
+        use_underscores=True,
+        config=options,
     )
     print(preparing.prepare(config))
     return 0
@@ -43,11 +86,14 @@ def prepare(argv: Sequence[str]) -> int:
 
 def train(argv: Sequence[str]) -> int:
     """Train on Ray."""
-    config = check(parse(TrainConfig, argv, "orchestrator train"))
-    from orchestrator.launch import InterruptedRunError, RunFailedError, launch
+    config = check(_parse(TrainConfig, argv, "train"))
+    from orchestrator.preflight import plan
+
+    planned = plan(config)  # before Ray is imported, so that a mistake is answered in two seconds
+    from orchestrator.launch import InterruptedRunError, RunFailedError, run
 
     try:
-        outcome = launch(config)
+        outcome = run(planned)
     except InterruptedRunError as stopped:
         print(stopped)
         return 130
@@ -70,7 +116,7 @@ def sample(argv: Sequence[str]) -> int:
     """Print text from a model."""
     from orchestrator import sample as sampling
 
-    sampling.sample(parse(sampling.SampleConfig, argv, "orchestrator sample"))
+    sampling.sample(_parse(sampling.SampleConfig, argv, "sample"))
     return 0
 
 
@@ -78,7 +124,7 @@ def export(argv: Sequence[str]) -> int:
     """Write a run for other programs."""
     from orchestrator import export as exporting
 
-    print(exporting.export(parse(exporting.ExportConfig, argv, "orchestrator export")))
+    print(exporting.export(_parse(exporting.ExportConfig, argv, "export")))
     return 0
 
 
@@ -86,10 +132,14 @@ def inspect(argv: Sequence[str]) -> int:
     """List what a run holds."""
     from orchestrator import inspect as inspecting
 
-    config = parse(inspecting.InspectConfig, argv, "orchestrator inspect")
+    config = _parse(inspecting.InspectConfig, argv, "inspect")
     print(inspecting.inspect(config))
     print(_next_steps(config.out_dir))
     return 0
+
+
+def _parse(kind: type[C], argv: Sequence[str], command: str) -> C:
+    return parse(kind, argv, f"orchestrator {command}", HELP[command])
 
 
 COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
@@ -118,6 +168,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except SystemExit as end:  # tyro's: 0 after --help, 2 after a wrong flag
+        return int(end.code or 0)
     except KeyboardInterrupt:
         return 130
 

@@ -6,9 +6,11 @@ Python that assigns keys, nanoGPT's own files included. Nothing here imports tor
 
 from __future__ import annotations
 
+import ast
 import dataclasses
 import difflib
 import math
+import re
 import traceback
 import typing
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -29,51 +31,49 @@ class TrainConfig:
     eval_interval: int = 2000  # iterations between evaluations
     log_interval: int = 1  # iterations between log lines
     eval_iters: int = 200  # batches per split in an evaluation
-    eval_only: bool = False  # evaluate once and exit
+    eval_only: bool = False  # evaluate once, print the losses and exit
     always_save_checkpoint: bool = True  # False: `sample` and `export` take the best state instead of the newest
-    init_from: str = (
-        "scratch"  # scratch, resume, gpt2, gpt2-medium, gpt2-large, gpt2-xl, a ckpt.pt, a Hugging Face folder
-    )
+    init_from: str = "scratch"  # scratch, resume, gpt2[-medium, -large, -xl], a ckpt.pt, a Hugging Face folder
     # wandb logging
-    wandb_log: bool = False  # log to Weights & Biases (pip install nanogpt-orchestrator[wandb])
-    wandb_project: str = "owt"  # its project
-    wandb_run_name: str = "gpt2"  # its run name
+    wandb_log: bool = False  # log to Weights & Biases (pip install 'nanogpt-orchestrator[wandb]')
+    wandb_project: str = "owt"  # project in Weights & Biases
+    wandb_run_name: str = "gpt2"  # name of the run there
     # data
     dataset: str = "openwebtext"  # folder under data_dir, made by `prepare` or by nanoGPT's own prepare.py
     gradient_accumulation_steps: int = 5 * 8  # micro-steps per iteration over all workers together
-    batch_size: int = 12  # sequences per micro-step
+    batch_size: int = 12  # sequences per micro-step on one worker
     block_size: int = 1024  # tokens per sequence
     # model
     n_layer: int = 12  # transformer blocks
     n_head: int = 12  # attention heads per block
-    n_embd: int = 768  # width, a multiple of n_head
-    dropout: float = 0.0  # probability; for pretraining 0 is good, for finetuning try 0.1+
+    n_embd: int = 768  # width: values per token, a multiple of n_head
+    dropout: float = 0.0  # probability, 0 up to 1; for pretraining 0 is good, for finetuning try 0.1+
     bias: bool = False  # biases in Linear and LayerNorm layers
     # adamw optimizer
     learning_rate: float = 6e-4  # the highest learning rate
     max_iters: int = 600000  # iterations in all
-    weight_decay: float = 1e-1  # on matrices and embeddings
+    weight_decay: float = 1e-1  # of matrices and embeddings
     beta1: float = 0.9  # AdamW's first moment decay
     beta2: float = 0.95  # AdamW's second moment decay
-    grad_clip: float = 1.0  # gradient norm limit, 0.0 = none
+    grad_clip: float = 1.0  # highest norm of the gradient, 0.0 = no limit
     # learning rate decay settings
     decay_lr: bool = True  # False: a constant learning rate
     warmup_iters: int = 2000  # iterations of linear warm-up
     lr_decay_iters: int = 600000  # iteration at which min_lr is reached, about max_iters
     min_lr: float = 6e-5  # the lowest learning rate, about learning_rate / 10
     # DDP settings
-    backend: Literal["nccl", "gloo"] = "nccl"  # where no GPU is: gloo
+    backend: Literal["nccl", "gloo"] = "nccl"  # between GPUs; without a GPU always gloo
     # system
-    device: str = "cuda"  # cuda or cpu; where no GPU is: cpu
+    device: str = "cuda"  # cuda or cpu; without a GPU always cpu
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # auto: bfloat16, float16 or, on a CPU, float32
-    compile: bool = True  # torch.compile the model; where no compiler is: eager
+    compile: bool = True  # torch.compile the model; without a compiler it runs uncompiled
     # the cluster (ours from here on)
     num_workers: int = 1  # DDP workers, one per GPU; at most gradient_accumulation_steps
     cpus_per_worker: float = 1.0  # CPUs reserved for each worker, and its number of threads
     gpus_per_worker: float | None = None  # GPUs reserved for each worker; None: 1 where the cluster has GPUs
     max_failures: int = 8  # restarts after a lost worker or an error before the run gives up, -1 = no limit
     # the order of the data
-    seed: int = 1337  # of initialisation, batches and dropout
+    seed: int = 1337  # of the initial weights, the batches and dropout
     data_dir: str = "data"  # where datasets lie, on every node
     sampling: Literal["random", "epoch"] = "random"  # epoch: every block once per epoch; random: with replacement
     deterministic: bool = True  # same bits after a restart; False: nondeterministic GPU kernels, a little faster
@@ -100,9 +100,9 @@ _BOUNDS: dict[str, tuple[str, Callable[[Any], bool]]] = {
     **dict.fromkeys(("dropout", "beta1", "beta2"), _FRACTION),
     **dict.fromkeys(("learning_rate", "cpus_per_worker"), _POSITIVE),
     "max_failures": ("-1 (no limit) or more", lambda x: x >= -1),
-    "out_dir": ("a path or URL with a last part to name the run", lambda x: bool(x.strip("/. "))),
+    "out_dir": ("a path or URL with a last part to name the run", lambda x: bool(x.split("://")[-1].strip("/. "))),
     "dataset": ("the name of a folder under data_dir", lambda x: bool(x.strip("/. "))),
-    "device": ("cuda, cuda:<index> or cpu", lambda x: x == "cpu" or x.split(":")[0] == "cuda"),
+    "device": ("cuda, cuda:<index> or cpu", lambda x: bool(re.fullmatch(r"cpu|cuda(:\d+)?", x))),
 }
 
 
@@ -112,13 +112,17 @@ def check(config: TrainConfig) -> TrainConfig:
     Raises:
         ConfigError: naming the key, the value and what would be right.
     """
-    for key, (rule, holds) in _BOUNDS.items():
-        value = getattr(config, key)
-        if value is not None and not holds(value):
-            raise ConfigError(f"{key}={value!r} is out of range: {rule}")
+    for key in _BOUNDS:
+        _check_range(key, getattr(config, key))
     for problem in _contradictions(config):
         raise ConfigError(problem)
     return config
+
+
+def _check_range(key: str, value: Any, where: str = "") -> None:
+    rule, holds = _BOUNDS[key]
+    if value is not None and not holds(value):
+        raise ConfigError(f"{where}{key}={value!r} is out of range: {rule}")
 
 
 def _contradictions(config: TrainConfig) -> Iterator[str]:
@@ -139,10 +143,13 @@ def _contradictions(config: TrainConfig) -> Iterator[str]:
 
 
 C = TypeVar("C")
+_VALUES = (bool, int, float, str, list, tuple, dict, type(None))  # what looks like a setting, unlike a module
 
 
-def parse(kind: type[C], argv: Sequence[str], prog: str) -> C:
+def parse(kind: type[C], argv: Sequence[str], prog: str, description: str | None = None) -> C:
     """Read settings files and `--key=value` flags into a settings class, the later one winning.
+
+    description: what `--help` says before it lists the keys; else it is the docstring of the class.
 
     Raises:
         ConfigError: naming the settings file and line, the key, the value and the nearest valid key.
@@ -154,7 +161,7 @@ def parse(kind: type[C], argv: Sequence[str], prog: str) -> C:
             for word in words:
                 values |= _read_file(kind, Path(word), values)
         else:
-            values = _parse_flags(kind, words, values, prog)
+            values = _parse_flags(kind, words, values, prog, description)
     return kind(**values)
 
 
@@ -172,40 +179,76 @@ def _runs(argv: Sequence[str]) -> Iterator[tuple[bool, list[str]]]:
     yield from runs
 
 
-def _parse_flags(kind: type[C], flags: list[str], values: dict[str, Any], prog: str) -> dict[str, Any]:
+def _parse_flags(
+    kind: type[C], flags: list[str], values: dict[str, Any], prog: str, description: str | None
+) -> dict[str, Any]:
     import tyro
 
     options = (tyro.conf.FlagConversionOff,)  # --key=False, as in nanoGPT, instead of --no-key
-    parsed = tyro.cli(kind, args=flags, prog=prog, default=kind(**values), use_underscores=True, config=options)
+    parsed = tyro.cli(
+        kind,
+        args=flags,
+        prog=prog,
+        description=description,
+        default=kind(**values),
+        use_underscores=True,
+        config=options,
+    )
     return {f.name: getattr(parsed, f.name) for f in dataclasses.fields(cast(Any, kind))}
 
 
 def _read_file(kind: Any, path: Path, values: dict[str, Any]) -> dict[str, Any]:
     """Run a settings file and return the keys that it sets; it sees the values that stand so far, as in nanoGPT."""
-    if not path.is_file():
-        near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.py")], n=1)
-        hint = f"; did you mean {path.parent / near[0]}?" if near else ""
-        raise ConfigError(f"settings file {path} does not exist{hint}")
     types = typing.get_type_hints(kind)
     scope = {f.name: f.default for f in dataclasses.fields(kind)} | values
     before = dict(scope)
-    try:
-        exec(compile(path.read_text(), str(path), "exec"), scope)
-    except SyntaxError as error:
-        raise ConfigError(f"{path}, line {error.lineno}: {error.msg}") from None
-    except Exception as error:
-        raise ConfigError(f"{path}, line {_line_in(error, path)}: {type(error).__name__}: {error}") from None
+    source = _run_file(path, scope)
+    settings = {}
     for key, value in scope.items():
-        if key not in types and not key.startswith("_") and isinstance(value, (bool, int, float, str)):
+        where = f"{path}, line {_line_of(key, source)}: "
+        if key not in types and not key.startswith("_") and isinstance(value, _VALUES):
             hint = nearest(key, types)
-            raise ConfigError(f"{path}: {key}={value!r}: no such setting{hint} (a variable of your own starts with _)")
-    changed = {key: value for key, value in scope.items() if key in types and value is not before[key]}
-    return {key: _of_type(types[key], value, f"{path}: {key}") for key, value in changed.items()}
+            raise ConfigError(f"{where}{key}={value!r}: no such setting{hint} (a variable of your own starts with _)")
+        if key in types and value is not before[key]:
+            settings[key] = _of_type(types[key], value, f"{where}{key}")
+            if kind is TrainConfig and key in _BOUNDS:
+                _check_range(key, settings[key], where)
+    return settings
 
 
-def _line_in(error: BaseException, path: Path) -> int:
-    """Return the line of the settings file at which it failed."""
-    return [frame.lineno or 0 for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path)][-1]
+def _run_file(path: Path, scope: dict[str, Any]) -> str:
+    """Run a settings file in a scope and return its text.
+
+    Raises:
+        ConfigError: it is not there, or its line such and such fails.
+    """
+    if not path.is_file():
+        near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.py")], n=1)
+        hint = f"; did you mean {path.parent / near[0]}?" if near else ""
+        hint = f"; did you mean --{path}?" if "=" in str(path) else hint
+        raise ConfigError(f"settings file {path} does not exist{hint}")
+    try:
+        source = path.read_text(encoding="utf-8")
+        exec(compile(source, str(path), "exec"), scope)
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}{_line_in(error, path)} cannot be read: {error}") from None
+    except SyntaxError as error:
+        raise ConfigError(f"{error.filename}, line {error.lineno}: {error.msg}") from None
+    except (Exception, SystemExit) as error:
+        raise ConfigError(f"{path}{_line_in(error, path)}: {type(error).__name__}: {error}") from None
+    return source
+
+
+def _line_in(error: BaseException, path: Path) -> str:
+    """Return the line of the settings file at which it failed, nothing where it did not get as far."""
+    lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path)]
+    return f", line {lines[-1]}" if lines else ""
+
+
+def _line_of(key: str, source: str) -> int:
+    """Return the line that assigns to a key last, 1 where none does so by name."""
+    names = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Name) and node.id == key]
+    return max((node.lineno for node in names if isinstance(node.ctx, ast.Store)), default=1)
 
 
 def _of_type(wanted: Any, value: Any, where: str) -> Any:

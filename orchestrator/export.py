@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from fsspec.core import url_to_fs
-
 from orchestrator.checkpoint.huggingface import write_huggingface
 from orchestrator.checkpoint.nanogpt import write_nanogpt
 from orchestrator.checkpoint.store import CheckpointStore
+from orchestrator.checkpoint.transfer import exists
 from orchestrator.config import nearest
 from orchestrator.data.tokenizers import tokenizer_from_json
 from orchestrator.errors import ConfigError
@@ -20,10 +19,10 @@ FORMATS = ("nanogpt", "hf")
 class ExportConfig:
     """What to write, and where."""
 
-    out_dir: str = "out"  # the run
+    out_dir: str = "out"  # the run's folder, a path or URL
     format: str = "nanogpt"  # nanogpt: a ckpt.pt for nanoGPT's train.py and sample.py; hf: a Hugging Face folder
-    to: str = ""  # the file (nanogpt) or folder (hf) to write, a path or URL
-    checkpoint: str = "auto"  # best, latest, a name, or auto: the best if the run has always_save_checkpoint=False
+    to: str = ""  # the file (nanogpt) or folder (hf) to write, a path or URL; it must be given
+    checkpoint: str = "auto"  # latest, best, a name; auto: the latest, or the best if always_save_checkpoint=False
     overwrite: bool = False  # write even if something is there
 
 
@@ -37,12 +36,10 @@ def export(config: ExportConfig) -> str:
         raise ConfigError(f"format={config.format!r} is none of {', '.join(FORMATS)}{nearest(config.format, FORMATS)}")
     if not config.to:
         raise ConfigError("--to is missing: the " + ("file" if config.format == "nanogpt" else "folder") + " to write")
-    fs, path = url_to_fs(config.to)
-    if fs.exists(path) and not config.overwrite:
+    if exists(config.to) and not config.overwrite:
         raise ConfigError(f"{config.to} exists: give another --to, or --overwrite=True")
     store = CheckpointStore(config.out_dir)
-    checkpoint = store.select(config.checkpoint)
-    snapshot = store.read(checkpoint, model_only=config.format == "hf")
+    checkpoint, snapshot = store.read_selected(config.checkpoint, model_only=config.format == "hf")
     if config.format == "nanogpt":
         write_nanogpt(snapshot, config.to)
     else:

@@ -13,8 +13,8 @@ from orchestrator.errors import CheckpointError
 class InspectConfig:
     """Which run to look at."""
 
-    out_dir: str = "out"  # the run
-    verify: bool = False  # read every byte and compare checksums
+    out_dir: str = "out"  # the run's folder, a path or URL
+    verify: bool = False  # read every byte of every checkpoint and compare checksums
 
 
 def inspect(config: InspectConfig) -> str:
@@ -26,7 +26,7 @@ def inspect(config: InspectConfig) -> str:
     store = CheckpointStore(config.out_dir)
     names = store.names()
     if not names and not store.read_json("run.json"):
-        raise CheckpointError(f"out_dir={config.out_dir} holds no run")
+        raise CheckpointError(f"out_dir={config.out_dir} holds no run: give the --out_dir of a training run")
     found = list(store.newest_first())
     top = best(found)
     rows = [("checkpoint", "iteration", "val loss", "MB", "saved (UTC)", "state")]

@@ -1,7 +1,7 @@
 """TrainConfig -> TorchTrainer -> Outcome: the driver. Knows Ray, and no torch maths.
 
-What can be wrong is looked for here first, before anything is started or overwritten. Then Ray's `fit` runs in a thread
-and this process shows what the workers post, and passes Ctrl-C and SIGTERM on to them: they save and leave.
+What can be wrong is looked for first, before anything is started (`preflight.py`) or written. Then Ray's `fit` runs in
+a thread and this process shows what the workers post, and passes Ctrl-C and SIGTERM on to them: they save and leave.
 """
 
 from __future__ import annotations
@@ -9,11 +9,12 @@ from __future__ import annotations
 import logging
 import os
 import signal
+import socket
 import threading
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -29,19 +30,20 @@ from fsspec.implementations.local import LocalFileSystem as LocalStorage
 from ray.train import CheckpointConfig, FailureConfig, LoggingConfig, RunConfig, ScalingConfig, UserCallback
 from ray.train.torch import TorchConfig, TorchTrainer
 
+from orchestrator import preflight
 from orchestrator.board import open_board, take_from
-from orchestrator.checkpoint.start import Start, check_start
 from orchestrator.checkpoint.store import CheckpointStore
-from orchestrator.config import TrainConfig, check
-from orchestrator.data.dataset import open_dataset
+from orchestrator.config import TrainConfig
 from orchestrator.errors import ConfigError, DataError, UserError
-from orchestrator.loop import Outcome, sampling_of
+from orchestrator.loop import Outcome
+from orchestrator.preflight import Plan
 from orchestrator.telemetry.display import Display
 from orchestrator.worker import run_worker
 
 logger = logging.getLogger(__name__)
 
 REGISTRY_FILE = "checkpoint_manager_snapshot.json"  # Ray's list of checkpoints; ours is what lies in storage whole
+_KNOCK_TIMEOUT_S = 10.0
 _LOCAL_OBJECT_STORE_BYTES = 100 * 2**20  # nothing of ours passes through Ray's object store
 
 
@@ -61,17 +63,22 @@ def launch(config: TrainConfig, worker: Callable[[dict[str, Any]], dict[str, Any
         InterruptedRunError: after Ctrl-C or SIGTERM.
         RunFailedError: the run failed more often than max_failures allows.
     """
-    config = check(config)
-    store = CheckpointStore(config.out_dir)
-    if isinstance(store.fs, LocalStorage):
-        config = replace(config, out_dir=store.root)
-    with _signals() as stop, _cluster() as is_local:
-        start = _check_data_and_start(config, store, is_local)
+    return run(preflight.plan(config), worker)
+
+
+def run(plan: Plan, worker: Callable[[dict[str, Any]], dict[str, Any]] = run_worker) -> Outcome:
+    """Carry out a plan.
+
+    Raises:
+        UserError, InterruptedRunError, RunFailedError: as `launch` does.
+    """
+    config = plan.config
+    with _signals() as stop, _cluster(plan.no_data):
         gpus_per_worker = _check_capacity(config)
-        run_id = _prepare_out_dir(config, store)
-        logger.info("%s", start.summary)
+        run_id = _prepare_out_dir(config, plan.store)
+        logger.info("%s", plan.start.summary)
         job = {"config": asdict(config), "run_id": run_id, "cwd": str(Path.cwd()), "board": open_board()}
-        trainer = _trainer(config, store, gpus_per_worker, worker, job)
+        trainer = _trainer(config, plan.store, gpus_per_worker, worker, job)
         return _outcome(_fit(trainer, job["board"], config, stop), config)
 
 
@@ -97,62 +104,73 @@ def _signals() -> Iterator[threading.Event]:
 
 
 @contextmanager
-def _cluster() -> Iterator[bool]:
-    """Join the cluster that this process is in, or start one here and end it afterwards; lend whether it is our own."""
+def _cluster(no_data: DataError | None) -> Iterator[None]:
+    """Join the cluster that this process is in, or start one here and end it afterwards.
+
+    Raises:
+        DataError: no_data, where this machine would be the whole cluster.
+    """
     if ray.is_initialized():
-        yield False
+        yield
         return
     caught = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    is_local = _join_or_start()
+    if not _join():
+        if no_data:
+            raise no_data
+        _start_cluster()
+    elif no_data:
+        logger.warning("the dataset is not on this machine, the workers will look for it on theirs (%s)", no_data)
     for number, handler in caught.items():  # Ray puts a SIGTERM handler of its own
         signal.signal(number, handler)
     try:
-        yield is_local
+        yield
     finally:
         ray.shutdown()
 
 
-def _join_or_start() -> bool:
-    """Join the cluster at RAY_ADDRESS or the one that runs on this machine, else start one; return whether it did."""
-    address = os.environ.get("RAY_ADDRESS", "auto")
-    try:
-        if address == "local":  # Ray's word for: a new one in any case
-            raise ConnectionError
-        ray.init(address=address, logging_level=logging.WARNING)
-    except ConnectionError:
-        if address not in ("auto", "local"):
-            raise ConfigError(f"RAY_ADDRESS={address}: no Ray cluster answers there") from None
-        ray.init(
-            address="local",
-            num_cpus=os.cpu_count(),
-            include_dashboard=False,
-            object_store_memory=_LOCAL_OBJECT_STORE_BYTES,
-            logging_level=logging.WARNING,
-        )
-        return True
-    return False
-
-
-def _check_data_and_start(config: TrainConfig, store: CheckpointStore, is_local: bool) -> Start:
-    """Check data and starting point where this machine can see them; a cluster's nodes may have data that it has not.
+def _join() -> bool:
+    """Join the cluster at RAY_ADDRESS or the one that runs on this machine; return whether there is one.
 
     Raises:
-        UserError: something is missing, damaged or does not fit.
+        ConfigError: RAY_ADDRESS names one that does not answer.
     """
-    vocab_size, data = None, None
+    address = os.environ.get("RAY_ADDRESS", "auto")
+    if address == "local":  # Ray's word for: a new one in any case
+        return False
     try:
-        data = open_dataset(config.data_dir, config.dataset, sampling_of(config))
-        vocab_size = data.vocab_size
-    except DataError:
-        if is_local:
-            raise
-        logger.warning("dataset %s is not on this machine: the workers will check theirs", config.dataset)
-        saved = next(store.newest_first(), None)
-        vocab_size = saved.state["model_args"]["vocab_size"] if saved else None
-    start = check_start(config, store, vocab_size)
-    if data:
-        data.check_fits(start.model_args["vocab_size"])
-    return start
+        _knock(address)
+        ray.init(address=address, logging_level=logging.WARNING)
+    except OSError as error:
+        if address == "auto":
+            return False
+        raise ConfigError(
+            f"RAY_ADDRESS={address}: no Ray cluster answers there ({_first_line(error)}); "
+            "give a running one's host:port, or unset RAY_ADDRESS to train on this machine"
+        ) from None
+    except RuntimeError as error:  # other versions of Ray or Python than here
+        raise ConfigError(f"RAY_ADDRESS={address}: the Ray cluster there cannot be joined: {error}") from None
+    return True
+
+
+def _knock(address: str) -> None:
+    """Find out in seconds that nobody listens at host:port, where Ray would try for minutes.
+
+    Raises:
+        OSError: nobody does.
+    """
+    host, _, port = address.rpartition(":")
+    if host and "://" not in address and port.isdecimal():
+        socket.create_connection((host.strip("[]"), int(port)), timeout=_KNOCK_TIMEOUT_S).close()
+
+
+def _start_cluster() -> None:
+    ray.init(
+        address="local",
+        num_cpus=os.cpu_count(),
+        include_dashboard=False,
+        object_store_memory=_LOCAL_OBJECT_STORE_BYTES,
+        logging_level=logging.WARNING,
+    )
 
 
 def _check_capacity(config: TrainConfig) -> float:
@@ -177,20 +195,14 @@ def _check_capacity(config: TrainConfig) -> float:
 
 
 def _prepare_out_dir(config: TrainConfig, store: CheckpointStore) -> str:
-    """Write run.json, which shows that storage can be written, and return the id by which workers will know it.
+    """Write run.json and return the id in it, by which workers will know the folder.
 
     Raises:
-        ConfigError: it cannot.
+        CheckpointError: it cannot be written.
     """
     run_id = uuid.uuid4().hex
-    try:
-        store.write_json("run.json", {"run_id": run_id, "config": asdict(config), "ray": ray.__version__})
-        if store.fs.exists(store.path(REGISTRY_FILE)):  # it may name what is gone, and Ray would not start then
-            store.fs.rm_file(store.path(REGISTRY_FILE))
-    except UserError as error:
-        raise ConfigError(f"out_dir={config.out_dir} cannot be written: {error}") from None
-    except OSError as error:
-        raise ConfigError(f"out_dir={config.out_dir} cannot be written: {type(error).__name__}: {error}") from None
+    store.write_json("run.json", {"run_id": run_id, "config": asdict(config), "ray": ray.__version__})
+    store.delete(REGISTRY_FILE)  # it may name what is gone, and Ray would not start then
     return run_id
 
 

@@ -36,6 +36,7 @@ def begin(config: TrainConfig, world: World, store: CheckpointStore, scratch_arg
         if _fill_from_store(state, checkpoint, world, store):
             state.resumed_from = checkpoint
             return state
+    world.together(store.check_not_lost)
     if config.init_from == "scratch":
         return _build(config, scratch_args, world)
     return _import(config, world)
@@ -75,7 +76,7 @@ def _fill_from_store(state: TrainState, checkpoint: Checkpoint, world: World, st
         error = str(problem)
     if errors := [found for found in world.gather_json(error) if found]:
         if world.is_main:
-            logger.warning("checkpoint %s is not whole, falling back to the one before: %s", checkpoint.name, errors[0])
+            store.reject(checkpoint.name, errors[0])
         return False
     source = {name: readers[entry["file"]] for name, entry in checkpoint.state["tensors"].items()}
     _fill(state, checkpoint.snapshot({}), mine, source, world)

@@ -57,6 +57,7 @@ def check_start(config: TrainConfig, store: CheckpointStore, vocab_size: int | N
                 f"max_iters={config.max_iters}. To go on, raise --max_iters; to begin anew, give another --out_dir"
             )
         return Start(saved.state["model_args"], saved.iter_num, f"continuing {saved.name} in {config.out_dir}")
+    store.check_not_lost()
     if config.init_from == "scratch":
         return Start(scratch_args(config, vocab_size), 0, "initializing a new model from scratch")
     source = source_of(config)

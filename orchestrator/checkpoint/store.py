@@ -18,17 +18,20 @@ from dataclasses import dataclass
 from typing import Any
 
 import xxhash
-from fsspec.core import url_to_fs
+from fsspec.exceptions import FSTimeoutError
 from torch import Tensor
 
 from orchestrator.checkpoint.files import FileRecord, read_tensors
 from orchestrator.checkpoint.snapshot import Snapshot, undescribe
-from orchestrator.checkpoint.transfer import delivered
+from orchestrator.checkpoint.transfer import delivered, locate
+from orchestrator.config import nearest
 from orchestrator.errors import CheckpointError
 
 logger = logging.getLogger(__name__)
 
 FORMAT_VERSION = 1
+_FIRST_ANSWER_S = 20.0  # storage that says nothing for so long is taken for unreachable
+_CHOICES = ("auto", "latest", "best")
 _NAME = re.compile(r"checkpoint_(\d{8,})_(\w+)")
 
 
@@ -73,9 +76,10 @@ class CheckpointStore:
     def __init__(self, out_dir: str, storage_options: dict[str, Any] | None = None) -> None:
         self.out_dir, self.storage_options = out_dir, storage_options
         try:
-            self.fs, self.root = url_to_fs(out_dir, **(storage_options or {}))
-        except (ImportError, ValueError) as error:
-            raise CheckpointError(f"out_dir={out_dir}: {error}") from None
+            self.fs, self.root = locate(out_dir, storage_options)
+        except CheckpointError as error:
+            raise CheckpointError(f"out_dir={error}") from None
+        self.damaged: dict[str, str] = {}  # checkpoints that were found not to be whole, and why
 
     def path(self, *parts: str) -> str:
         return "/".join((self.root.rstrip("/"), *parts))
@@ -84,11 +88,16 @@ class CheckpointStore:
         """Return the names of all checkpoint directories, whole or not, highest iteration first."""
         self.fs.invalidate_cache()
         try:
-            entries = self.fs.ls(self.root, detail=False)
+            limit = {"timeout": _FIRST_ANSWER_S} if self.fs.async_impl else {}
+            entries = self.fs.ls(self.root, detail=False, **limit)
         except (FileNotFoundError, NotADirectoryError):
             return []
         except Exception as error:  # every storage has exceptions of its own
-            raise CheckpointError(f"out_dir={self.out_dir} cannot be read: {type(error).__name__}: {error}") from None
+            is_late = isinstance(error, FSTimeoutError)
+            reason = f"no answer in {_FIRST_ANSWER_S:g} s" if is_late else f"{type(error).__name__}: {error}"
+            raise CheckpointError(
+                f"out_dir={self.out_dir} cannot be read: {reason}; check the address, the network and the credentials"
+            ) from None
         found = [name for entry in entries if _NAME.fullmatch(name := entry.rstrip("/").rsplit("/", 1)[-1])]
         return sorted(found, key=_age)
 
@@ -124,10 +133,16 @@ class CheckpointStore:
             try:
                 checkpoint = self.load(name)
             except CheckpointError as error:
-                logger.warning("passing over checkpoint %s: %s", name, error)
+                self.reject(name, str(error))
                 continue
             if checkpoint:
                 yield checkpoint
+
+    def reject(self, name: str, why: str) -> None:
+        """Note that a checkpoint is not whole: it is passed over, and it does not count among those that are kept."""
+        if name not in self.damaged:
+            logger.warning("checkpoint %s is not whole, falling back to the one before: %s", name, why)
+        self.damaged[name] = why
 
     def select(self, which: str = "auto") -> Checkpoint:
         """Return a checkpoint by name, the `latest`, the `best` (validation loss), or `auto`: what nanoGPT's ckpt.pt
@@ -136,14 +151,11 @@ class CheckpointStore:
         Raises:
             CheckpointError: there is none.
         """
-        found = list(self.newest_first())
-        if which not in ("auto", "latest", "best"):
+        found = self._whole()
+        if which not in _CHOICES:
             found = [checkpoint for checkpoint in found if checkpoint.name == which]
         if not found:
-            what = "checkpoint" if which in ("auto", "latest", "best") else f"checkpoint {which}"
-            raise CheckpointError(
-                f"out_dir={self.out_dir} holds no {what}: train there first, or give another --out_dir"
-            )
+            raise self._nothing(which)
         keeps_best = not found[0].state["config"].get("always_save_checkpoint", True)
         if which == "best" or (which == "auto" and keeps_best):
             return best(found) or found[0]
@@ -159,6 +171,47 @@ class CheckpointStore:
         for name, record in (checkpoint.model_files if model_only else checkpoint.files).items():
             tensors |= read_tensors(self.fs, self.path(checkpoint.name, name), record)
         return checkpoint.snapshot(tensors)
+
+    def _nothing(self, which: str) -> CheckpointError:
+        where = f"out_dir={self.out_dir} holds no"
+        if which not in _CHOICES:
+            there = ", ".join(self.names()) or "none"
+            return CheckpointError(
+                f"{where} whole checkpoint {which}; there are: {there}{nearest(which, self.names())}"
+            )
+        if self.damaged:
+            return CheckpointError(f"{where} whole checkpoint: {_listed(self.damaged)}")
+        return CheckpointError(f"{where} checkpoint: train there first, or give another --out_dir")
+
+    def check_not_lost(self) -> None:
+        """Refuse to begin anew over a run of which every checkpoint is damaged.
+
+        Raises:
+            CheckpointError: naming each and why.
+        """
+        if self.damaged:
+            raise CheckpointError(
+                f"out_dir={self.out_dir} holds a run, but no whole checkpoint of it: {_listed(self.damaged)}. "
+                "Restore one from a copy, or give another --out_dir to begin anew"
+            )
+
+    def read_selected(self, which: str = "auto", model_only: bool = False) -> tuple[Checkpoint, Snapshot]:
+        """Select and read a checkpoint; one that turns out damaged is passed over, unless it was asked for by name.
+
+        Raises:
+            CheckpointError: there is none, or the named one is damaged.
+        """
+        while True:
+            checkpoint = self.select(which)
+            try:
+                return checkpoint, self.read(checkpoint, model_only)
+            except CheckpointError as error:
+                if which not in _CHOICES:
+                    raise
+                self.reject(checkpoint.name, str(error))
+
+    def _whole(self) -> list[Checkpoint]:
+        return [checkpoint for checkpoint in self.newest_first() if checkpoint.name not in self.damaged]
 
     def commit(self, name: str, state: dict[str, Any]) -> Checkpoint:
         """Announce a checkpoint whose files are all written: after this it exists."""
@@ -181,10 +234,10 @@ class CheckpointStore:
     def prune(self, keep: int) -> list[str]:
         """Delete all but the newest `keep` committed checkpoints and the best one; return what was deleted.
 
-        What was begun before the newest committed one and never announced goes too; newer beginnings stay, for
-        somebody may be writing them.
+        What was begun before the newest committed one and never announced, or is damaged, goes too; newer beginnings
+        stay, for somebody may be writing them.
         """
-        found = list(self.newest_first())
+        found = self._whole()
         if not found:
             return []
         stay = {checkpoint.name for checkpoint in found[:keep]}
@@ -195,6 +248,18 @@ class CheckpointStore:
         for name in doomed:
             self._delete(name)
         return doomed
+
+    def delete(self, name: str) -> None:
+        """Delete a file of the run, where it is there.
+
+        Raises:
+            CheckpointError: it cannot be deleted.
+        """
+        try:
+            if self.fs.exists(self.path(name)):
+                self.fs.rm_file(self.path(name))
+        except Exception as error:  # every storage has exceptions of its own
+            raise CheckpointError(f"{self.path(name)} cannot be deleted: {type(error).__name__}: {error}") from None
 
     def _delete(self, name: str) -> None:
         """Delete state.json first, so that at no moment half a checkpoint looks whole."""
@@ -223,3 +288,7 @@ def _age(name: str) -> tuple[int, str]:
 
 def _checksum(state: dict[str, Any]) -> str:
     return xxhash.xxh3_128(json.dumps(state, sort_keys=True).encode()).hexdigest()
+
+
+def _listed(damaged: dict[str, str]) -> str:
+    return "; ".join(f"{name} ({why})" for name, why in damaged.items())

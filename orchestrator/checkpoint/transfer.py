@@ -8,14 +8,18 @@ from __future__ import annotations
 import os
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from fsspec import available_protocols
 from fsspec.core import url_to_fs
 from fsspec.implementations.local import LocalFileSystem
 
+from orchestrator.config import nearest
 from orchestrator.errors import CheckpointError
+
+_EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gcs", "gcs": "gcs", "abfs": "azure", "abfss": "azure", "az": "azure"}
 
 
 def exists(url: str, storage_options: dict[str, Any] | None = None) -> bool:
@@ -24,7 +28,7 @@ def exists(url: str, storage_options: dict[str, Any] | None = None) -> bool:
     Raises:
         CheckpointError: storage that cannot be reached.
     """
-    fs, path = _locate(url, storage_options)
+    fs, path = locate(url, storage_options)
     try:
         return bool(fs.exists(path))
     except Exception as error:  # every storage library has exceptions of its own
@@ -38,7 +42,7 @@ def fetched(url: str, storage_options: dict[str, Any] | None = None) -> Iterator
     Raises:
         CheckpointError: no such file, or storage that cannot be reached.
     """
-    fs, path = _locate(url, storage_options)
+    fs, path = locate(url, storage_options)
     if isinstance(fs, LocalFileSystem):
         if not Path(path).is_file():
             raise CheckpointError(f"{url}: no such file; check the path")
@@ -64,7 +68,7 @@ def delivered(url: str, storage_options: dict[str, Any] | None = None) -> Iterat
     Raises:
         CheckpointError: the file could not be written; what was at the url before is still there.
     """
-    fs, path = _locate(url, storage_options)
+    fs, path = locate(url, storage_options)
     try:
         if isinstance(fs, LocalFileSystem):
             with _renamed_onto(Path(path)) as scratch_file:
@@ -73,7 +77,7 @@ def delivered(url: str, storage_options: dict[str, Any] | None = None) -> Iterat
         with tempfile.TemporaryDirectory() as scratch:
             scratch_file = Path(scratch, Path(path).name)
             yield scratch_file
-            fs.makedirs(fs._parent(path), exist_ok=True)  # a folder on file servers, nothing on object stores
+            make_folder(fs, fs._parent(path))
             fs.put_file(str(scratch_file), path)
             fs.invalidate_cache()
             if fs.size(path) != scratch_file.stat().st_size:  # some clients report success for half a file
@@ -98,9 +102,57 @@ def _renamed_onto(path: Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
-def _locate(url: str, storage_options: dict[str, Any] | None) -> tuple[Any, str]:
+def check_writable(folder_url: str, storage_options: dict[str, Any] | None = None) -> None:
+    """Write an empty file into a folder and delete it again, with the folders that were made for it.
+
+    Raises:
+        CheckpointError: it cannot be written.
+    """
+    fs, folder = locate(folder_url, storage_options)
+    probe = f"{folder.rstrip('/')}/.writable-{os.getpid()}"
+    made = _missing_folders(folder) if isinstance(fs, LocalFileSystem) else []
     try:
-        fs, path = url_to_fs(str(url), **(storage_options or {}))
-    except (ValueError, ImportError) as error:  # an unknown protocol, or one whose package is not installed
-        raise CheckpointError(f"{url}: {error}") from error
+        make_folder(fs, folder)
+        fs.pipe_file(probe, b"")
+        fs.rm_file(probe)
+    except Exception as error:  # every storage library has exceptions of its own
+        reason = f"{type(error).__name__}: {error}"
+        raise CheckpointError(
+            f"{folder_url} cannot be written: {reason}; check the path, permissions and free space"
+        ) from error
+    finally:
+        for path in made:
+            with suppress(OSError):  # never made, or somebody else has put something there
+                path.rmdir()
+
+
+def _missing_folders(folder: str) -> list[Path]:
+    """Return what would have to be made, the deepest first."""
+    return [path for path in (Path(folder), *Path(folder).parents) if not path.exists()]
+
+
+def make_folder(fs: Any, path: str) -> None:
+    """Make a folder on file servers. On object stores there are none, and theirs would make a mistyped bucket."""
+    if path.startswith("/"):
+        fs.makedirs(path, exist_ok=True)
+
+
+def locate(url: str, storage_options: dict[str, Any] | None = None) -> tuple[Any, str]:
+    """Return the fsspec filesystem of a path or URL, and the path in it.
+
+    Raises:
+        CheckpointError: an unknown protocol, or one whose package is not installed.
+    """
+    protocol = url.partition("://")[0] if "://" in url else ""
+    try:
+        fs, path = url_to_fs(url, **(storage_options or {}))
+    except ImportError as error:
+        package = f"nanogpt-orchestrator[{_EXTRAS[protocol]}]" if protocol in _EXTRAS else ""
+        remedy = f"pip install '{package}' on every node" if package else str(error)
+        raise CheckpointError(f"{url}: the package for {protocol}:// is not installed: {remedy}") from None
+    except ValueError as error:
+        if protocol in available_protocols():
+            raise CheckpointError(f"{url}: {error}") from None
+        hint = nearest(protocol, _EXTRAS)
+        raise CheckpointError(f"{url}: no such protocol{hint}; give a path, or a URL such as s3://bucket/run") from None
     return fs, path

@@ -1,0 +1,69 @@
+"""What can be known about a run before a cluster is started: data, starting point, storage. Knows no Ray.
+
+A refused run leaves everything as it was: nothing in out_dir is created or changed.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from fsspec.implementations.local import LocalFileSystem
+
+from orchestrator.checkpoint.start import Start, check_start
+from orchestrator.checkpoint.store import CheckpointStore
+from orchestrator.checkpoint.transfer import check_writable
+from orchestrator.config import TrainConfig, check
+from orchestrator.data.dataset import Dataset, open_dataset
+from orchestrator.errors import ConfigError, DataError
+from orchestrator.loop import sampling_of
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A run that may be started.
+
+    config: checked, with an absolute out_dir where that is a path.
+    no_data: why this machine has no dataset. The nodes of a cluster may have one, so who knows the cluster decides.
+    """
+
+    config: TrainConfig
+    store: CheckpointStore
+    start: Start
+    no_data: DataError | None
+
+
+def plan(config: TrainConfig) -> Plan:
+    """Check settings, data, starting point and storage as far as this machine can see them.
+
+    Raises:
+        UserError: a setting, the data, what out_dir or init_from holds, or storage that cannot be read and written.
+    """
+    config = check(config)
+    store = CheckpointStore(config.out_dir)
+    if isinstance(store.fs, LocalFileSystem):
+        config = replace(config, out_dir=store.root)
+    if "/" not in store.root:
+        raise ConfigError(
+            f"out_dir={config.out_dir} is a whole bucket: give a folder in it, {config.out_dir.rstrip('/')}/run"
+        )
+    data, no_data = _open_data(config)
+    start = check_start(config, store, _vocab_size(data, store))
+    if data:
+        data.check_fits(start.model_args["vocab_size"])
+    check_writable(config.out_dir)
+    return Plan(config, store, start, no_data)
+
+
+def _open_data(config: TrainConfig) -> tuple[Dataset | None, DataError | None]:
+    try:
+        return open_dataset(config.data_dir, config.dataset, sampling_of(config)), None
+    except DataError as error:
+        return None, error
+
+
+def _vocab_size(data: Dataset | None, store: CheckpointStore) -> int | None:
+    """Return the vocabulary of a new model: the dataset's; where it is elsewhere, the one that the run has already."""
+    if data:
+        return data.vocab_size
+    saved = next(store.newest_first(), None)
+    return saved.state["model_args"]["vocab_size"] if saved else None
