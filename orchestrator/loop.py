@@ -69,7 +69,6 @@ def train(
         UserError: on all ranks alike, if data or checkpoints do not fit.
     """
     pin(config)
-    tell = tell if world.is_main else lambda _record: None
 
     # the data: a batch is a pure function of (seed, split, iter_num, micro_step), so there is no loader state
     data = world.together(lambda: open_dataset(config.data_dir, config.dataset, sampling_of(config)))
@@ -82,7 +81,12 @@ def train(
     resumed_at = state.iter_num if state.resumed_from else None
     surroundings = environment(config, world, data.fingerprint())
     world.together(lambda: check_surroundings(surroundings, world, state))
-    tell(_beginning(config, world, state))
+
+    def say(kind: str, **values: Any) -> None:
+        if world.is_main:
+            tell({"kind": kind, "iter": state.iter_num, **values})
+
+    say("begin", **beginning(config, world, state))
 
     # the model as it is called: compiled, and wrapped where gradients are averaged over ranks
     net: nn.Module = torch.compile(state.model) if config.compile else state.model  # type: ignore[assignment]
@@ -105,8 +109,8 @@ def train(
                 losses = evaluate(net, data, config, world)
                 val_loss = losses["val"]
                 state.best_val_loss = min(state.best_val_loss, val_loss)
-                tell({"kind": "eval", "iter": state.iter_num, "train_loss": losses["train"], "val_loss": val_loss,
-                      "lr": learning_rate(config, state.iter_num), "mfu": running_mfu})  # fmt: skip
+                lr = learning_rate(config, state.iter_num)
+                say("eval", train_loss=losses["train"], val_loss=val_loss, lr=lr, mfu=running_mfu)
             due = done or stopping or state.iter_num % config.iters_per_checkpoint == 0
             if due and state.iter_num > 0 and not config.eval_only:
                 snapshot = capture(state, val_loss)
@@ -114,14 +118,7 @@ def train(
                 name = save(snapshot, world, store, surroundings, config.keep_checkpoints)
                 if name:
                     committed(name, snapshot)
-                    tell(
-                        {
-                            "kind": "checkpoint",
-                            "iter": state.iter_num,
-                            "name": name,
-                            "seconds": time.perf_counter() - t0,
-                        }
-                    )
+                    say("checkpoint", name=name, seconds=time.perf_counter() - t0)
                 elif done or stopping:
                     raise StorageError(f"out_dir={config.out_dir}: the last state could not be saved")
         if done or stopping or config.eval_only:
@@ -160,8 +157,8 @@ def train(
             if state.iter_num >= (resumed_at or 0) + 5:  # let the loop settle a bit
                 mfu = state.model.estimate_mfu(config.batch_size * len(micro_steps), dt)
                 running_mfu = mfu if running_mfu == -1.0 else 0.9 * running_mfu + 0.1 * mfu
-            tell({"kind": "step", "iter": state.iter_num, "loss": loss_value, "lr": lr, "dt_s": dt, "mfu": running_mfu,
-                  "tokens_per_s": tokens_per_iter(config) / dt})  # fmt: skip
+            tokens_per_s = tokens_per_iter(config) / dt
+            say("step", loss=loss_value, lr=lr, dt_s=dt, mfu=running_mfu, tokens_per_s=tokens_per_s)
         state.iter_num += 1
 
 
@@ -269,10 +266,9 @@ def to_device(batch: tuple[Tensor, Tensor], device: torch.device) -> tuple[Tenso
     return X.pin_memory().to(device, non_blocking=True), Y.pin_memory().to(device, non_blocking=True)
 
 
-def _beginning(config: TrainConfig, world: World, state: TrainState) -> Record:
+def beginning(config: TrainConfig, world: World, state: TrainState) -> Record:
+    """Return what is told of an attempt at its start."""
     return {
-        "kind": "begin",
-        "iter": state.iter_num,
         "max_iters": config.max_iters,
         "from": state.resumed_from.name if state.resumed_from else None,
         "num_params": state.model.get_num_params(),

@@ -1,4 +1,4 @@
-"""A checkpoint that nanoGPT wrote, and its numbers; where they are not at hand, a module that imports this is skipped."""
+"""A checkpoint that nanoGPT wrote, and its numbers; a module that imports this is skipped where they are absent."""
 
 from __future__ import annotations
 
