@@ -1,0 +1,14 @@
+# The loss of OpenAI's gpt2 (124M parameters) on OpenWebText, as it was published; nothing is trained.
+#
+#   orchestrator train configs/eval_gpt2.py --data_dir=/shared/nanoGPT/data
+#
+# The data are made by nanoGPT's data/openwebtext/prepare.py. One GPU with 8 GB will do, because nothing is kept for
+# gradients and AdamW: the weights take 0.5 GB (4 bytes per parameter), and the logits of 8 x 1024 positions over
+# 50,257 tokens about 4 GB, in bfloat16 and float32.
+
+out_dir = "out-eval-gpt2"
+init_from = "gpt2"  # n_layer=12, n_head=12, n_embd=768
+eval_only = True
+eval_iters = 500  # more than in training, for a good estimate
+batch_size = 8
+wandb_log = False

@@ -1,0 +1,14 @@
+# The loss of OpenAI's gpt2-xl (1558M parameters) on OpenWebText, as it was published; nothing is trained.
+#
+#   orchestrator train configs/eval_gpt2_xl.py --data_dir=/shared/nanoGPT/data
+#
+# The data are made by nanoGPT's data/openwebtext/prepare.py. One GPU with 16 GB will do, because nothing is kept for
+# gradients and AdamW: the weights take 6.2 GB (4 bytes per parameter), their bfloat16 copies 3.1 GB, and the logits
+# of 8 x 1024 positions over 50,257 tokens about 4 GB, in bfloat16 and float32.
+
+out_dir = "out-eval-gpt2-xl"
+init_from = "gpt2-xl"  # n_layer=48, n_head=25, n_embd=1600
+eval_only = True
+eval_iters = 500  # more than in training, for a good estimate
+batch_size = 8
+wandb_log = False
