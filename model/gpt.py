@@ -41,7 +41,10 @@ class CausalSelfAttention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Mix (B, T, C) over positions; return (B, T, C)."""
         B, T, C = x.shape
-        q, k, v = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head).permute(2, 0, 3, 1, 4)  # (B, nh, T, hs)
+        q, k, v = self.c_attn(x).split(C, dim=2)  # 3 times (B, T, C)
+        q = q.view(B, T, self.n_head, C // self.n_head).transpose(1, 2)  # (B, nh, T, hs)
+        k = k.view(B, T, self.n_head, C // self.n_head).transpose(1, 2)  # (B, nh, T, hs)
+        v = v.view(B, T, self.n_head, C // self.n_head).transpose(1, 2)  # (B, nh, T, hs)
         dropout_p = self.dropout if self.training else 0.0
         y = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout_p, is_causal=True)  # (B, nh, T, hs)
         y = y.transpose(1, 2).reshape(B, T, C)  # heads side by side again
@@ -233,7 +236,7 @@ class GPT(nn.Module):
     ) -> torch.optim.AdamW:
         """Return AdamW with two groups: matrices and embeddings decay, biases and norms do not.
 
-        The fused kernel is used wherever PyTorch has one. On CPU it takes a tenth of the plain loop's time.
+        The fused kernel is used wherever PyTorch has one. On CPU it takes less than half the plain one's time.
         """
         params = [p for p in self.parameters() if p.requires_grad]
         decayed = [p for p in params if p.dim() >= 2]
