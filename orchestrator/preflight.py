@@ -6,6 +6,7 @@ A refused run leaves everything as it was: nothing in out_dir is created or chan
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 from fsspec.implementations.local import LocalFileSystem
 
@@ -16,6 +17,8 @@ from orchestrator.config import TrainConfig, check
 from orchestrator.data.dataset import Dataset, open_dataset
 from orchestrator.errors import ConfigError, DataError
 from orchestrator.loop import sampling_of
+
+_JOB_FILES = "working_dir_files"  # where Ray unpacks the --working-dir of a job
 
 
 @dataclass(frozen=True)
@@ -41,17 +44,35 @@ def plan(config: TrainConfig) -> Plan:
     config = check(config)
     store = CheckpointStore(config.out_dir)
     if isinstance(store.fs, LocalFileSystem):
+        _refuse_job_files(f"out_dir={config.out_dir}", store.root, "a path that all nodes share, or a URL (s3://b/run)")
         config = replace(config, out_dir=store.root)
     if "/" not in store.root:
         raise ConfigError(
             f"out_dir={config.out_dir} is a whole bucket: give a folder in it, {config.out_dir.rstrip('/')}/run"
         )
     data, no_data = _open_data(config)
+    if no_data:
+        _refuse_job_files(
+            f"data_dir={config.data_dir}", config.data_dir, "the path at which every node has the dataset"
+        )
     start = check_start(config, store, _vocab_size(data, store))
     if data:
         data.check_fits(start.model_args["vocab_size"])
     check_writable(config.out_dir)
     return Plan(config, store, start, no_data)
+
+
+def _refuse_job_files(setting: str, path: str, remedy: str) -> None:
+    """Check that a folder is not in the copy of the code that Ray makes for a job: it holds no data, and is deleted.
+
+    Raises:
+        ConfigError: it is.
+    """
+    if _JOB_FILES in Path(path).absolute().parts:
+        raise ConfigError(
+            f"{setting} is a folder in this job's copy of the code, which has no data in it and is deleted "
+            f"after the job: give {remedy}"
+        )
 
 
 def _open_data(config: TrainConfig) -> tuple[Dataset | None, DataError | None]:

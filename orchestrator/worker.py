@@ -55,6 +55,7 @@ def _world(config: TrainConfig) -> World:
 
 def _log_through(poster: Poster) -> None:
     """Send rank 0's log lines to the driver's display; of the other ranks only warnings are shown, by Ray."""
+    logging.getLogger().setLevel(logging.WARNING)  # some of Ray Train's loggers are named by file, so not the next one
     logging.getLogger("ray.train").setLevel(logging.WARNING)
     for name in ("orchestrator", "model"):
         log = logging.getLogger(name)
