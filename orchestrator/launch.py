@@ -129,20 +129,20 @@ def _cluster(no_data: DataError | None) -> Iterator[None]:
 
 
 def _join() -> bool:
-    """Join the cluster at RAY_ADDRESS or the one that runs on this machine; return whether there is one.
+    """Join the cluster at RAY_ADDRESS, which `ray job submit` sets; return whether there is one.
+
+    Without it nothing is joined: what runs on this machine may be the local cluster of another run, and end with it.
 
     Raises:
         ConfigError: RAY_ADDRESS names one that does not answer.
     """
-    address = os.environ.get("RAY_ADDRESS", "auto")
-    if address == "local":  # Ray's word for: a new one in any case
+    address = os.environ.get("RAY_ADDRESS", "local")
+    if address == "local":  # Ray's word for: a new one
         return False
     try:
         _knock(address)
         ray.init(address=address, logging_level=logging.WARNING)
     except OSError as error:
-        if address == "auto":
-            return False
         raise ConfigError(
             f"RAY_ADDRESS={address}: no Ray cluster answers there ({_first_line(error)}); "
             "give a running one's host:port, or unset RAY_ADDRESS to train on this machine"
@@ -169,7 +169,7 @@ def _start_cluster() -> None:
         num_cpus=os.cpu_count(),
         include_dashboard=False,
         object_store_memory=_LOCAL_OBJECT_STORE_BYTES,
-        logging_level=logging.WARNING,
+        logging_level=logging.ERROR,
     )
 
 
