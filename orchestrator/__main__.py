@@ -154,7 +154,8 @@ COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command and return its exit code: 2 for a user's mistake, 1 for a failure, 130 for Ctrl-C."""
     words = list(sys.argv[1:] if argv is None else argv)
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    logging.basicConfig(format="%(message)s", stream=sys.stderr)
+    logging.getLogger("orchestrator").setLevel(logging.INFO)  # other packages' say too much
     if not words or words[0] in ("-h", "--help", "help"):
         print(USAGE)
         return 0

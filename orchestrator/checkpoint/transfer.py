@@ -103,7 +103,7 @@ def _renamed_onto(path: Path) -> Iterator[Path]:
 
 
 def check_writable(folder_url: str, storage_options: dict[str, Any] | None = None) -> None:
-    """Write an empty file into a folder and delete it again, with the folders that were made for it.
+    """Write an empty file into a run's folder and delete it again, with the folders that were made for it.
 
     Raises:
         CheckpointError: it cannot be written.
@@ -118,7 +118,7 @@ def check_writable(folder_url: str, storage_options: dict[str, Any] | None = Non
     except Exception as error:  # every storage library has exceptions of its own
         reason = f"{type(error).__name__}: {error}"
         raise CheckpointError(
-            f"{folder_url} cannot be written: {reason}; check the path, permissions and free space"
+            f"out_dir={folder_url} cannot be written: {reason}; check the path, permissions and free space"
         ) from error
     finally:
         for path in made:
@@ -154,5 +154,5 @@ def locate(url: str, storage_options: dict[str, Any] | None = None) -> tuple[Any
         if protocol in available_protocols():
             raise CheckpointError(f"{url}: {error}") from None
         hint = nearest(protocol, _EXTRAS)
-        raise CheckpointError(f"{url}: no such protocol{hint}; give a path, or a URL such as s3://bucket/run") from None
+        raise CheckpointError(f"{url}: no such protocol; give a path, or a URL such as s3://bucket/run{hint}") from None
     return fs, path
