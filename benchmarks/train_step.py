@@ -3,16 +3,21 @@
 Both sides do the same maths on the same batches from the same weights, and the losses have to agree to 1e-5 at every
 step. They take turns in one process, so that other load on the machine meets both alike; medians are compared.
 
-Measured with PyTorch 2.13 on two hyperthreads of one shared core of an AMD EPYC with AVX-512 (a step: about 36 ms when
-the machine is quiet, 55 ms when it is not):
+Measured with PyTorch 2.13 on two hyperthreads of one core of an AMD EPYC with AVX-512, shared with other work (a
+step of the small size took 36 to 73 ms):
 
-- The speedup is 1.02 to 1.05, short of the 1.15 that was hoped for. All of it comes from the fused optimizer (2.1 to
-  2.8 times as fast) and from drawing a batch with one gather (twice as fast); together these are 5 to 8 % of a step.
-- Matrix products are 60 to 75 % of a step and run at about 100 GFLOP/s, one core's peak, in every layout that a
-  linear layer and its gradients use. Attention is 12 %, GELU 6 %. Both sides call the same kernels for these.
+- There is hardly a speedup, far from the 1.15 that was hoped for: nine runs of the small size gave 1.00 to 1.05
+  (paired 0.99 to 1.04), three of the larger one 1.00, 1.00 and, under heavy load, 0.84 (paired 1.02 to 1.04).
+  Under load trust the paired figure.
+- What is gained comes from the fused optimizer (2.1 to 3.7 times as fast) and from drawing a batch with one gather
+  (twice as fast). Both together are but 4 to 8 % of nanoGPT's step. Forward came out 1 to 8 % slower than the
+  baseline's in the small size though it calls the same kernels; seeding explains a part of it, the rest is open.
+- Matrix products are 60 to 75 % of a step and run at about 100 GFLOP/s, no faster on two threads than on one, in every
+  layout that a linear layer and its gradients use. Attention is 12 %, GELU 6 %. Both sides share these kernels.
+- q, k and v by `split`, as nanoGPT does: backward takes 2 % less than with one permuted view of all three.
 - No gain: the `math` attention kernel (8 % slower per step), tanh GELU (2.4 times as slow as the exact one), `foreach`
   gradient clipping (within noise; slower for the larger model), an allocator that keeps its pages (page faults
-  fall from about 1,500 per step to none, time does not).
+  fall from about 1,500 per step to none; no difference in time that the noise would not hide).
 - `torch.compile` makes forward and backward 8 % faster, but nanoGPT has it too; here both sides run uncompiled.
 - `torch.manual_seed` costs 0.1 to 0.25 ms per call, `torch.default_generator.manual_seed` 0.001 ms.
 """
