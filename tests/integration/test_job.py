@@ -1,0 +1,119 @@
+"""`ray job submit` from a clone: a head of its own with a job server, as on a cluster."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, suppress
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+from ray.job_submission import JobStatus, JobSubmissionClient
+
+from orchestrator.checkpoint.store import CheckpointStore
+from orchestrator.config import TrainConfig
+
+pytestmark = pytest.mark.filterwarnings("default")  # Ray and its parts warn of themselves
+
+CLONE = Path(__file__).parents[2]
+BIN = Path(sys.executable).parent
+# `python` in a job is the first on the head's PATH.
+ENVIRONMENT = {**os.environ, "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}"}
+ENVIRONMENT.pop("RAY_ADDRESS", None)
+
+
+@pytest.fixture(scope="module")
+def job_server() -> Iterator[str]:
+    """The address of a head's job server; everything that the head has started ends with it."""
+    gcs, dashboard, agent, client = free_ports(4)
+    command = [
+        *(str(BIN / "ray"), "start", "--head", "--block", "--num-cpus=2", "--object-store-memory=100000000"),
+        *(f"--port={gcs}", f"--dashboard-port={dashboard}", f"--dashboard-agent-listen-port={agent}"),
+        *(f"--ray-client-server-port={client}", "--min-worker-port=0", "--max-worker-port=0"),
+    ]
+    with tempfile.TemporaryDirectory(prefix="ray-", ignore_cleanup_errors=True) as folder:  # a socket's path is short
+        log = Path(folder) / "head.log"
+        with log.open("w") as file:
+            head = subprocess.Popen(
+                [*command, f"--temp-dir={folder}"],
+                env=ENVIRONMENT,
+                stdout=file,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+        try:
+            wait_for_port(dashboard, head, log)
+            yield f"http://127.0.0.1:{dashboard}"
+        finally:
+            end(head)
+
+
+def free_ports(count: int) -> list[int]:
+    with ExitStack() as stack:
+        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
+        for each in sockets:
+            each.bind(("127.0.0.1", 0))
+        return [each.getsockname()[1] for each in sockets]
+
+
+def wait_for_port(port: int, head: subprocess.Popen[Any], log: Path) -> None:
+    deadline_s = time.monotonic() + 60
+    while True:
+        assert head.poll() is None, log.read_text()
+        assert time.monotonic() < deadline_s, log.read_text()
+        with suppress(OSError), socket.create_connection(("127.0.0.1", port), timeout=1):
+            return
+        time.sleep(0.2)
+
+
+def end(head: subprocess.Popen[Any]) -> None:
+    """Kill the head and all that it started: a polite SIGTERM would drain the node for half a minute."""
+    started = psutil.Process(head.pid).children(recursive=True)
+    head.kill()
+    head.wait()
+    for process in started:
+        with suppress(psutil.NoSuchProcess):
+            process.kill()
+    _, alive = psutil.wait_procs(started, timeout=5)
+    assert alive == []
+
+
+def submit(job_server: str, name: str, *words: str) -> subprocess.CompletedProcess[str]:
+    command = [str(BIN / "ray"), "job", "submit", f"--address={job_server}", f"--submission-id={name}"]
+    return subprocess.run(
+        [*command, "--working-dir=.", "--", "python", "-m", "orchestrator", "train", *words],
+        cwd=CLONE,
+        env=ENVIRONMENT,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+
+
+def test_job_trains_and_a_mistake_is_told(tiny: TrainConfig, job_server: str) -> None:
+    config = replace(tiny, num_workers=2, max_iters=8)
+    flags = [f"--{key}={value}" for key, value in asdict(config).items()]
+    client = JobSubmissionClient(job_server)
+
+    done = submit(job_server, "trains", *flags)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert client.get_job_status("trains") == JobStatus.SUCCEEDED
+    assert CheckpointStore(config.out_dir).select("latest").iter_num == 8
+    lines = client.get_job_logs("trains").splitlines()
+    starts = ["iter 0: loss", "step 8: train loss", "saved checkpoint_00000008", "done: 8 iterations"]
+    assert [start for start in starts if not any(line.startswith(start) for line in lines)] == [], done.stdout
+    assert not [line for line in lines if "\x1b[" in line and "pid=" not in line], "no progress bar in a log"
+
+    wrong = submit(job_server, "wrong", *flags, "--out_dir=out")
+    assert wrong.returncode == 1
+    assert client.get_job_info("wrong").driver_exit_code == 2, "a user's mistake"
+    assert "error: out_dir=out is a folder in this job's copy of the code" in wrong.stdout
