@@ -6,8 +6,11 @@ Each command imports what it needs when it runs, so that `--help` and mistyped w
 from __future__ import annotations
 
 import logging
+import os
+import shutil
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import TypeVar
 
 from orchestrator import __version__
@@ -106,10 +109,18 @@ def train(argv: Sequence[str]) -> int:
 
 
 def _next_steps(out_dir: str) -> str:
+    program = _program()
     return f"""next:
-  orchestrator sample --out_dir={out_dir}
-  orchestrator inspect --out_dir={out_dir}
-  orchestrator export --out_dir={out_dir} --format=nanogpt --to=ckpt.pt"""
+  {program} sample --out_dir={out_dir}
+  {program} inspect --out_dir={out_dir}
+  {program} export --out_dir={out_dir} --format=nanogpt --to=ckpt.pt"""
+
+
+def _program() -> str:
+    """Return the words that start this program again from the same shell."""
+    if Path(sys.argv[0]).name != "orchestrator":
+        return "python -m orchestrator"
+    return "orchestrator" if shutil.which("orchestrator") else os.path.relpath(sys.argv[0])
 
 
 def sample(argv: Sequence[str]) -> int:

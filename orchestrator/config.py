@@ -126,6 +126,9 @@ def _check_range(key: str, value: Any, where: str = "") -> None:
 
 
 def _contradictions(config: TrainConfig) -> Iterator[str]:
+    for key in ("out_dir", "init_from"):
+        if re.search(r"://[^/]*:[^/]*@", getattr(config, key)):  # it would lie in run.json and in logs
+            yield f"{key} holds a password: leave it out of the URL, storage takes it from the environment or a profile"
     if config.n_embd % config.n_head:
         yield f"n_embd={config.n_embd} is not divisible by n_head={config.n_head}: every head needs the same width"
     if config.num_workers > config.gradient_accumulation_steps:

@@ -5,6 +5,7 @@ A refused run leaves everything as it was: nothing in out_dir is created or chan
 
 from __future__ import annotations
 
+import importlib.util
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -42,6 +43,7 @@ def plan(config: TrainConfig) -> Plan:
         UserError: a setting, the data, what out_dir or init_from holds, or storage that cannot be read and written.
     """
     config = check(config)
+    _check_extras(config)
     store = CheckpointStore(config.out_dir)
     if isinstance(store.fs, LocalFileSystem):
         _refuse_job_files(f"out_dir={config.out_dir}", store.root, "a path that all nodes share, or a URL (s3://b/run)")
@@ -60,6 +62,17 @@ def plan(config: TrainConfig) -> Plan:
         data.check_fits(start.model_args["vocab_size"])
     check_writable(config.out_dir)
     return Plan(config, store, start, no_data)
+
+
+def _check_extras(config: TrainConfig) -> None:
+    """Check that the packages of the extras that are asked for are here; the workers' environment is the same one.
+
+    Raises:
+        ConfigError: one is not.
+    """
+    for key, package in (("wandb_log", "wandb"), ("tensorboard_log", "tensorboard")):
+        if getattr(config, key) and not importlib.util.find_spec(package):
+            raise ConfigError(f"{key}=True needs a package: pip install 'nanogpt-orchestrator[{package}]'")
 
 
 def _refuse_job_files(setting: str, path: str, remedy: str) -> None:

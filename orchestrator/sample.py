@@ -121,9 +121,9 @@ def _read_run(config: SampleConfig) -> Snapshot:
     if config.checkpoint == "auto" and next(store.newest_first(), None) is None and exists(nanogpt_file):
         logger.info("sampling from %s", nanogpt_file)
         return read_nanogpt(nanogpt_file, model_only=True)
-    checkpoint = store.select(config.checkpoint)
+    checkpoint, snapshot = store.read_selected(config.checkpoint, model_only=True)
     logger.info("sampling from %s in %s (iteration %d)", checkpoint.name, config.out_dir, checkpoint.iter_num)
-    return store.read(checkpoint, model_only=True)
+    return snapshot
 
 
 def build(snapshot: Snapshot) -> GPT:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import logging
 import socket
@@ -268,6 +269,23 @@ def test_a_whole_bucket_is_no_run(refused: Refused, tiny: TrainConfig) -> None:
     assert said == "error: out_dir=s3://bucket is a whole bucket: give a folder in it, s3://bucket/run"
 
 
+@pytest.mark.parametrize("key", ["out_dir", "init_from"])
+def test_a_password_in_a_url_is_refused_and_not_repeated(refused: Refused, tiny: TrainConfig, key: str) -> None:
+    said = refused("train", *flags(tiny, **{key: "sftp://me:hush@host/run"}))
+    assert said.startswith(f"error: {key} holds a password")
+    assert "hush" not in said
+
+
+@pytest.mark.parametrize(("key", "package"), [("wandb_log", "wandb"), ("tensorboard_log", "tensorboard")])
+def test_a_missing_extra_is_named(
+    refused: Refused, tiny: TrainConfig, monkeypatch: pytest.MonkeyPatch, key: str, package: str
+) -> None:
+    find = importlib.util.find_spec
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == package else find(name))
+    said = refused("train", *flags(tiny, **{key: True}))
+    assert said == f"error: {key}=True needs a package: pip install 'nanogpt-orchestrator[{package}]'"
+
+
 def test_check_of_storage_leaves_nothing(tiny: TrainConfig, tmp_path: Path) -> None:
     before = everything_in(tmp_path)
     assert plan(replace(tiny, out_dir=str(tmp_path / "new" / "deeper" / "run"))).start.iter_num == 0
@@ -372,6 +390,12 @@ def test_export_falls_back_one_checkpoint(
     assert main(["export", f"--out_dir={finished.out_dir}", f"--to={tmp_path}/ckpt.pt"]) == 0
     assert f"checkpoint {name} is not whole, falling back" in caplog.text
     assert "(iteration 2)" in capsys.readouterr().out
+
+
+def test_sample_falls_back_one_checkpoint(finished: TrainConfig, caplog: pytest.LogCaptureFixture) -> None:
+    damage(finished.out_dir, 4)
+    assert main(["sample", f"--out_dir={finished.out_dir}", "--num_samples=1", "--max_new_tokens=3"]) == 0
+    assert "(iteration 2)" in caplog.text
 
 
 def test_inspect_names_the_damaged_file(finished: TrainConfig, capsys: pytest.CaptureFixture[str]) -> None:
