@@ -164,7 +164,7 @@ def _knock(address: str) -> None:
 
 
 def _start_cluster() -> None:
-    # There is no dashboard. An actor of Train's looks for one all the same, and stumbles where two runs share a machine.
+    # No dashboard runs. An actor of Train looks for one all the same, and stumbles where two runs share a machine.
     os.environ.setdefault("RAY_API_SERVER_ADDRESS", "http://127.0.0.1:9")
     ray.init(
         address="local",
