@@ -90,7 +90,7 @@ def train(
 
     # the model as it is called: compiled, and wrapped where gradients are averaged over ranks
     net: nn.Module = torch.compile(state.model) if config.compile else state.model  # type: ignore[assignment]
-    ddp = wrap(net, world) if world.size > 1 else None
+    ddp = wrap(net, world) if world.size > 1 and not config.eval_only else None
     if ddp:
         warm_up(ddp, data, config, world)
     micro_steps = range(world.rank, config.gradient_accumulation_steps, world.size)
