@@ -234,8 +234,8 @@ class CheckpointStore:
     def prune(self, keep: int) -> list[str]:
         """Delete all but the newest `keep` committed checkpoints and the best one; return what was deleted.
 
-        What was begun before the newest committed one and never announced, or is damaged, goes too; newer beginnings
-        stay, for somebody may be writing them.
+        What was begun before the newest committed one and never announced goes too. Newer beginnings stay, for somebody
+        may be writing them; and so does what could not be read, for the storage may have been at fault.
         """
         found = self._whole()
         if not found:
@@ -244,7 +244,7 @@ class CheckpointStore:
         if top := best(found):
             stay.add(top.name)
         names = self.names()
-        doomed = [name for name in names[names.index(found[0].name) :] if name not in stay]
+        doomed = [name for name in names[names.index(found[0].name) :] if name not in stay | self.damaged.keys()]
         for name in doomed:
             self._delete(name)
         return doomed

@@ -150,6 +150,22 @@ def test_pruning_removes_what_was_abandoned_but_not_what_may_be_being_written(st
     assert store.names() == ["checkpoint_00000009_b", "checkpoint_00000004_a"]
 
 
+def test_pruning_keeps_what_could_not_be_read(store: CheckpointStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    for iter_num in (1, 2, 3):
+        saved(store, iter_num)
+    read = store.fs.cat_file
+
+    def refuse(path: str) -> bytes:
+        if "checkpoint_00000002_a" in path:
+            raise OSError("the storage has hiccups")
+        return bytes(read(path))
+
+    monkeypatch.setattr(store.fs, "cat_file", refuse)
+    assert store.prune(keep=1) == ["checkpoint_00000001_a"]
+    monkeypatch.undo()
+    assert [checkpoint.iter_num for checkpoint in CheckpointStore(store.out_dir).newest_first()] == [3, 2]
+
+
 def test_a_failing_storage_is_a_warning_and_leaves_the_older_checkpoint(
     store: CheckpointStore, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
