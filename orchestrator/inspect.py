@@ -24,7 +24,7 @@ def inspect(config: InspectConfig) -> str:
         CheckpointError: the folder cannot be read or holds no run.
     """
     store = CheckpointStore(config.out_dir)
-    names = store.names()
+    names = [name for name in store.names() if store.fs.find(store.path(name))]  # some servers keep empty folders
     if not names and not store.read_json("run.json"):
         raise CheckpointError(f"out_dir={config.out_dir} holds no run: give the --out_dir of a training run")
     found = list(store.newest_first())
