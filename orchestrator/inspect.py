@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 
 from orchestrator.checkpoint.store import Checkpoint, CheckpointStore, best
 from orchestrator.errors import CheckpointError
@@ -51,5 +51,5 @@ def _row(
     words += ["latest"] if checkpoint.name == found[0].name else []
     words += ["best"] if top and checkpoint.name == top.name else []
     loss = "" if checkpoint.val_loss is None else f"{checkpoint.val_loss:.4f}"
-    saved = datetime.fromtimestamp(checkpoint.state["saved_at_s"], timezone.utc).strftime("%Y-%m-%d %H:%M:%S")
+    saved = datetime.fromtimestamp(checkpoint.state["saved_at_s"], UTC).strftime("%Y-%m-%d %H:%M:%S")
     return (name, str(checkpoint.iter_num), loss, f"{checkpoint.size_bytes / 1e6:.1f}", saved, ", ".join(words))
