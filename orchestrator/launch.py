@@ -37,6 +37,7 @@ from orchestrator.config import TrainConfig
 from orchestrator.errors import ConfigError, DataError, UserError
 from orchestrator.loop import Outcome
 from orchestrator.preflight import Plan
+from orchestrator.process import process_group_backend
 from orchestrator.telemetry.display import Display
 from orchestrator.worker import run_worker
 
@@ -235,7 +236,7 @@ def _trainer(
     return TorchTrainer(
         worker,
         train_loop_config=job,
-        torch_config=TorchConfig(backend="cpu:gloo,cuda:nccl" if gpus and config.backend == "nccl" else "gloo"),
+        torch_config=TorchConfig(backend=process_group_backend(config) if gpus else "gloo"),
         scaling_config=ScalingConfig(
             num_workers=config.num_workers,
             use_gpu=gpus > 0,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from contextlib import suppress
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 import ray.train
@@ -50,7 +50,7 @@ def _world(config: TrainConfig) -> World:
     device = local_device(config, context.get_local_rank())
     world = World(context.get_world_rank(), context.get_world_size(), device)
     assert dist.is_initialized() or world.size == 1
-    return World(world.rank, world.size, device, attempt=world.broadcast_json(new_attempt()))
+    return replace(world, attempt=world.broadcast_json(new_attempt()))
 
 
 def _log_through(poster: Poster) -> None:

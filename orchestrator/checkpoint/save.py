@@ -31,14 +31,19 @@ def save(
     if not failed and world.is_main:
         failed = _announce(snapshot, store, name, parts, environment)
     failed = world.broadcast_json(failed)
-    if failed and world.is_main:
-        logger.warning("checkpoint %s was not saved: %s", name, "; ".join(failed))
-    if not failed and world.is_main:
-        try:
-            store.prune(keep)
-        except Exception as error:  # what stays is only clutter
-            logger.warning("old checkpoints were not deleted: %s: %s", type(error).__name__, error)
+    if world.is_main:
+        if failed:
+            logger.warning("checkpoint %s was not saved: %s", name, "; ".join(failed))
+        else:
+            _prune(store, keep)
     return None if failed else name
+
+
+def _prune(store: CheckpointStore, keep: int) -> None:
+    try:
+        store.prune(keep)
+    except Exception as error:  # what stays is only clutter
+        logger.warning("old checkpoints were not deleted: %s: %s", type(error).__name__, error)
 
 
 def _write_mine(snapshot: Snapshot, world: World, store: CheckpointStore, name: str) -> dict[str, Any]:
