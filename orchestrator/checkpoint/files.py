@@ -1,7 +1,8 @@
 """One file of tensors: written to and read from fsspec storage in the safetensors format, with a checksum.
 
 Source for the format: https://github.com/huggingface/safetensors (8 bytes header length, JSON header, raw data). The
-library's own writer needs the file in memory or on a local disk; this one streams to any storage.
+library's own writer needs the file in memory or on a local disk; this one streams to any storage, and reads a tensor
+at a time straight into its place.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import contextlib
 import json
 import os
 import struct
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -36,40 +38,80 @@ class FileRecord:
         return asdict(self)
 
 
-def write_tensors(fs: AbstractFileSystem, path: str, tensors: dict[str, Tensor]) -> FileRecord:
-    """Write tensors as one safetensors file and check that the storage holds as many bytes.
+@dataclass(frozen=True)
+class Layout:
+    """The first bytes of a file, and where in it every tensor lies: [start, end) in bytes, without gaps."""
+
+    header: bytes
+    spans: dict[str, tuple[int, int]]
+
+    @property
+    def size_bytes(self) -> int:
+        return max((end for _, end in self.spans.values()), default=len(self.header))
+
+
+def layout_of(tensors: dict[str, Tensor]) -> Layout:
+    """Return the layout of a file of these tensors, which may be on any device."""
+    entries, end = {}, 0
+    for name, tensor in tensors.items():
+        start, end = end, end + tensor.nbytes
+        entries[name] = {"dtype": _NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
+    text = json.dumps(entries).encode()
+    text += b" " * (-len(text) % 8)  # tensors begin at a multiple of 8 bytes
+    header = struct.pack("<Q", len(text)) + text
+    spans = {name: entry["data_offsets"] for name, entry in entries.items()}
+    return Layout(header, {name: (len(header) + start, len(header) + end) for name, (start, end) in spans.items()})
+
+
+def bytes_of(tensor: Tensor) -> memoryview:
+    """Return the bytes of a contiguous tensor in host memory, to read or to write; nothing is copied."""
+    return memoryview(tensor.detach().reshape(-1).view(torch.uint8).numpy()) if tensor.numel() else memoryview(b"")
+
+
+def pieces_of(content: memoryview) -> Iterator[memoryview]:
+    """Yield a buffer in pieces that are small enough to be told of one by one."""
+    for start in range(0, len(content), _PIECE_BYTES):
+        yield content[start : start + _PIECE_BYTES]
+
+
+def tensor_pieces(tensors: dict[str, Tensor]) -> Iterator[bytes | memoryview]:
+    """Yield a file's bytes: header, then every tensor, without a copy where it lies in host memory."""
+    yield layout_of(tensors).header
+    for tensor in tensors.values():
+        yield from pieces_of(bytes_of(tensor.detach().cpu().contiguous()))
+
+
+def write_file(
+    fs: AbstractFileSystem,
+    path: str,
+    pieces: Iterable[bytes | memoryview],
+    written: Callable[[int], None] = lambda _bytes: None,
+) -> FileRecord:
+    """Write a file as a stream and check that the storage holds as many bytes; `written` hears of each piece's size.
 
     Raises:
         CheckpointError: the storage has less or more than was written.
-        OSError: and others of the storage's own.
+        OSError: and others of the storage's own. What was sent is taken back where the storage can do that.
     """
     digest = xxhash.xxh3_128()
     size_bytes = 0
-    with fs.open(path, "wb") as file:
-        for piece in _pieces(tensors):
+    file = fs.open(path, "wb")
+    try:
+        for piece in pieces:
             file.write(piece)
             digest.update(piece)
             size_bytes += len(piece)
+            written(len(piece))
         _to_disk(file)
+        file.close()
+    except BaseException:
+        _give_up(file)
+        raise
+    fs.invalidate_cache(fs._parent(path))
     stored_bytes = fs.info(path)["size"]
-    if stored_bytes != size_bytes:
+    if stored_bytes != size_bytes:  # some clients report success for half a file
         raise CheckpointError(f"{path}: wrote {size_bytes} bytes, but the storage holds {stored_bytes}")
     return FileRecord(size_bytes, digest.hexdigest())
-
-
-def _pieces(tensors: dict[str, Tensor]) -> Any:
-    """Yield the file's bytes: length, header, then every tensor without a copy where it lies in host memory."""
-    header, end = {}, 0
-    for name, tensor in tensors.items():
-        start, end = end, end + tensor.numel() * tensor.element_size()
-        header[name] = {"dtype": _NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)  # tensors begin at a multiple of 8 bytes
-    yield struct.pack("<Q", len(text)) + text
-    for tensor in tensors.values():
-        raw = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
-        for start in range(0, len(raw), _PIECE_BYTES):
-            yield raw[start : start + _PIECE_BYTES].data
 
 
 def _to_disk(file: Any) -> None:
@@ -79,47 +121,117 @@ def _to_disk(file: Any) -> None:
         os.fsync(file.fileno())
 
 
-def read_tensors(fs: AbstractFileSystem, path: str, record: FileRecord) -> dict[str, Tensor]:
-    """Read a file once, verify every byte of it and return its tensors, which share one buffer.
+def _give_up(file: Any) -> None:
+    """Drop a file that was begun. Closing it would make an object of its first half."""
+    with contextlib.suppress(Exception):  # the error that led here is the one to tell
+        if hasattr(file, "discard") and hasattr(file, "blocksize"):  # fsspec's own buffered file, on an object store
+            file.closed = True  # or its destructor would send what is in the buffer
+            file.discard()
+        else:
+            file.close()
+
+
+def stream_tensors(
+    fs: AbstractFileSystem,
+    path: str,
+    record: FileRecord,
+    place: Callable[[str, torch.dtype, list[int]], Tensor] | None = None,
+    read: Callable[[int], None] = lambda _bytes: None,
+) -> Iterator[tuple[str, Tensor]]:
+    """Read a file once, from the first byte to the last, and yield every tensor as soon as it is there.
+
+    place: returns where to read a tensor to, by name, dtype and shape: contiguous, in host memory. Default: a new one.
+    read: hears of the size of each piece that was read.
+    Whether the bytes are right is known at the end only: use nothing before the iterator is exhausted.
 
     Raises:
         CheckpointError: the file is missing, cut off or damaged; or the storage does not answer.
     """
-    buffer = bytearray(record.size_bytes)
     try:
         with fs.open(path, "rb") as file:
-            count = _read_into(file, buffer)
-            longer = bool(file.read(1))
+            source = _Verified(file, path, record, read)
+            for name, dtype, shape in _entries(source):
+                tensor = (place or _new)(name, dtype, shape)
+                source.fill(bytes_of(tensor))
+                yield name, tensor
+            source.finish()
     except FileNotFoundError:
         raise CheckpointError(f"{path} is missing") from None
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {type(error).__name__}: {error}") from None
-    if count != len(buffer) or longer:
-        raise CheckpointError(f"{path} has {'more' if longer else count} bytes instead of {len(buffer)}")
-    if xxhash.xxh3_128(buffer).hexdigest() != record.xxh3_128:
-        raise CheckpointError(f"{path} is damaged: its checksum differs from the one recorded when it was written")
-    return _parse(buffer)
 
 
-def _read_into(file: Any, buffer: bytearray) -> int:
-    view, count = memoryview(buffer), 0
-    while count < len(buffer):
-        piece = file.read(min(_PIECE_BYTES, len(buffer) - count))
-        if not piece:
-            break
-        view[count : count + len(piece)] = piece
-        count += len(piece)
-    return count
+def read_tensors(fs: AbstractFileSystem, path: str, record: FileRecord) -> dict[str, Tensor]:
+    """Read a file once, verify every byte of it and return its tensors.
+
+    Raises:
+        CheckpointError: the file is missing, cut off or damaged; or the storage does not answer.
+    """
+    return dict(stream_tensors(fs, path, record))
 
 
-def _parse(buffer: bytearray) -> dict[str, Tensor]:
-    (length,) = struct.unpack_from("<Q", buffer)
-    header = json.loads(bytes(buffer[8 : 8 + length]))
-    tensors = {}
-    for name, entry in header.items():
-        dtype, (start, end) = _DTYPES[entry["dtype"]], entry["data_offsets"]
-        count = (end - start) // dtype.itemsize
-        tensors[name] = torch.frombuffer(buffer, dtype=dtype, count=count, offset=8 + length + start).view(
-            entry["shape"]
+def _new(_name: str, dtype: torch.dtype, shape: list[int]) -> Tensor:
+    return torch.empty(shape, dtype=dtype)
+
+
+class _Verified:
+    """A file that is read from front to back, and whose checksum is compared at its end."""
+
+    def __init__(self, file: Any, path: str, record: FileRecord, read: Callable[[int], None]) -> None:
+        self._file, self._path, self._record, self._read = file, path, record, read
+        self._digest = xxhash.xxh3_128()
+        self._count = 0
+
+    def fill(self, target: memoryview) -> None:
+        for piece in pieces_of(target):
+            filled = 0
+            while filled < len(piece):
+                count = self._file.readinto(piece[filled:])
+                if not count:
+                    raise CheckpointError(
+                        f"{self._path} has {self._count} bytes instead of {self._record.size_bytes}: it was cut off"
+                    )
+                filled += count
+                self._count += count
+                self._read(count)
+            self._digest.update(piece)
+
+    def take(self, count: int) -> bytes:
+        if not 0 <= count <= self._record.size_bytes - self._count:
+            raise self.damaged()
+        content = bytearray(count)
+        self.fill(memoryview(content))
+        return bytes(content)
+
+    def finish(self) -> None:
+        if self._count != self._record.size_bytes or self._file.read(1):
+            raise CheckpointError(f"{self._path} has more than {self._count} bytes: {self._record.size_bytes} expected")
+        if self._digest.hexdigest() != self._record.xxh3_128:
+            raise self.damaged()
+
+    def damaged(self) -> CheckpointError:
+        return CheckpointError(
+            f"{self._path} is damaged: its checksum differs from the one recorded when it was written"
         )
-    return tensors
+
+
+def _entries(source: _Verified) -> list[tuple[str, torch.dtype, list[int]]]:
+    """Read the header and return name, dtype and shape of every tensor in the order of the data.
+
+    Raises:
+        CheckpointError: it contradicts itself, which is damage: the checksum is not known yet.
+    """
+    (length,) = struct.unpack("<Q", source.take(8))
+    try:
+        header = json.loads(source.take(length))
+        found, end = [], 0
+        for name, entry in header.items():
+            dtype, shape, (start, after) = _DTYPES[entry["dtype"]], entry["shape"], entry["data_offsets"]
+            size = dtype.itemsize * int(torch.Size(shape).numel())
+            if start != end or after != start + size:
+                raise source.damaged()
+            found.append((name, dtype, shape))
+            end = after
+    except (ValueError, KeyError, TypeError, AttributeError, RuntimeError):
+        raise source.damaged() from None
+    return found

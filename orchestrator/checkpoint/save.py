@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from orchestrator.checkpoint.files import write_tensors
+from orchestrator.checkpoint.files import tensor_pieces, write_file
 from orchestrator.checkpoint.ownership import owners
 from orchestrator.checkpoint.snapshot import Snapshot, describe
 from orchestrator.checkpoint.store import FORMAT_VERSION, CheckpointStore, checkpoint_name
@@ -57,7 +57,7 @@ def _write_mine(snapshot: Snapshot, world: World, store: CheckpointStore, name: 
             mine = {key: tensor for key, tensor in tensors.items() if owner[parameter_of(key)] == world.rank}
             if mine:
                 file = f"{kind}-{world.rank:05d}-of-{world.size:05d}.safetensors"
-                part["files"][file] = write_tensors(store.fs, store.path(name, file), mine).to_json()
+                part["files"][file] = write_file(store.fs, store.path(name, file), tensor_pieces(mine)).to_json()
                 part["tensors"] |= {key: _entry(file, tensor) for key, tensor in mine.items()}
     except Exception as error:  # every storage has exceptions of its own, and none of them may end the run
         return {"error": f"{type(error).__name__}: {error}"}

@@ -97,5 +97,5 @@ def arm(fault: Fault) -> None:
     loop.dropout_seed, loop.capture, loop.evaluate = dropout_seed, capture, evaluate
     optim.register_optimizer_step_pre_hook(lambda *_: reached("optimizer"))
     optim.register_optimizer_step_post_hook(lambda *_: reached("after_optimizer"))
-    wrap(save, "write_tensors", after="write")
+    wrap(save, "write_file", after="write")
     wrap(CheckpointStore, "commit", before="commit", after="committed")
