@@ -76,9 +76,9 @@ def run(plan: Plan, worker: Callable[[dict[str, Any]], dict[str, Any]] = run_wor
     config = plan.config
     with _signals() as stop, _cluster(plan.no_data):
         gpus_per_worker = _check_capacity(config)
-        run_id = _prepare_out_dir(config, plan.store)
+        ids = _prepare_out_dir(config, plan.store, uuid.uuid4().hex)
         logger.info("%s", plan.start.summary)
-        job = {"config": asdict(config), "run_id": run_id, "cwd": str(Path.cwd()), "board": open_board()}
+        job = {"config": asdict(config), **ids, "cwd": str(Path.cwd()), "board": open_board()}
         trainer = _trainer(config, plan.store, gpus_per_worker, worker, job)
         return _outcome(_fit(trainer, job["board"], config, stop), config)
 
@@ -197,16 +197,20 @@ def _check_capacity(config: TrainConfig) -> float:
     return gpus
 
 
-def _prepare_out_dir(config: TrainConfig, store: CheckpointStore) -> str:
-    """Write run.json and return the id in it, by which workers will know the folder.
+def _prepare_out_dir(config: TrainConfig, store: CheckpointStore, start_id: str) -> dict[str, str | None]:
+    """Write run.json and return the ids in it.
+
+    run_id: the run's, the same for all its drivers; what nodes keep of it in memory is named by it.
+    start_id: this driver's; by it workers know that they see the folder that the driver has prepared.
 
     Raises:
         CheckpointError: it cannot be written.
     """
-    run_id = uuid.uuid4().hex
-    store.write_json("run.json", {"run_id": run_id, "config": asdict(config), "ray": ray.__version__})
+    before = store.read_json("run.json")
+    ids = {"run_id": before.get("run_id") or uuid.uuid4().hex, "start_id": start_id}
+    store.write_json("run.json", {**ids, "config": asdict(config), "ray": ray.__version__})
     store.delete(REGISTRY_FILE)  # it may name what is gone, and Ray would not start then
-    return run_id
+    return ids
 
 
 class _LostAttempts(UserCallback):  # type: ignore[misc]

@@ -24,7 +24,7 @@ from orchestrator.world import World
 
 
 def run_worker(job: dict[str, Any]) -> dict[str, Any]:
-    """Train as one rank of the group that Ray has set up; job is {config, run_id, cwd, board}.
+    """Train as one rank of the group that Ray has set up; job is {config, run_id, start_id, cwd, board}.
 
     Returns how it ended: Outcome's fields, or {"error": ...} for a user's mistake, which no restart would mend.
     """
@@ -35,7 +35,7 @@ def run_worker(job: dict[str, Any]) -> dict[str, Any]:
     config = resolve(TrainConfig(**job["config"]))
     world = _world(config)
     try:
-        world.together(lambda: _check_shared(config, job["run_id"]))
+        world.together(lambda: _check_shared(config, job["start_id"]))
         with open_telemetry(config, world, poster.post) as tell:
             outcome = train(config, world, tell, _register, poster.should_stop)
         return asdict(outcome)
@@ -67,14 +67,14 @@ def _log_through(poster: Poster) -> None:
             log.setLevel(logging.WARNING)
 
 
-def _check_shared(config: TrainConfig, run_id: str) -> None:
+def _check_shared(config: TrainConfig, start_id: str | None) -> None:
     """Check that this node sees the folder that the driver has prepared.
 
     Raises:
         CheckpointError: it does not.
     """
     store = CheckpointStore(config.out_dir)
-    if store.read_json("run.json").get("run_id") != run_id:
+    if store.read_json("run.json").get("start_id") != start_id:
         raise CheckpointError(
             f"out_dir={config.out_dir} is not the driver's on node {os.uname().nodename}: it must be a folder that all "
             "nodes share (NFS) or a URL (s3://bucket/run)"
