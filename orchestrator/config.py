@@ -78,7 +78,9 @@ class TrainConfig:
     sampling: Literal["random", "epoch"] = "random"  # epoch: every block once per epoch; random: with replacement
     deterministic: bool = True  # same bits after a restart; False: nondeterministic GPU kernels, a little faster
     # keeping and telling
-    checkpoint_interval: int = 0  # iterations between checkpoints, 0 = eval_interval
+    checkpoint_interval: int = 0  # iterations between checkpoints in out_dir, 0 = eval_interval
+    snapshot_interval: int = 0  # iterations between states in node memory, 0 = as many as cost under 1% of the time
+    memory_dir: str = "/dev/shm"  # memory file system in which every node keeps the newest states, "" = none
     keep_checkpoints: int = 2  # newest checkpoints kept; the best one stays besides
     tensorboard_log: bool = False  # write TensorBoard files to out_dir/tensorboard
 
@@ -96,7 +98,8 @@ _BOUNDS: dict[str, tuple[str, Callable[[Any], bool]]] = {
     **dict.fromkeys(("batch_size", "block_size", "n_layer", "n_head", "n_embd"), _AT_LEAST_1),
     **dict.fromkeys(("num_workers", "keep_checkpoints"), _AT_LEAST_1),
     **dict.fromkeys(("max_iters", "warmup_iters", "lr_decay_iters", "min_lr", "weight_decay"), _AT_LEAST_0),
-    **dict.fromkeys(("grad_clip", "seed", "checkpoint_interval", "gpus_per_worker"), _AT_LEAST_0),
+    **dict.fromkeys(("grad_clip", "seed", "gpus_per_worker"), _AT_LEAST_0),
+    **dict.fromkeys(("checkpoint_interval", "snapshot_interval"), _AT_LEAST_0),
     **dict.fromkeys(("dropout", "beta1", "beta2"), _FRACTION),
     **dict.fromkeys(("learning_rate", "cpus_per_worker"), _POSITIVE),
     "max_failures": ("-1 (no limit) or more", lambda x: x >= -1),

@@ -24,16 +24,16 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from orchestrator.checkpoint.nodes import Nodes, meet
 from orchestrator.checkpoint.restore import begin
-from orchestrator.checkpoint.save import save
-from orchestrator.checkpoint.snapshot import Snapshot
+from orchestrator.checkpoint.saver import Saver
 from orchestrator.checkpoint.start import scratch_args
-from orchestrator.checkpoint.state import TrainState, capture
+from orchestrator.checkpoint.state import TrainState
 from orchestrator.checkpoint.store import CheckpointStore
 from orchestrator.config import TrainConfig, check, parse
 from orchestrator.data.dataset import Dataset, open_dataset
 from orchestrator.data.sampling import Sampling
-from orchestrator.errors import DataError, StorageError
+from orchestrator.errors import DataError
 from orchestrator.process import environment, pin, plain_world, resolve
 from orchestrator.telemetry.lines import print_record
 from orchestrator.telemetry.tell import open_telemetry
@@ -56,13 +56,13 @@ def train(
     config: TrainConfig,
     world: World,
     tell: Callable[[Record], None] = lambda _record: None,
-    committed: Callable[[str, Snapshot], None] = lambda _name, _snapshot: None,
+    committed: Callable[[Record], None] = lambda _record: None,
     should_stop: Callable[[], bool] = lambda: False,
 ) -> Outcome:
     """Train from the newest state in out_dir, or from init_from, to max_iters; config is resolved for this machine.
 
     tell: receives a record of every evaluation, checkpoint and logged iteration, on rank 0.
-    committed: called on all ranks with name and content after a checkpoint was committed.
+    committed: receives, on all ranks, the record of a checkpoint that is announced in storage.
     should_stop: if it answers True on any rank, all ranks save and leave after the iteration.
 
     Raises:
@@ -74,11 +74,13 @@ def train(
     data = world.together(lambda: open_dataset(config.data_dir, config.dataset, sampling_of(config)))
     store = CheckpointStore(config.out_dir)
 
-    # the state: the newest whole checkpoint, or what init_from names
-    state = begin(config, world, store, scratch_args(config, data.vocab_size))
+    # the state: the newest that is whole in a node's memory or in storage, or what init_from names
+    nodes = join_run(config, world, store)
+    state = begin(config, world, store, nodes, scratch_args(config, data.vocab_size))
     world.together(lambda: data.check_fits(state.model.config.vocab_size))
     state.config = asdict(config) | ({"tokenizer": data.tokenizer.to_json()} if data.tokenizer else {})
-    resumed_at = state.iter_num if state.resumed_from else None
+    resumed = state.resumed_from
+    resumed_at = state.iter_num if resumed else None
     surroundings = environment(config, world, data.fingerprint())
     world.together(lambda: check_surroundings(surroundings, world, state))
 
@@ -88,6 +90,19 @@ def train(
 
     say("begin", **beginning(config, world, state))
 
+    # what keeps the state safe while training goes on
+    saver = Saver(
+        world,
+        store,
+        nodes,
+        surroundings,
+        keep=config.keep_checkpoints,
+        checkpoint_interval=config.iters_per_checkpoint,
+        interval=config.snapshot_interval,
+        durable_iter=state.iter_num if resumed and resumed.is_durable else -1,
+    )
+    val_loss = resumed.checkpoint.val_loss if resumed else None
+
     # the model as it is called: compiled, and wrapped where gradients are averaged over ranks
     net: nn.Module = torch.compile(state.model) if config.compile else state.model  # type: ignore[assignment]
     ddp = wrap(net, world) if world.size > 1 and not config.eval_only else None
@@ -96,13 +111,14 @@ def train(
     micro_steps = range(world.rank, config.gradient_accumulation_steps, world.size)
     weight = world.size / config.gradient_accumulation_steps  # DDP divides by world.size: the mean over micro-steps
 
-    vote = world.vote(False)
+    vote = world.vote([0, *saver.ballot()])
     running_mfu = -1.0
     while True:
-        stopping = vote.passed()
+        stopping, *answers = vote.result()
+        saver.heard(answers)
         done = state.iter_num >= config.max_iters
 
-        # evaluate the loss on both splits, and save a checkpoint; a state that was resumed has been through both
+        # evaluate the loss on both splits; a state that was resumed has been through this
         if state.iter_num != resumed_at or config.eval_only:
             val_loss = None
             if done or config.eval_only or state.iter_num % config.eval_interval == 0:
@@ -111,21 +127,20 @@ def train(
                 state.best_val_loss = min(state.best_val_loss, val_loss)
                 lr = learning_rate(config, state.iter_num)
                 say("eval", train_loss=losses["train"], val_loss=val_loss, lr=lr, mfu=running_mfu)
-            due = done or stopping or state.iter_num % config.iters_per_checkpoint == 0
-            if due and state.iter_num > 0 and not config.eval_only:
-                snapshot = capture(state, val_loss)
-                t0 = time.perf_counter()
-                name = save(snapshot, world, store, surroundings, config.keep_checkpoints)
-                if name:
-                    committed(name, snapshot)
-                    say("checkpoint", name=name, seconds=time.perf_counter() - t0)
-                elif done or stopping:
-                    raise StorageError(f"out_dir={config.out_dir}: the last state could not be saved")
+
+        # keep the state in node memory and in storage as they are due; it is copied while the next step runs
+        if not config.eval_only:
+            saver.offer(state, val_loss, is_last=bool(done or stopping))
+        for record in saver.news():
+            say(**record)
+            if record["kind"] == "checkpoint":
+                committed(record)
         if done or stopping or config.eval_only:
-            return Outcome(state.iter_num, state.best_val_loss, stopped=stopping and not done)
+            saver.close(is_finished=True)
+            return Outcome(state.iter_num, state.best_val_loss, stopped=bool(stopping and not done))
 
         t0 = time.perf_counter()
-        vote = world.vote(should_stop())  # answered while the step runs
+        vote = world.vote([int(should_stop()), *saver.ballot()])  # answered while the step runs
         lr = learning_rate(config, state.iter_num)
         for group in state.optimizer.param_groups:
             group["lr"] = lr
@@ -146,6 +161,7 @@ def train(
         if config.grad_clip != 0.0:
             state.scaler.unscale_(state.optimizer)
             torch.nn.utils.clip_grad_norm_(state.model.parameters(), config.grad_clip)
+        saver.join()  # from here on the state changes
         state.scaler.step(state.optimizer)
         state.scaler.update()
         state.optimizer.zero_grad(set_to_none=True)
@@ -162,6 +178,19 @@ def train(
         state.iter_num += 1
 
 
+def join_run(config: TrainConfig, world: World, store: CheckpointStore) -> Nodes:
+    """Make this attempt the one that writes to out_dir, and open what the nodes keep in memory of the run."""
+    if config.eval_only:  # it writes nothing
+        return meet(world, "", "")
+
+    def join() -> str:
+        store.take_over(world.attempt)
+        return store.identify()
+
+    run_id = world.together(lambda: join() if world.is_main else "")
+    return meet(world, config.memory_dir, world.broadcast_json(run_id))
+
+
 def check_surroundings(now: Record, world: World, state: TrainState) -> None:
     """Compare what decides the bits with the other ranks and with the checkpoint that was resumed.
 
@@ -171,7 +200,7 @@ def check_surroundings(now: Record, world: World, state: TrainState) -> None:
     data_of_main = world.broadcast_json(now["data"])
     if data_of_main != now["data"]:
         raise DataError(f"{platform.node()} has another dataset than rank 0: prepare the same one on every node")
-    before = state.resumed_from.state["environment"] if state.resumed_from else now
+    before = state.resumed_from.checkpoint.state["environment"] if state.resumed_from else now
     changed = [f"{key} {before.get(key)} -> {value}" for key, value in now.items() if before.get(key) != value]
     if changed and world.is_main:
         logger.warning("the last bits may differ from an undisturbed run's: %s", ", ".join(changed))
@@ -270,12 +299,24 @@ def beginning(config: TrainConfig, world: World, state: TrainState) -> Record:
     """Return what is told of an attempt at its start."""
     return {
         "max_iters": config.max_iters,
-        "from": state.resumed_from.name if state.resumed_from else None,
+        **origin_of(state),
         "num_params": state.model.get_num_params(),
         "tokens_per_iter": tokens_per_iter(config),
         "world_size": world.size,
         "device": str(world.device),
         "dtype": config.dtype,
+    }
+
+
+def origin_of(state: TrainState) -> Record:
+    """Return what is told of where the state came from."""
+    if not (resumed := state.resumed_from):
+        return {"from": None}
+    return {
+        "from": resumed.checkpoint.name,
+        "restore_s": resumed.seconds,
+        "size_bytes": resumed.checkpoint.size_bytes,
+        "from_storage_bytes": resumed.from_storage_bytes,
     }
 
 

@@ -13,7 +13,6 @@ import torch.distributed as dist
 from ray.train import Checkpoint, CheckpointUploadMode
 
 from orchestrator.board import Poster
-from orchestrator.checkpoint.snapshot import Snapshot
 from orchestrator.checkpoint.store import CheckpointStore
 from orchestrator.config import TrainConfig
 from orchestrator.errors import CheckpointError, UserError
@@ -81,11 +80,14 @@ def _check_shared(config: TrainConfig, start_id: str | None) -> None:
         )
 
 
-def _register(name: str, snapshot: Snapshot) -> None:
+def _register(record: dict[str, Any]) -> None:
     """Tell Ray of a committed checkpoint, which is in its place already, whole and checked: nothing is uploaded."""
     run = ray.train.get_context().get_storage()
-    checkpoint = Checkpoint(f"{run.experiment_fs_path}/{name}", filesystem=run.storage_filesystem)
-    metrics = {"iter_num": snapshot.iter_num, "best_val_loss": snapshot.best_val_loss, "val_loss": snapshot.val_loss}
+    checkpoint = Checkpoint(f"{run.experiment_fs_path}/{record['name']}", filesystem=run.storage_filesystem)
+    metrics = {"iter_num": record["iter"], **{key: record[key] for key in ("best_val_loss", "val_loss")}}
     ray.train.report(
-        metrics, checkpoint, checkpoint_dir_name=name, checkpoint_upload_mode=CheckpointUploadMode.NO_UPLOAD
+        metrics,
+        checkpoint,
+        checkpoint_dir_name=record["name"],
+        checkpoint_upload_mode=CheckpointUploadMode.NO_UPLOAD,
     )

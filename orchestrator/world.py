@@ -7,8 +7,9 @@ votes go through host memory (the gloo half of the process group), so they never
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from datetime import timedelta
 from typing import Any, TypeVar, cast
 
 import torch
@@ -19,38 +20,51 @@ from orchestrator import errors
 from orchestrator.errors import UserError
 
 T = TypeVar("T")
+_BUCKET_BYTES = 32 * 2**20
 
 
 class Vote:
-    """An all-reduce on its way: has any rank said yes?"""
+    """An all-reduce on its way: the highest answer of all ranks to each of several questions."""
 
-    def __init__(self, flag: Tensor, work: dist.Work | None) -> None:
-        self._flag, self._work = flag, work
+    def __init__(self, answers: Tensor, work: dist.Work | None) -> None:
+        self._answers, self._work = answers, work
 
-    def passed(self) -> bool:
-        """Wait for all ranks' answers and return whether one was yes: the same on all ranks."""
+    def result(self) -> list[int]:
+        """Wait for all ranks' answers and return the highest of each: the same on all ranks."""
         if self._work:
             self._work.wait()
-        return bool(self._flag.item())
+        return [int(answer) for answer in self._answers.tolist()]
 
 
 @dataclass(frozen=True)
 class World:
-    """Rank, size and device of this process; attempt names this start of the process group, the same on all ranks."""
+    """Rank, size and device of this process; attempt names this start of the process group, the same on all ranks.
+
+    group: the processes that the collectives are among, None for the default group.
+    """
 
     rank: int = 0
     size: int = 1
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     attempt: str = "local"
+    group: dist.ProcessGroup | None = None
 
     @property
     def is_main(self) -> bool:
         return self.rank == 0
 
-    def broadcast(self, tensor: Tensor, source: int) -> None:
-        """Overwrite tensor on every rank with the one of the source rank."""
-        if self.size > 1:
-            dist.broadcast(tensor, source)
+    def broadcast(self, tensors: list[Tensor], source: int) -> None:
+        """Overwrite tensors on every rank with those of the source rank; small ones travel together."""
+        if self.size == 1:
+            return
+        for bucket in _buckets(tensors):
+            if len(bucket) == 1:
+                dist.broadcast(bucket[0], source, group=self.group)
+                continue
+            flat = torch.cat([tensor.detach().reshape(-1) for tensor in bucket])
+            dist.broadcast(flat, source, group=self.group)
+            for tensor, part in zip(bucket, torch.split(flat, [tensor.numel() for tensor in bucket]), strict=True):
+                tensor.detach().copy_(part.view_as(tensor))
 
     def broadcast_json(self, value: Any) -> Any:
         """Return rank 0's value on every rank."""
@@ -63,12 +77,12 @@ class World:
         mine = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
         lengths = torch.zeros(self.size, dtype=torch.int64)
         lengths[self.rank] = len(mine)
-        dist.all_reduce(lengths)
+        dist.all_reduce(lengths, group=self.group)
         sizes = lengths.tolist()
         padded = torch.zeros(max(sizes), dtype=torch.uint8)
         padded[: len(mine)] = mine
         parts = [torch.empty_like(padded) for _ in sizes]
-        dist.all_gather(parts, padded)
+        dist.all_gather(parts, padded, group=self.group)
         return [json.loads(bytes(part[:size].numpy())) for part, size in zip(parts, sizes, strict=True)]
 
     def together(self, call: Callable[[], T]) -> T:
@@ -91,10 +105,33 @@ class World:
     def sum(self, tensor: Tensor) -> Tensor:
         """Add up a tensor over all ranks, in place, and return it."""
         if self.size > 1:
-            dist.all_reduce(tensor)
+            dist.all_reduce(tensor, group=self.group)
         return tensor
 
-    def vote(self, yes: bool) -> Vote:
+    def vote(self, answers: list[int]) -> Vote:
         """Ask all ranks, without waiting for them."""
-        flag = torch.tensor(int(yes))
-        return Vote(flag, dist.all_reduce(flag, async_op=True) if self.size > 1 else None)
+        mine = torch.tensor(answers, dtype=torch.int64)
+        work = dist.all_reduce(mine, dist.ReduceOp.MAX, self.group, async_op=True) if self.size > 1 else None
+        return Vote(mine, work)
+
+    def beside(self) -> World:
+        """Return the same ranks with a process group of their own in host memory, for one other thread.
+
+        It waits as long as it takes: uploads differ in length by more than a training step may.
+        """
+        if self.size == 1:
+            return self
+        return replace(self, group=dist.new_group(backend="gloo", timeout=timedelta(days=1)))
+
+
+def _buckets(tensors: list[Tensor]) -> Iterator[list[Tensor]]:
+    """Cut a list into runs that fit into one message: of one type and device, and not large."""
+    bucket: list[Tensor] = []
+    for tensor in tensors:
+        is_alike = bucket and (tensor.dtype, tensor.device) == (bucket[0].dtype, bucket[0].device)
+        if bucket and not (is_alike and sum(each.nbytes for each in bucket) + tensor.nbytes <= _BUCKET_BYTES):
+            yield bucket
+            bucket = []
+        bucket.append(tensor)
+    if bucket:
+        yield bucket

@@ -52,20 +52,24 @@ class Layout:
 
 def layout_of(tensors: dict[str, Tensor]) -> Layout:
     """Return the layout of a file of these tensors, which may be on any device."""
-    entries, end = {}, 0
+    spans: dict[str, tuple[int, int]] = {}
+    end = 0
     for name, tensor in tensors.items():
-        start, end = end, end + tensor.nbytes
-        entries[name] = {"dtype": _NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
+        spans[name] = end, end + tensor.nbytes
+        end += tensor.nbytes
+    entries = {
+        name: {"dtype": _NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": spans[name]}
+        for name, tensor in tensors.items()
+    }
     text = json.dumps(entries).encode()
     text += b" " * (-len(text) % 8)  # tensors begin at a multiple of 8 bytes
     header = struct.pack("<Q", len(text)) + text
-    spans = {name: entry["data_offsets"] for name, entry in entries.items()}
     return Layout(header, {name: (len(header) + start, len(header) + end) for name, (start, end) in spans.items()})
 
 
 def bytes_of(tensor: Tensor) -> memoryview:
     """Return the bytes of a contiguous tensor in host memory, to read or to write; nothing is copied."""
-    return memoryview(tensor.detach().reshape(-1).view(torch.uint8).numpy()) if tensor.numel() else memoryview(b"")
+    return tensor.detach().reshape(-1).view(torch.uint8).numpy().data if tensor.numel() else memoryview(b"")
 
 
 def pieces_of(content: memoryview) -> Iterator[memoryview]:

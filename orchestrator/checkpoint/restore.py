@@ -1,23 +1,29 @@
-"""Begin an attempt: the newest whole checkpoint of the run, else what init_from names.
+"""Begin an attempt: the newest whole state of the run, wherever it lies, else what init_from names.
 
-Every file is read by one rank and every tensor sent to the others, so storage is read once whatever the world size.
+A state may lie in the memory of several nodes and in storage. Every file is read by one rank, from the nearest place
+that has it, straight into the live tensors, and sent from there to the other ranks: storage is read once at most,
+whatever the world size, and not at all where a node's memory has the state. Nothing is used before it is verified.
 """
 
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
+from fsspec.implementations.local import LocalFileSystem
 from torch import Tensor
 
 from model import GPT, GPTConfig
-from orchestrator.checkpoint.files import read_tensors
+from orchestrator.checkpoint.files import FileRecord, stream_tensors
+from orchestrator.checkpoint.nodes import Nodes
 from orchestrator.checkpoint.snapshot import Snapshot, describe, undescribe
-from orchestrator.checkpoint.start import read_start
-from orchestrator.checkpoint.state import TrainState, adopt_groups, capture, make_slots
-from orchestrator.checkpoint.store import Checkpoint, CheckpointStore
+from orchestrator.checkpoint.start import check_same_run, read_start
+from orchestrator.checkpoint.state import Resumed, TrainState, adopt_groups, capture, make_slots
+from orchestrator.checkpoint.store import Checkpoint, CheckpointStore, newest_name_first
 from orchestrator.config import TrainConfig
 from orchestrator.errors import CheckpointError
 from orchestrator.world import World
@@ -25,16 +31,31 @@ from orchestrator.world import World
 logger = logging.getLogger(__name__)
 
 
-def begin(config: TrainConfig, world: World, store: CheckpointStore, scratch_args: dict[str, Any]) -> TrainState:
+@dataclass(frozen=True)
+class Place:
+    """Where a state lies whole, and which ranks can read it there; folders: file -> its folder."""
+
+    label: str
+    ranks: tuple[int, ...]
+    checkpoint: Checkpoint
+    folders: dict[str, str]
+    is_storage: bool = False
+
+
+def begin(
+    config: TrainConfig, world: World, store: CheckpointStore, nodes: Nodes, scratch_args: dict[str, Any]
+) -> TrainState:
     """Build model and optimizer and fill them with the state to go on from; scratch_args are GPTConfig's.
 
     Raises:
         CheckpointError, ConfigError: on every rank alike, if init_from's file cannot be read or does not fit.
     """
-    for checkpoint in _offered(world, store):
-        state = _build(config, {**checkpoint.state["model_args"], "dropout": config.dropout}, world)
-        if _fill_from_store(state, checkpoint, world, store):
-            state.resumed_from = checkpoint
+    for places in _offered(world, store, nodes):
+        saved = places[0].checkpoint
+        check_same_run(config, saved.state, scratch_args["vocab_size"])
+        state = _build(config, {**saved.state["model_args"], "dropout": config.dropout}, world)
+        if resumed := _fill_from(state, places, world, store):
+            state.resumed_from = resumed
             return state
     world.together(store.check_not_lost)
     if config.init_from == "scratch":
@@ -52,52 +73,175 @@ def _build(config: TrainConfig, model_args: dict[str, Any], world: World) -> Tra
     return TrainState(model, optimizer, scaler, config={})
 
 
-def _offered(world: World, store: CheckpointStore) -> Iterator[Checkpoint]:
-    """Yield the committed checkpoints, newest first, as rank 0 sees them: the choice is the same on all ranks."""
-    found = store.newest_first() if world.is_main else iter(())
-    while offer := world.broadcast_json(_to_json(next(found, None))):
-        yield Checkpoint(**offer)
+def _offered(world: World, store: CheckpointStore, nodes: Nodes) -> Iterator[list[Place]]:
+    """Yield the places of every state, newest state first, nearest place first: the same on all ranks."""
+    in_memory = _in_memory(world, nodes)
+    in_storage = world.together(lambda: _names(store, bool(in_memory)) if world.is_main else None)
+    in_storage = world.broadcast_json(in_storage)
+    for name in newest_name_first({*in_memory, *in_storage}):
+        places = in_memory.get(name, [])
+        found = world.broadcast_json(_load(store, name) if world.is_main and name in in_storage else None)
+        if found:
+            checkpoint = Checkpoint(name, found)
+            folders = dict.fromkeys(checkpoint.files, store.path(name))
+            places = [*places, Place("storage", tuple(range(world.size)), checkpoint, folders, is_storage=True)]
+        if places:
+            yield places
 
 
-def _to_json(checkpoint: Checkpoint | None) -> dict[str, Any] | None:
-    return {"name": checkpoint.name, "state": checkpoint.state} if checkpoint else None
-
-
-def _fill_from_store(state: TrainState, checkpoint: Checkpoint, world: World, store: CheckpointStore) -> bool:
-    """Read and verify a checkpoint and fill the state with it; where a byte is wrong, say so and return False."""
-    readers = {file: index % world.size for index, file in enumerate(sorted(checkpoint.files))}
-    mine: dict[str, Tensor] = {}
-    error = None
+def _names(store: CheckpointStore, has_others: bool) -> list[str]:
     try:
-        for file, reader in readers.items():
-            if reader == world.rank:
-                mine |= read_tensors(store.fs, store.path(checkpoint.name, file), checkpoint.files[file])
-    except CheckpointError as problem:
-        error = str(problem)
-    if errors := [found for found in world.gather_json(error) if found]:
-        if world.is_main:
-            store.reject(checkpoint.name, errors[0])
-        return False
-    source = {name: readers[entry["file"]] for name, entry in checkpoint.state["tensors"].items()}
-    _fill(state, checkpoint.snapshot({}), mine, source, world)
-    return True
+        return store.names()
+    except CheckpointError as error:
+        if not has_others:
+            raise
+        logger.warning("only the states in node memory are considered: %s", error)
+        return []
 
 
-def _fill(state: TrainState, saved: Snapshot, mine: dict[str, Tensor], source: dict[str, int], world: World) -> None:
-    """Copy every tensor from the rank that has it (source: tensor -> rank) into the live state of all ranks."""
-    if "step" in source:
+def _load(store: CheckpointStore, name: str) -> dict[str, Any] | None:
+    try:
+        checkpoint = store.load(name)
+    except CheckpointError as error:
+        store.reject(name, str(error))
+        return None
+    return checkpoint.state if checkpoint else None
+
+
+def _in_memory(world: World, nodes: Nodes) -> dict[str, list[Place]]:
+    """Return the states that are whole in a node's memory, by name; the first rank of every node looks there."""
+    mine = {}
+    if nodes.memory and nodes.share == 0:
+        for name, shares in nodes.memory.generations().items():
+            paths = {share: str(nodes.memory.share_path(name, share, len(shares))) for share in shares}
+            mine[name] = [[paths[share], checkpoint.state] for share, checkpoint in shares.items()]
+    places: dict[str, list[Place]] = {}
+    for rank, found in enumerate(world.gather_json(mine)):
+        ranks = tuple(other for other, node in enumerate(nodes.ids) if node == nodes.ids[rank])
+        for name, shares in found.items():
+            merged = {**shares[0][1], "files": {}, "tensors": shares[0][1]["tensors"]}
+            folders: dict[str, str] = {}
+            for folder, share in shares:
+                merged["files"] |= share["files"]
+                folders |= dict.fromkeys(share["files"], folder)
+            place = Place(f"the memory of rank {rank}'s node", ranks, Checkpoint(name, merged), folders)
+            places.setdefault(name, []).append(place)
+    return places
+
+
+def _fill_from(state: TrainState, places: list[Place], world: World, store: CheckpointStore) -> Resumed | None:
+    """Read and verify a state from its places and fill the live one; None where a file is whole nowhere."""
+    began_s = time.perf_counter()
+    checkpoint = places[0].checkpoint
+    places = [place for place in places if place.checkpoint.files == checkpoint.files]  # the same bits
+    tensors = _live_tensors(state, set(checkpoint.state["tensors"]))
+    reader: dict[str, int] = {}
+    refused: set[tuple[str, str]] = set()
+    from_storage_bytes = [0]
+    left = checkpoint.files
+    while left:
+        plan = _assign(left, places, refused)
+        if lost := sorted(left.keys() - plan.keys()):
+            if world.is_main:
+                store.reject(checkpoint.name, f"{', '.join(lost)}: no place has it whole")
+            return None
+        errors = _read_mine(plan, left, tensors, world, store, from_storage_bytes)
+        for file, (place, rank) in plan.items():
+            if file in errors:
+                refused.add((place.label, file))
+                if world.is_main:
+                    logger.warning("%s in %s is passed over: %s", checkpoint.name, place.label, errors[file])
+            else:
+                reader[file] = rank
+        left = {file: left[file] for file in plan if file in errors}
+    source = {name: reader[entry["file"]] for name, entry in checkpoint.state["tensors"].items()}
+    _spread(state, tensors, source, world)
+    _adopt(state, checkpoint.snapshot({}), world)
+    total_bytes = int(world.sum(torch.tensor(from_storage_bytes)).item())
+    is_durable = any(place.is_storage for place in places)
+    return Resumed(checkpoint, is_durable, total_bytes, time.perf_counter() - began_s)
+
+
+def _assign(
+    files: dict[str, FileRecord], places: list[Place], refused: set[tuple[str, str]]
+) -> dict[str, tuple[Place, int]]:
+    """Return from where and by which rank each file is read: node memory first, then who has the least to read."""
+    load: dict[int, int] = {}
+    plan = {}
+    for file in sorted(files, key=lambda file: (-files[file].size_bytes, file)):
+        options = [
+            (place.is_storage, load.get(rank, 0), rank, index)
+            for index, place in enumerate(places)
+            if (place.label, file) not in refused
+            for rank in place.ranks
+        ]
+        if options:
+            _, _, rank, index = min(options)
+            load[rank] = load.get(rank, 0) + files[file].size_bytes
+            plan[file] = places[index], rank
+    return plan
+
+
+def _read_mine(
+    plan: dict[str, tuple[Place, int]],
+    records: dict[str, FileRecord],
+    tensors: dict[str, Tensor],
+    world: World,
+    store: CheckpointStore,
+    from_storage_bytes: list[int],
+) -> dict[str, str]:
+    """Read this rank's files into the live tensors; return what went wrong on any rank: file -> why."""
+
+    def place_of(name: str, dtype: torch.dtype, shape: list[int]) -> Tensor:
+        live = tensors.get(name)
+        if live is None or live.dtype != dtype or list(live.shape) != shape:
+            raise CheckpointError(f"{name} is not of the model's shape and type")
+        return live if live.device.type == "cpu" and live.is_contiguous() else torch.empty(shape, dtype=dtype)
+
+    def count(size_bytes: int) -> None:
+        from_storage_bytes[0] += size_bytes
+
+    errors = {}
+    for file, (place, rank) in plan.items():
+        if rank != world.rank:
+            continue
+        fs, path = (store.fs if place.is_storage else LocalFileSystem()), f"{place.folders[file]}/{file}"
+        counter = count if place.is_storage else lambda _bytes: None
+        try:
+            for name, tensor in stream_tensors(fs, path, records[file], place_of, counter):
+                if tensor is not tensors[name]:
+                    tensors[name].copy_(tensor)
+        except CheckpointError as error:
+            errors[file] = str(error)
+    return {file: why for found in world.gather_json(errors) for file, why in found.items()}
+
+
+def _live_tensors(state: TrainState, wanted: set[str]) -> dict[str, Tensor]:
+    """Return the tensors of the live state to be filled.
+
+    Raises:
+        CheckpointError: the saved state has others.
+    """
+    if "step" in wanted:
         make_slots(state.optimizer)
     live = capture(state)
     tensors = {**live.model, **live.optimizer}
-    if tensors.keys() != source.keys():
-        raise CheckpointError(f"the saved state lacks or adds tensors: {sorted(tensors.keys() ^ source.keys())[:5]}")
-    with torch.no_grad():
-        for name, tensor in sorted(tensors.items()):
-            if source[name] == world.rank:
-                tensor.copy_(mine[name])
-            world.broadcast(tensor, source[name])
+    if tensors.keys() != wanted:
+        raise CheckpointError(f"the saved state lacks or adds tensors: {sorted(tensors.keys() ^ wanted)[:5]}")
+    return tensors
+
+
+def _spread(state: TrainState, tensors: dict[str, Tensor], source: dict[str, int], world: World) -> None:
+    """Send every tensor from the rank that has it (source: tensor -> rank) to all others."""
+    for rank in range(world.size):
+        world.broadcast([tensors[name] for name in sorted(tensors) if source[name] == rank], rank)
+    if "step" in tensors:
         for slots in state.optimizer.state.values():
-            slots["step"].copy_(live.optimizer["step"])
+            slots["step"].copy_(tensors["step"])
+
+
+def _adopt(state: TrainState, saved: Snapshot, world: World) -> None:
+    """Set what is no tensor."""
     if saved.param_groups and (changed := adopt_groups(state.optimizer, saved.param_groups)) and world.is_main:
         logger.warning("the optimizer goes on as saved, as in nanoGPT: %s", ", ".join(changed))
     if state.scaler.is_enabled() and saved.scaler:
@@ -112,5 +256,9 @@ def _import(config: TrainConfig, world: World) -> TrainState:
     description, names = world.broadcast_json([describe(snapshot), sorted(mine)] if snapshot else None)
     saved = undescribe(description, {}, {})
     state = _build(config, {**saved.model_args, "dropout": config.dropout}, world)
-    _fill(state, saved, mine, dict.fromkeys(names, 0), world)
+    tensors = _live_tensors(state, set(names))
+    for name in mine:
+        tensors[name].copy_(mine[name])
+    _spread(state, tensors, dict.fromkeys(names, 0), world)
+    _adopt(state, saved, world)
     return state

@@ -16,6 +16,20 @@ from orchestrator.checkpoint.store import Checkpoint
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
+@dataclass(frozen=True)
+class Resumed:
+    """The state of this run that filled the live one.
+
+    is_durable: it lies in storage; else in node memory only.
+    from_storage_bytes: what was read of storage, by all ranks together.
+    """
+
+    checkpoint: Checkpoint
+    is_durable: bool
+    from_storage_bytes: int
+    seconds: float
+
+
 @dataclass
 class TrainState:
     """nanoGPT's model, optimizer, iter_num, best_val_loss and config, and the GradScaler (in use with float16 only)."""
@@ -26,7 +40,7 @@ class TrainState:
     config: dict[str, Any]
     iter_num: int = 0
     best_val_loss: float = 1e9
-    resumed_from: Checkpoint | None = None  # the checkpoint of this run that filled it
+    resumed_from: Resumed | None = None
 
 
 def capture(state: TrainState, val_loss: float | None = None) -> Snapshot:

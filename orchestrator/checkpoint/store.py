@@ -13,12 +13,14 @@ from __future__ import annotations
 import json
 import logging
 import re
-from collections.abc import Iterator
+import uuid
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import xxhash
 from fsspec.exceptions import FSTimeoutError
+from fsspec.implementations.local import LocalFileSystem
 from torch import Tensor
 
 from orchestrator.checkpoint.files import FileRecord, read_tensors
@@ -30,6 +32,8 @@ from orchestrator.errors import CheckpointError
 logger = logging.getLogger(__name__)
 
 FORMAT_VERSION = 1
+RUN_FILE = "run.json"
+_ATTEMPT_FILE = "attempt.json"
 _FIRST_ANSWER_S = 20.0  # storage that says nothing for so long is taken for unreachable
 _CHOICES = ("auto", "latest", "best")
 _NAME = re.compile(r"checkpoint_(\d{8,})_(\w+)")
@@ -81,6 +85,11 @@ class CheckpointStore:
             raise CheckpointError(f"out_dir={error}") from None
         self.damaged: dict[str, str] = {}  # checkpoints that were found not to be whole, and why
 
+    def reconnect(self) -> None:
+        """Open a new connection to file servers, which keep one: it may have been lost with the server."""
+        if not (self.fs.async_impl or isinstance(self.fs, LocalFileSystem)):
+            self.fs, _ = locate(self.out_dir, {**(self.storage_options or {}), "skip_instance_cache": True})
+
     def path(self, *parts: str) -> str:
         return "/".join((self.root.rstrip("/"), *parts))
 
@@ -99,7 +108,7 @@ class CheckpointStore:
                 f"out_dir={self.out_dir} cannot be read: {reason}; check the address, the network and the credentials"
             ) from None
         found = [name for entry in entries if _NAME.fullmatch(name := entry.rstrip("/").rsplit("/", 1)[-1])]
-        return sorted(found, key=_age)
+        return newest_name_first(found)
 
     def load(self, name: str) -> Checkpoint | None:
         """Return a checkpoint, or None where it was never committed.
@@ -114,18 +123,7 @@ class CheckpointStore:
             return None
         except OSError as error:
             raise CheckpointError(f"{path} cannot be read: {type(error).__name__}: {error}") from None
-        try:
-            state = json.loads(text)
-            checksum = state.pop("checksum")
-        except (ValueError, AttributeError, KeyError):
-            raise CheckpointError(f"{path} is damaged: it is not whole JSON") from None
-        if state["format_version"] > FORMAT_VERSION:
-            raise CheckpointError(
-                f"{path} has format {state['format_version']}: update this program, it knows {FORMAT_VERSION}"
-            )
-        if checksum != _checksum(state):
-            raise CheckpointError(f"{path} is damaged: its checksum differs from the one recorded when it was written")
-        return Checkpoint(name, state)
+        return Checkpoint(name, parse_state(text, path))
 
     def newest_first(self) -> Iterator[Checkpoint]:
         """Yield the committed checkpoints; one with a damaged state.json is passed over with a warning."""
@@ -215,13 +213,40 @@ class CheckpointStore:
 
     def commit(self, name: str, state: dict[str, Any]) -> Checkpoint:
         """Announce a checkpoint whose files are all written: after this it exists."""
-        self.write_json(f"{name}/state.json", {**state, "checksum": _checksum(state)})
+        self._write_text(f"{name}/state.json", state_text(state))
         return Checkpoint(name, state)
+
+    def identify(self) -> str:
+        """Return the lasting id of the run, by which nodes know its states in their memory; make one if it has none.
+
+        Raises:
+            CheckpointError: it cannot be written.
+        """
+        known = self.read_json(RUN_FILE)
+        if "run_id" not in known:
+            known["run_id"] = uuid.uuid4().hex
+            self.write_json(RUN_FILE, known)
+        return str(known["run_id"])
+
+    def take_over(self, attempt: str) -> None:
+        """Make this attempt the one that may announce checkpoints.
+
+        Raises:
+            CheckpointError: it cannot be written.
+        """
+        self.write_json(_ATTEMPT_FILE, {"attempt": attempt})
+
+    def is_taken_over(self, attempt: str) -> bool:
+        """Return whether a later attempt writes here: this one was cut off, and given up by the others."""
+        return bool(self.read_json(_ATTEMPT_FILE).get("attempt", attempt) != attempt)
 
     def write_json(self, name: str, value: dict[str, Any]) -> None:
         """Write a JSON file whole or not at all."""
+        self._write_text(name, json.dumps(value, indent=1, allow_nan=False))
+
+    def _write_text(self, name: str, text: str) -> None:
         with delivered(f"{self.out_dir.rstrip('/')}/{name}", self.storage_options) as file:
-            file.write_text(json.dumps(value, indent=1, allow_nan=False))
+            file.write_text(text)
 
     def read_json(self, name: str) -> dict[str, Any]:
         """Return a JSON file's content, {} where it is missing or damaged."""
@@ -278,6 +303,35 @@ def best(checkpoints: list[Checkpoint]) -> Checkpoint | None:
 def checkpoint_name(iter_num: int, attempt: str) -> str:
     """Return the directory name: no two attempts share one, so a late writer cannot harm another's checkpoint."""
     return f"checkpoint_{iter_num:08d}_{attempt}"
+
+
+def state_text(state: dict[str, Any]) -> str:
+    """Return the content of a state.json: the state with its own checksum."""
+    return json.dumps({**state, "checksum": _checksum(state)}, indent=1, allow_nan=False)
+
+
+def parse_state(text: bytes, path: str) -> dict[str, Any]:
+    """Return the state that a state.json tells of; path is for the message.
+
+    Raises:
+        CheckpointError: it is damaged, or of another format.
+    """
+    try:
+        state: dict[str, Any] = json.loads(text)
+        checksum, version = state.pop("checksum"), int(state["format_version"])
+    except (ValueError, AttributeError, KeyError, TypeError):
+        raise CheckpointError(f"{path} is damaged: it is not whole JSON") from None
+    if version != FORMAT_VERSION:
+        remedy = "update this program" if version > FORMAT_VERSION else "read it with the program that wrote it"
+        raise CheckpointError(f"{path} has format {version}: {remedy}, this one knows {FORMAT_VERSION}")
+    if checksum != _checksum(state):
+        raise CheckpointError(f"{path} is damaged: its checksum differs from the one recorded when it was written")
+    return state
+
+
+def newest_name_first(names: Iterable[str]) -> list[str]:
+    """Return names of checkpoints by iteration, highest first. Clocks play no part: those of two nodes may differ."""
+    return sorted(names, key=_age)
 
 
 def _age(name: str) -> tuple[int, str]:

@@ -27,15 +27,22 @@ def _eval(r: Record) -> str:
 
 
 def _begin(r: Record) -> str:
-    origin = f"resuming {r['from']}" if r["from"] else "beginning"
+    origin = f"resuming {r['from']} ({_source(r)})" if r["from"] else "beginning"
     return (
         f"{origin} at iteration {r['iter']} of {r['max_iters']}: {r['num_params'] / 1e6:.2f}M parameters, "
         f"{r['tokens_per_iter']:,} tokens per iteration, {r['world_size']} worker(s) on {r['device']}, {r['dtype']}"
     )
 
 
+def _source(r: Record) -> str:
+    memory_bytes = r["size_bytes"] - r["from_storage_bytes"]
+    parts = {"node memory": max(0, memory_bytes), "storage": r["from_storage_bytes"]}
+    read = " and ".join(f"{size / 1e6:.1f} MB of {place}" for place, size in parts.items() if size)
+    return f"{read} in {r['restore_s']:.2f} s"
+
+
 def _checkpoint(r: Record) -> str:
-    return f"saved {r['name']} in {r['seconds']:.2f} s"
+    return f"saved {r['name']} in {r['seconds']:.2f} s, training paused for {r['pause_s'] * 1000:.0f} ms"
 
 
 _LINES: dict[str, Callable[[Record], str]] = {
@@ -43,5 +50,7 @@ _LINES: dict[str, Callable[[Record], str]] = {
     "eval": _eval,
     "begin": _begin,
     "checkpoint": _checkpoint,
+    "checkpoint_skipped": lambda r: f"skipped {r['name']}: {r['why']}",
+    "checkpoint_failed": lambda r: f"{r['name']} was not saved: {r['why']}",
     "note": lambda r: r["text"],
 }

@@ -1,0 +1,321 @@
+"""Saver: keeps the training state safe, in the memory of every node and in storage, while training goes on.
+
+    loop:      offer(state) | forward, backward     join() | optimizer.step, the next iteration ...
+    copier:                 | live tensors -> node memory  | checksums, rename
+    uploader:                                                | node memory -> storage, announce      (where it is due)
+
+The loop waits for the copy alone, and that runs behind its forward and backward: tensors do not change until
+`optimizer.step`. What happens is decided on all ranks alike, by answers that travel with the loop's own vote. Where
+node memory has no room, checkpoints are written straight from the live tensors, and training pauses for them.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from concurrent.futures import Future, TimeoutError
+from functools import partial
+from typing import Any
+
+from orchestrator.checkpoint.behind import Behind
+from orchestrator.checkpoint.copying import Copy, pin
+from orchestrator.checkpoint.durable import Files, Pieces, announce, files_of, rank_of, tensor_index, upload
+from orchestrator.checkpoint.files import Layout, layout_of, pieces_of, tensor_pieces
+from orchestrator.checkpoint.memory import Slot
+from orchestrator.checkpoint.nodes import Nodes
+from orchestrator.checkpoint.pace import Pace
+from orchestrator.checkpoint.schedule import Schedule
+from orchestrator.checkpoint.snapshot import Snapshot, describe
+from orchestrator.checkpoint.state import TrainState, capture
+from orchestrator.checkpoint.store import FORMAT_VERSION, CheckpointStore, checkpoint_name
+from orchestrator.errors import CheckpointError, StorageError
+from orchestrator.world import World
+
+logger = logging.getLogger(__name__)
+
+Record = dict[str, Any]
+_TELL_EVERY_S = 10.0  # while the end of the run waits for an upload
+_SILENCE_S = 600.0  # an upload that moves no byte for so long is given up at the end of the run
+_OTHERS_S = 10.0  # in which the ranks of a node finish their shares of a state
+
+
+class Saver:
+    """One rank's part. All methods but `close` are called on all ranks at the same iteration.
+
+    environment: what decides the bits besides the state, to be stored with it.
+    keep: the number of newest checkpoints that stay in storage, besides the best.
+    interval: iterations between states in node memory, 0 for as many as cost next to nothing.
+    durable_iter: the iteration whose state lies in storage already.
+    """
+
+    def __init__(
+        self,
+        world: World,
+        store: CheckpointStore,
+        nodes: Nodes,
+        environment: dict[str, Any],
+        *,
+        keep: int,
+        checkpoint_interval: int,
+        interval: int = 0,
+        durable_iter: int = -1,
+    ) -> None:
+        self._world, self._side = world, world.beside()
+        self._store, self._nodes, self._environment, self._keep = store, nodes, environment, keep
+        self._schedule, self._fixed_interval = Schedule(checkpoint_interval), interval
+        self._durable_iter = durable_iter
+        self._copier, self._uploader = Behind("copy of the state"), Behind("upload of a checkpoint")
+        self._pace = Pace(world.device, nodes.shares)
+        self._has_no_memory = nodes.memory is None
+        self._slots: list[Slot] = []
+        self._uploading: Slot | None = None
+        self._copy: Copy | None = None
+        self._is_copy_for_storage = False
+        self._storage_pause_s = 0.0  # for the newest checkpoint: one is on its way at a time
+        self._ended: list[Record] = []  # uploads, in the same order on all ranks; the uploader adds to them
+        self._told = 0
+        self._news: list[Record] = []
+        self._moved_bytes, self._moved_at_s = 0, time.monotonic()
+        self._agreed = [1, 1, 0, 1, 0]  # until the first vote
+
+    def ballot(self) -> list[int]:
+        """Return this rank's answers to what all ranks must know; they go into the vote of an iteration."""
+        self._pace.step_begins()
+        interval = self._fixed_interval or self._pace.interval()
+        busy = [int(self._copier.is_busy), int(self._uploader.is_busy)]
+        return [*busy, -len(self._ended), interval, int(self._has_no_memory)]
+
+    def heard(self, answers: list[int]) -> None:
+        """Take the highest answers of all ranks."""
+        self._pace.step_ended()
+        self._agreed = answers
+        self._tell(-answers[2])
+
+    def news(self) -> list[Record]:
+        """Return what has become of checkpoints since the last call: the same on all ranks."""
+        news, self._news = self._news, []
+        return news
+
+    def offer(self, state: TrainState, val_loss: float | None, is_last: bool = False) -> None:
+        """Consider the state of this iteration for memory and storage; with is_last, wait until it is in storage.
+
+        val_loss: the validation loss of exactly this state, None where it was not evaluated.
+
+        Raises:
+            StorageError: the last state could not be saved.
+        """
+        if is_last:
+            self._finish(state, val_loss)
+            return
+        if not state.optimizer.state:  # nothing was stepped: this is what the run began with
+            return
+        is_due = state.iter_num % self._schedule.checkpoint_interval == 0 and state.iter_num != self._durable_iter
+        is_copying, is_uploading, _, interval, has_no_memory = self._agreed
+        if has_no_memory:
+            if is_due:
+                self._save_directly(capture(state, val_loss))
+            return
+        if not self._slots and not is_copying:
+            layouts = self._layouts(files_of(capture(state), self._world.size))
+            self._copier.submit(partial(self._reserve, layouts))
+            is_copying = 1
+        decision = self._schedule.decide(state.iter_num, is_due, not is_copying, not is_uploading, interval)
+        if decision.skipped is not None:
+            self._skip(decision.skipped)
+        if decision.to_memory:
+            self._begin(capture(state, val_loss), decision.to_storage)
+
+    def join(self) -> None:
+        """Wait until the state that was offered is copied: call it before anything of it changes."""
+        if self._copy:
+            began_s = time.perf_counter()
+            self._copy.join()
+            self._copy = None
+            self._paused(time.perf_counter() - began_s)
+
+    def close(self, is_finished: bool) -> None:
+        """Let go of node memory; where the run is finished, its states there are deleted."""
+        self._copier.close()
+        self._uploader.close()
+        if self._nodes.memory:
+            for slot in self._slots if is_finished else []:
+                slot.withdraw()
+            self._nodes.memory.close(is_finished)
+
+    def _begin(self, snapshot: Snapshot, to_storage: bool) -> None:
+        """Start the copy of a state into node memory and, behind it, the upload."""
+        began_s = time.perf_counter()
+        self._pace.begins()
+        self._is_copy_for_storage, self._storage_pause_s = to_storage, 0.0 if to_storage else self._storage_pause_s
+        name = checkpoint_name(snapshot.iter_num, self._world.attempt)
+        state = self._description(snapshot, files_of(snapshot, self._world.size))
+        slot = self._free_slot()
+        self._copy = Copy({**snapshot.model, **snapshot.optimizer}, self._world.device)
+        sealed = self._copier.submit(partial(self._to_memory, self._copy, slot, name, state))
+        if to_storage:
+            self._uploading = slot
+            self._durable_iter = snapshot.iter_num  # unless it fails
+            self._uploader.submit(partial(self._to_storage, name, state, slot, sealed))
+        self._paused(time.perf_counter() - began_s)
+
+    def _paused(self, seconds: float) -> None:
+        self._pace.paused(seconds)
+        if self._is_copy_for_storage:
+            self._storage_pause_s += seconds
+
+    def _free_slot(self) -> Slot:
+        """Return the slot that is not being uploaded; of two, the one with the older state."""
+        return min((slot for slot in self._slots if slot is not self._uploading), key=lambda slot: slot.iter_num)
+
+    def _description(self, snapshot: Snapshot, files: Files) -> dict[str, Any]:
+        described = {"format_version": FORMAT_VERSION, **describe(snapshot), "environment": self._environment}
+        return {**described, "tensors": tensor_index(files)}
+
+    def _layouts(self, files: Files) -> dict[str, Layout]:
+        return {file: layout_of(tensors) for file, tensors in self._nodes.share_of(files).items()}
+
+    def _reserve(self, layouts: dict[str, Layout]) -> None:
+        """Reserve room for one more state of this rank's share. On the copier's thread."""
+        memory = self._nodes.memory
+        assert memory
+        try:
+            if not self._slots:  # for both: who has room for one only could lose it while it is written
+                share_bytes = sum(layout.size_bytes for layout in layouts.values())
+                memory.check_room(2 * share_bytes * self._nodes.shares)
+            slot = Slot(memory, layouts)
+            if self._world.device.type == "cuda":
+                pin(list(slot.contents().values()))
+            self._slots.append(slot)
+        except Exception as error:  # whatever a memory file system fails with: checkpoints go on without it
+            self._give_up_memory(error)
+
+    def _give_up_memory(self, error: Exception) -> None:
+        if not self._has_no_memory:
+            logger.warning(
+                "no more states are kept in node memory, training pauses for every checkpoint: %s",
+                str(error) if isinstance(error, CheckpointError) else f"{type(error).__name__}: {error}",
+            )
+        self._has_no_memory = True
+
+    def _to_memory(self, copy: Copy, slot: Slot, name: str, state: dict[str, Any]) -> None:
+        """Put a state into a slot. On the copier's thread."""
+        began_s, cpu_began_s = time.perf_counter(), time.thread_time()
+        try:
+            copy.run(slot.begin())
+            slot.seal(name, self._nodes.share, self._nodes.shares, state)
+        except Exception as error:
+            self._give_up_memory(error)
+            raise
+        finally:
+            copy.release()
+        self._pace.copied(time.perf_counter() - began_s, time.thread_time() - cpu_began_s)
+        if len(self._slots) < 2:
+            self._drop_older_attempts(name)
+            self._reserve(slot.layouts)
+
+    def _drop_older_attempts(self, name: str) -> None:
+        """Delete what earlier attempts have left, once the first state of this one is whole on this node."""
+        memory = self._nodes.memory
+        assert memory
+        deadline_s = time.monotonic() + _OTHERS_S
+        while not memory.is_whole(name, self._nodes.shares) and time.monotonic() < deadline_s:
+            time.sleep(0.01)
+        if memory.is_whole(name, self._nodes.shares):
+            memory.forget(lambda other: not other.endswith(f"_{self._world.attempt}"))
+
+    def _to_storage(self, name: str, state: dict[str, Any], slot: Slot, sealed: Future[Any]) -> None:
+        """Upload this rank's own files of a state and announce it. On the uploader's thread."""
+        began_s = time.perf_counter()
+        try:
+            sealed.result()
+            mine = {file: c for file, c in slot.contents().items() if rank_of(file) == self._world.rank}
+            sources: dict[str, Pieces] = {file: partial(pieces_of, content) for file, content in mine.items()}
+            part = upload(self._store, name, sources, slot.records, self._moved)
+        except Exception as error:  # of the copy; the other ranks wait to hear of it
+            part = {"error": f"{type(error).__name__}: {error}"}
+        why_not = announce(self._side, self._store, name, part, state, self._keep)
+        self._uploading = None
+        self._ended.append(_record(name, state, time.perf_counter() - began_s, why_not))
+
+    def _moved(self, count_bytes: int) -> None:
+        self._moved_bytes += count_bytes
+        self._moved_at_s = time.monotonic()
+
+    def _save_directly(self, snapshot: Snapshot) -> None:
+        """Write a checkpoint from the live tensors, and wait for it."""
+        began_s = time.perf_counter()
+        self._wait_for(self._uploader.last)  # so that uploads end in the same order on all ranks
+        name = checkpoint_name(snapshot.iter_num, self._world.attempt)
+        files = files_of(snapshot, self._world.size)
+        state = self._description(snapshot, files)
+        mine = {file: tensors for file, tensors in files.items() if rank_of(file) == self._world.rank}
+        sources: dict[str, Pieces] = {file: partial(tensor_pieces, tensors) for file, tensors in mine.items()}
+        part = upload(self._store, name, sources, {}, self._moved)
+        why_not = announce(self._world, self._store, name, part, state, self._keep)
+        self._durable_iter = snapshot.iter_num
+        self._storage_pause_s = time.perf_counter() - began_s
+        self._ended.append(_record(name, state, self._storage_pause_s, why_not))
+        self._tell(len(self._ended))
+
+    def _finish(self, state: TrainState, val_loss: float | None) -> None:
+        self._wait()
+        if state.iter_num == 0 or state.iter_num == self._durable_iter:
+            return
+        if self._schedule.owed not in (None, state.iter_num):
+            self._skip(self._schedule.owed)
+        if self._agreed[4] == 0 and self._slots and state.optimizer.state:
+            self._begin(capture(state, val_loss), to_storage=True)
+            self.join()
+            self._wait()
+        if state.iter_num != self._durable_iter and (self._agreed[4] or not self._slots):
+            self._save_directly(capture(state, val_loss))
+        if state.iter_num != self._durable_iter:
+            why = next(record["why"] for record in reversed(self._ended) if "why" in record)
+            raise StorageError(f"out_dir={self._store.out_dir}: the last state could not be saved: {why}")
+
+    def _wait(self) -> None:
+        """Wait for copies and uploads on all ranks, and tell of them."""
+        self._wait_for(self._copier.last)  # an error there has been told, and is the upload's too
+        self._moved_at_s = time.monotonic()
+        if error := self._wait_for(self._uploader.last):
+            raise error
+        self._agreed = self._world.vote(self.ballot()).result()
+        self._tell(len(self._ended))
+
+    def _wait_for(self, future: Future[Any] | None) -> BaseException | None:
+        while future:
+            try:
+                return future.exception(timeout=_TELL_EVERY_S)
+            except TimeoutError:
+                self._tell_of_waiting()
+        return None
+
+    def _tell_of_waiting(self) -> None:
+        silence_s = time.monotonic() - self._moved_at_s
+        logger.info("waiting for the upload to %s: %.2f GB so far", self._store.out_dir, self._moved_bytes / 1e9)
+        if silence_s > _SILENCE_S:
+            raise StorageError(
+                f"out_dir={self._store.out_dir}: the upload has not moved for {silence_s:.0f} s; the state of this "
+                "iteration is in node memory, and the same command goes on from there"
+            )
+
+    def _skip(self, iter_num: int | None) -> None:
+        assert iter_num is not None
+        name = checkpoint_name(iter_num, self._world.attempt)
+        why = "the one before was still being saved"
+        self._news.append({"kind": "checkpoint_skipped", "iter": iter_num, "name": name, "why": why})
+
+    def _tell(self, count: int) -> None:
+        """Turn the first `count` uploads that ended into news; training has paused for them as it turned out."""
+        for record in self._ended[self._told : count]:
+            self._news.append({**record, "pause_s": self._storage_pause_s})
+            if record["kind"] == "checkpoint_failed" and record["iter"] == self._durable_iter:
+                self._durable_iter = -1
+        self._told = max(self._told, count)
+
+
+def _record(name: str, state: dict[str, Any], seconds: float, why_not: str | None) -> Record:
+    told = {"iter": state["iter_num"], "name": name, "seconds": seconds}
+    if why_not:
+        return {"kind": "checkpoint_failed", **told, "why": why_not}
+    return {"kind": "checkpoint", **told, **{key: state[key] for key in ("best_val_loss", "val_loss")}}
