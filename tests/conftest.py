@@ -5,20 +5,23 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Callable
-from dataclasses import asdict, replace
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 os.environ.setdefault("RAY_AUTH_MODE", "disabled")  # or a local cluster writes a token into the home folder
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
+from fsspec import get_filesystem_class
 
 from orchestrator.checkpoint.snapshot import Snapshot
 from orchestrator.checkpoint.store import CheckpointStore
 from orchestrator.config import TrainConfig
 from orchestrator.data.prepare import PrepareConfig, prepare
+from tests.servers import FaultyProxy, S3Server, ServerMissingError, SFTPServer
 
 
 @pytest.fixture(scope="session")
@@ -90,3 +93,78 @@ def train_with_torchrun(config: TrainConfig, world_size: int) -> None:
 def final_state(out_dir: str) -> Snapshot:
     store = CheckpointStore(out_dir)
     return store.read(store.select("latest"))
+
+
+@dataclass(frozen=True)
+class Storage:
+    """A folder of one test's own on a server: its URL, and what a user would give besides."""
+
+    url: str
+    options: dict[str, Any] = field(default_factory=dict)
+
+
+@pytest.fixture(scope="session")
+def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
+    """An S3 server for all tests; one that kills it starts it again."""
+    folder = tmp_path_factory.mktemp("s3") / "files"
+    folder.mkdir()
+    try:
+        server = S3Server(folder)
+    except ServerMissingError as missing:
+        pytest.skip(str(missing))
+    yield server
+    server.kill()
+
+
+@pytest.fixture(scope="session")
+def sftp_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SFTPServer]:
+    """An SFTP server for all tests; one that kills it starts it again."""
+    try:
+        server = SFTPServer(tmp_path_factory.mktemp("sftp"))
+    except ServerMissingError as missing:
+        pytest.skip(str(missing))
+    yield server
+    server.kill()
+
+
+@pytest.fixture
+def s3(s3_server: S3Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Storage:
+    """A new folder in the bucket; the server's address and credentials are in the environment."""
+    enter(monkeypatch, s3_server.environment)
+    return Storage(f"{s3_server.url}/{tmp_path.name}")
+
+
+@pytest.fixture
+def sftp(sftp_server: SFTPServer, tmp_path: Path) -> Storage:
+    """A new folder on the SFTP server, with the key file in the options."""
+    return Storage(f"{sftp_server.url}/{tmp_path.name}", sftp_server.storage_options)
+
+
+@pytest.fixture
+def proxy(s3_server: S3Server, monkeypatch: pytest.MonkeyPatch) -> Iterator[FaultyProxy]:
+    """A proxy before the S3 server; clients find it through the environment."""
+    proxy = FaultyProxy(s3_server)
+    enter(monkeypatch, proxy.environment)
+    yield proxy
+    proxy.close()
+
+
+@pytest.fixture
+def faulty_s3(proxy: FaultyProxy, tmp_path: Path) -> Storage:  # noqa: ARG001
+    """A new folder in the bucket, behind the proxy."""
+    return Storage(f"{S3Server.url}/{tmp_path.name}")
+
+
+def enter(monkeypatch: pytest.MonkeyPatch, environment: dict[str, str]) -> None:
+    """Set variables that clients read when they are made: fsspec would return those that it has made before."""
+    for key, value in environment.items():
+        monkeypatch.setenv(key, value)
+    for name in ("AWS_CONFIG_FILE", "AWS_SHARED_CREDENTIALS_FILE"):
+        monkeypatch.setenv(name, os.devnull)  # the user's own are not for tests
+    forget_clients()
+
+
+def forget_clients() -> None:
+    """Make fsspec connect anew: with another environment, or to a server that was started again."""
+    for protocol in ("s3", "sftp"):
+        get_filesystem_class(protocol).clear_instance_cache()
