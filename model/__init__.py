@@ -5,7 +5,7 @@ Plain PyTorch. It must not know how it is trained: nothing here imports the orch
 
 from model.config import GPTConfig
 from model.gpt import GPT
-from model.huggingface import PretrainedError, from_huggingface, huggingface_config, to_huggingface
+from model.huggingface import PretrainedError, from_huggingface, huggingface_config, to_huggingface, transpose_if_linear
 from model.pretrained import read_pretrained_args
 
 __all__ = [
@@ -16,4 +16,5 @@ __all__ = [
     "huggingface_config",
     "read_pretrained_args",
     "to_huggingface",
+    "transpose_if_linear",
 ]

@@ -5,7 +5,7 @@ Must not know where files lie (`pretrained.py` reads them).
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -34,9 +34,11 @@ class PretrainedError(ValueError):
     """Pretrained weights that cannot be reached, are damaged, or belong to another architecture."""
 
 
-def from_huggingface(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def from_huggingface(tensors: Iterable[tuple[str, Tensor]], *, views: bool = False) -> dict[str, Tensor]:
     """Return a GPT state dict for the tensors of a GPT-2 file, float32, `lm_head.weight` tied.
 
+    tensors: by name, one at a time: each is copied before the next is asked for.
+    views: copy nothing that is float32 already, and hand out linear weights as transposed views.
     Names may come with or without `transformer.`; linear weights arrive as (in, out) and leave as (out, in).
     Names that GPT-2 does not have are passed on, for the caller to compare with its model.
 
@@ -44,11 +46,13 @@ def from_huggingface(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         PretrainedError: the head's weight is not the token embedding's.
     """
     state: dict[str, Tensor] = {}
-    for name, tensor in tensors.items():
+    for name, tensor in tensors:
         if name.endswith(MASK_BUFFERS):
             continue
         full_name = name if name.startswith(("transformer.", "lm_head.")) else f"transformer.{name}"
-        state[full_name] = _transpose_if_linear(full_name, tensor).float()
+        ours = transpose_if_linear(full_name, tensor)
+        is_copied = not views and full_name != TIED  # the head is only compared
+        state[full_name] = torch.empty(ours.shape).copy_(ours) if is_copied else ours.float()
     if EMBEDDING in state:
         if TIED in state and not torch.equal(state[TIED], state[EMBEDDING]):
             raise PretrainedError(f"{TIED} differs from {EMBEDDING}: a model with an untied head cannot be loaded")
@@ -66,16 +70,17 @@ def to_huggingface(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
     for name, tensor in state_dict.items():
         if name == TIED:
             continue
-        tensors[name] = _transpose_if_linear(name, tensor)
+        tensors[name] = transpose_if_linear(name, tensor).contiguous()
         bias = name.removesuffix(".weight") + ".bias"
         if name.endswith(".weight") and bias not in state_dict and not name.endswith(("wte.weight", "wpe.weight")):
             tensors[bias] = tensor.new_zeros(tensor.size(0))  # (out)
     return tensors
 
 
-def _transpose_if_linear(name: str, tensor: Tensor) -> Tensor:
+def transpose_if_linear(name: str, tensor: Tensor) -> Tensor:
+    """Return a view of the tensor in the other layout: Hugging Face's for ours, ours for Hugging Face's."""
     # Anything but a matrix is left alone: the comparison of shapes then says what is wrong with it.
-    return tensor.t().contiguous() if name.endswith(TRANSPOSED) and tensor.dim() == 2 else tensor
+    return tensor.t() if name.endswith(TRANSPOSED) and tensor.dim() == 2 else tensor
 
 
 def huggingface_config(config: GPTConfig) -> dict[str, Any]:

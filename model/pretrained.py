@@ -9,15 +9,15 @@ from __future__ import annotations
 import json
 import pickle
 import tempfile
-from collections.abc import Callable, Mapping
+import zipfile
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 import fsspec
 import torch
 from fsspec.implementations.local import LocalFileSystem
-from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from model.huggingface import PretrainedError, config_arguments, from_huggingface
@@ -51,19 +51,21 @@ def read_pretrained_args(source: str) -> dict[str, Any]:
         return _read_args(source, _folder_files(source, Path(scratch)))
 
 
-def read_pretrained(source: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def read_pretrained(source: str, *, views: bool = False) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Return GPTConfig's arguments and a GPT state dict, float32 on the CPU.
 
     source: a key of GPT2_SIZES, a folder, or an fsspec URL such as s3://bucket/gpt2.
+    views: for a caller that copies the tensors and drops them: they stay mapped from the files where these are float32,
+        which outlives the files' deletion, not their being overwritten. Otherwise each is copied as it is read.
 
     Raises:
         PretrainedError: the source is unreachable, incomplete, damaged or not a GPT-2.
     """
     if source in GPT2_SIZES:
-        return read_pretrained_args(source), from_huggingface(_read_tensors(source, _hub_files(source)))
+        return read_pretrained_args(source), from_huggingface(_tensors(source, _hub_files(source)), views=views)
     with tempfile.TemporaryDirectory() as scratch:
         fetch = _folder_files(source, Path(scratch))
-        return _read_args(source, fetch), from_huggingface(_read_tensors(source, fetch))
+        return _read_args(source, fetch), from_huggingface(_tensors(source, fetch), views=views)
 
 
 def check_tensors(expected: Mapping[str, Tensor], found: Mapping[str, Tensor], source: str) -> None:
@@ -96,39 +98,48 @@ def _read_args(source: str, fetch: Fetch) -> dict[str, Any]:
         raise PretrainedError(f"{source}: config.json: {e}") from e
 
 
-def _read_tensors(source: str, fetch: Fetch) -> dict[str, Tensor]:
+def _tensors(source: str, fetch: Fetch) -> Iterator[tuple[str, Tensor]]:
+    """Yield the tensors of the first of TENSOR_FILES that is there, mapped from the file."""
     for name in TENSOR_FILES:
         try:
             path = fetch(name)
         except FileNotFoundError:
             continue
         try:
-            return _read_shards(path, fetch) if name.endswith(".index.json") else _read_file(path)
+            yield from _shards(path, fetch) if name.endswith(".index.json") else _tensors_of(path)
         except FileNotFoundError as e:
             raise PretrainedError(f"{source}: {name} names a file that is not there: {e}") from e
         except (SafetensorError, ValueError, RuntimeError, EOFError) as e:
             raise PretrainedError(f"{source}: {name} cannot be read: {e}") from e
+        return
     raise PretrainedError(f"{source}: none of {', '.join(TENSOR_FILES)} there")
 
 
-def _read_shards(index: Path, fetch: Fetch) -> dict[str, Tensor]:
+def _shards(index: Path, fetch: Fetch) -> Iterator[tuple[str, Tensor]]:
     weight_map: dict[str, str] = json.loads(index.read_bytes())["weight_map"]
-    tensors: dict[str, Tensor] = {}
     for shard in sorted(set(weight_map.values())):
         if PurePosixPath(shard).name != shard:
             raise ValueError(f"shard {shard!r} lies outside the folder")
-        tensors |= _read_file(fetch(shard))
-    return tensors
+        yield from _tensors_of(fetch(shard))
 
 
-def _read_file(path: Path) -> dict[str, Tensor]:
+def _tensors_of(path: Path) -> Iterator[tuple[str, Tensor]]:
     if path.suffix == ".safetensors":
-        return load_file(path)
+        with safe_open(path, framework="pt") as file:
+            names = list(file.keys())
+        for name in names:
+            with safe_open(
+                path, framework="pt"
+            ) as file:  # each mapped by itself: its memory is free once it is dropped
+                tensor = file.get_tensor(name)
+            yield name, tensor
+        return
     try:
-        tensors: dict[str, Tensor] = torch.load(path, map_location="cpu", weights_only=True)
+        # A file of the old format, no zip, cannot be mapped.
+        tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except pickle.UnpicklingError:  # PyTorch's own message advises to switch the protection off
         raise ValueError("it holds more than tensors, or is no PyTorch file; convert it to safetensors") from None
-    return tensors
+    yield from tensors.items()
 
 
 def _folder_files(source: str, scratch: Path) -> Fetch:

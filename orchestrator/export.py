@@ -6,7 +6,8 @@ from dataclasses import dataclass
 
 from orchestrator.checkpoint.huggingface import write_huggingface
 from orchestrator.checkpoint.nanogpt import write_nanogpt
-from orchestrator.checkpoint.store import CheckpointStore
+from orchestrator.checkpoint.store import Checkpoint, CheckpointStore
+from orchestrator.checkpoint.stream import DamagedError, outline, stream
 from orchestrator.checkpoint.transfer import exists
 from orchestrator.config import nearest
 from orchestrator.data.tokenizers import tokenizer_from_json
@@ -38,11 +39,29 @@ def export(config: ExportConfig) -> str:
         raise ConfigError("--to is missing: the " + ("file" if config.format == "nanogpt" else "folder") + " to write")
     if exists(config.to) and not config.overwrite:
         raise ConfigError(f"{config.to} exists: give another --to, or --overwrite=True")
-    store = CheckpointStore(config.out_dir)
-    checkpoint, snapshot = store.read_selected(config.checkpoint, model_only=config.format == "hf")
-    if config.format == "nanogpt":
-        write_nanogpt(snapshot, config.to)
-    else:
-        saved = snapshot.config.get("tokenizer")
-        write_huggingface(snapshot, config.to, tokenizer_from_json(saved) if saved else None)
+    checkpoint = _write_selected(config, CheckpointStore(config.out_dir))
     return f"wrote {checkpoint.name} (iteration {checkpoint.iter_num}) to {config.to}"
+
+
+def _write_selected(config: ExportConfig, store: CheckpointStore) -> Checkpoint:
+    """Write a checkpoint and return which; a damaged one is passed over, unless it was asked for by name."""
+    while True:
+        checkpoint = store.select(config.checkpoint)
+        try:
+            _write(config, store, checkpoint)
+            return checkpoint
+        except DamagedError as error:
+            if config.checkpoint == checkpoint.name:
+                raise
+            store.reject(checkpoint.name, str(error))
+
+
+def _write(config: ExportConfig, store: CheckpointStore, checkpoint: Checkpoint) -> None:
+    """Write a checkpoint a tensor at a time: the state may be larger than this machine's memory."""
+    model_only = config.format == "hf"
+    snapshot, tensors = outline(checkpoint, model_only), stream(store, checkpoint, model_only)
+    if model_only:
+        saved = snapshot.config.get("tokenizer")
+        write_huggingface(snapshot, config.to, tokenizer_from_json(saved) if saved else None, tensors)
+    else:
+        write_nanogpt(snapshot, config.to, tensors)

@@ -7,13 +7,17 @@ from __future__ import annotations
 
 import json
 import logging
+import struct
+from collections.abc import Iterable
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import save_file
+from torch import Tensor
 
-from model import GPTConfig, huggingface_config, to_huggingface
+from model import GPTConfig, huggingface_config, to_huggingface, transpose_if_linear
+from orchestrator.checkpoint.files import Layout, bytes_of, layout_of, pieces_of
+from orchestrator.checkpoint.progress import Progress
 from orchestrator.checkpoint.snapshot import Snapshot
 from orchestrator.checkpoint.transfer import delivered, exists, fetched
 from orchestrator.data.gpt2_vocabulary import load_gpt2_encoding
@@ -29,6 +33,7 @@ def write_huggingface(
     snapshot: Snapshot,
     folder_or_url: str | Path,
     tokenizer: Tokenizer | None = None,
+    tensors: Iterable[tuple[str, Tensor]] | None = None,
     *,
     storage_options: dict[str, Any] | None = None,
 ) -> None:
@@ -36,6 +41,8 @@ def write_huggingface(
 
     The model computes the same logits as ours, with its activation. GPT-2's tokenizer becomes vocab.json and
     merges.txt, for `AutoTokenizer`; one of characters a small file that `sample` understands.
+    tensors: the snapshot's model, by name and one at a time; then its own need no content. No model file is delivered
+        where the iteration ends with an error. Default: the snapshot's own.
 
     Raises:
         CheckpointError: the snapshot is no GPT, or a file cannot be written.
@@ -51,12 +58,39 @@ def write_huggingface(
         "generation_config.json": _json(special),
         "config.json": _json(config),
     }
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in to_huggingface(snapshot.model).items()}
-    with delivered(f"{folder}/model.safetensors", storage_options) as scratch_file:
-        save_file(tensors, scratch_file, metadata={"format": "pt"})
+    with delivered(model_file := f"{folder}/model.safetensors", storage_options) as scratch_file:
+        _write_tensors(scratch_file, snapshot.model, tensors or snapshot.model.items(), model_file)
     for name, text in texts.items():  # config.json comes last: without it, nobody takes the folder for a model
         with delivered(f"{folder}/{name}", storage_options) as scratch_file:
             scratch_file.write_text(text, encoding="utf-8")
+
+
+def _write_tensors(path: Path, model: dict[str, Tensor], tensors: Iterable[tuple[str, Tensor]], title: str) -> None:
+    """Write each tensor at its place as it comes, so that no more than one is in memory."""
+    layout = _with_metadata(layout_of(to_huggingface({name: tensor.to("meta") for name, tensor in model.items()})))
+    missing = model.keys() & layout.spans.keys()
+    progress = Progress(f"writing {title}", layout.size_bytes)
+    with path.open("wb") as file:
+        file.write(layout.header)
+        for name, tensor in tensors:
+            if name not in layout.spans:  # the tied head
+                continue
+            missing.remove(name)
+            file.seek(layout.spans[name][0])
+            for piece in pieces_of(bytes_of(transpose_if_linear(name, tensor.detach().cpu()).contiguous())):
+                file.write(piece)
+                progress.add(len(piece))
+        file.truncate(layout.size_bytes)  # what was not written reads as zeros: the biases that our model lacks
+    assert not missing, f"no tensor came for {sorted(missing)[:5]}"
+
+
+def _with_metadata(layout: Layout) -> Layout:
+    """Return the layout with the note by which transformers knows whose tensors they are."""
+    text = json.dumps({"__metadata__": {"format": "pt"}, **json.loads(layout.header[8:])}).encode()
+    text += b" " * (-len(text) % 8)
+    shift = 8 + len(text) - len(layout.header)
+    spans = {name: (start + shift, end + shift) for name, (start, end) in layout.spans.items()}
+    return Layout(struct.pack("<Q", len(text)) + text, spans)
 
 
 def read_char_tokenizer(

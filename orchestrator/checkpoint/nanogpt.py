@@ -10,14 +10,16 @@ import logging
 import math
 import pickle
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from orchestrator.checkpoint.progress import Progress
 from orchestrator.checkpoint.snapshot import ParamGroup, Snapshot
+from orchestrator.checkpoint.torch_file import TorchFile
 from orchestrator.checkpoint.transfer import delivered, fetched
 from orchestrator.errors import CheckpointError
 
@@ -29,6 +31,7 @@ MODEL_ARGS = (*SHAPE_KEYS, "dropout")
 _COMPILED_PREFIX = "_orig_mod."  # torch.compile puts it before every name
 _MASK = ".attn.bias"  # the causal mask, a buffer that nanoGPT keeps where PyTorch has no flash attention
 _SLOTS = ("exp_avg", "exp_avg_sq")
+_PIECE_BYTES = 2**20
 
 
 def read_nanogpt(
@@ -37,7 +40,8 @@ def read_nanogpt(
     """Read a ckpt.pt that nanoGPT wrote, without running anything from it.
 
     model_only: leave the optimizer in the file, which is two thirds of it.
-    Tensors are copies on the CPU: the snapshot outlives the file.
+    Tensors are mapped from the file, not copied: memory is used where they are. They outlive the file's deletion, but
+    not its being overwritten in place.
 
     Raises:
         CheckpointError: the file is missing, damaged, not nanoGPT's, or asks for code to be run.
@@ -71,10 +75,16 @@ def _to_snapshot(content: dict[str, Any], source: str, model_only: bool) -> Snap
 
 
 def write_nanogpt(
-    snapshot: Snapshot, path_or_url: str | Path, *, storage_options: dict[str, Any] | None = None
+    snapshot: Snapshot,
+    path_or_url: str | Path,
+    tensors: Iterable[tuple[str, Tensor]] | None = None,
+    *,
+    storage_options: dict[str, Any] | None = None,
 ) -> None:
     """Write a ckpt.pt from which nanoGPT's sample.py samples and its train.py resumes.
 
+    tensors: the snapshot's, by name and one at a time; then its own need no content. Nothing is delivered where the
+        iteration ends with an error. Default: the snapshot's own.
     A snapshot without optimizer state is resumed with new moments. A GradScaler's state has no place in the file.
 
     Raises:
@@ -90,17 +100,18 @@ def write_nanogpt(
             "up to 0.02. A Hugging Face export keeps them",
             target,
         )
-    model = {name: _plain_tensor(snapshot.model[name]) for name in shapes}
+    file = TorchFile()
+    model = {name: file.blank(name, snapshot.model[name]) for name in shapes}
     content = {
         "model": {**model, HEAD: model[EMBEDDING]},
-        "optimizer": _optimizer_state(snapshot, shapes, target),
+        "optimizer": _optimizer_state(snapshot, shapes, file, target),
         "model_args": {key: args.get(key, 0.0) for key in MODEL_ARGS},
         "iter_num": snapshot.iter_num,
         "best_val_loss": float(snapshot.best_val_loss),
         "config": plain(snapshot.config),
     }
     with delivered(target, storage_options) as scratch_file:
-        torch.save(content, scratch_file)
+        file.save(content, scratch_file, tensors or {**snapshot.model, **snapshot.optimizer}.items(), target)
 
 
 def parameter_shapes(model_args: dict[str, Any]) -> dict[str, tuple[int, ...]]:
@@ -138,8 +149,7 @@ def _verify(path: Path, source: str) -> None:
     """Compare every record with its checksum in the zip file: torch.load does not, a flipped bit would pass."""
     remedy = "copy it again, or take an older one"
     try:
-        with zipfile.ZipFile(path) as archive:
-            damaged = archive.testzip()
+        damaged = _damaged_record(path, source)
     except OSError as error:
         raise CheckpointError(f"{source} cannot be read: {type(error).__name__}: {error}") from None
     except Exception as error:  # whatever a damaged directory of records makes of zipfile
@@ -147,6 +157,19 @@ def _verify(path: Path, source: str) -> None:
         raise CheckpointError(f"{source} {what} ({error}); is it still being written? Else {remedy}") from None
     if damaged:
         raise CheckpointError(f"{source} is damaged: the checksum of its record {damaged} is wrong; {remedy}")
+
+
+def _damaged_record(path: Path, source: str) -> str | None:
+    progress = Progress(f"verifying {source}", path.stat().st_size)
+    with zipfile.ZipFile(path) as archive:
+        for info in archive.infolist():
+            try:
+                with archive.open(info) as record:
+                    while piece := record.read(_PIECE_BYTES):
+                        progress.add(len(piece))
+            except zipfile.BadZipFile:
+                return info.filename
+    return None
 
 
 def _load(path: Path, source: str) -> dict[str, Any]:
@@ -184,7 +207,7 @@ def _read_model(content: dict[str, Any], source: str) -> dict[str, Tensor]:
     _check_names(named, shapes, source)
     if head is not None and not torch.equal(head, named[EMBEDDING]):
         raise CheckpointError(f"{source}: {HEAD} differs from {EMBEDDING}, but nanoGPT ties them; no such model here")
-    return {name: named[name].clone() for name in shapes}
+    return {name: named[name] for name in shapes}
 
 
 def _check_names(named: dict[str, Tensor], shapes: dict[str, tuple[int, ...]], source: str) -> None:
@@ -244,14 +267,16 @@ def _named_slots(slots_of: dict[str, dict[str, Any]], model: dict[str, Tensor]) 
         for slot in _SLOTS:
             if slots[slot].shape != model[name].shape:
                 raise ValueError(f"{slot} of {name} is {tuple(slots[slot].shape)}")
-            yield f"{slot}.{name}", slots[slot].clone()
+            yield f"{slot}.{name}", slots[slot]
         steps.add(float(slots["step"]))
     if len(steps) != 1:
         raise ValueError(f"parameters were stepped differently often: {sorted(steps)}")
     yield "step", torch.tensor(steps.pop(), dtype=torch.float32)
 
 
-def _optimizer_state(snapshot: Snapshot, shapes: dict[str, tuple[int, ...]], target: str) -> dict[str, Any]:
+def _optimizer_state(
+    snapshot: Snapshot, shapes: dict[str, tuple[int, ...]], file: TorchFile, target: str
+) -> dict[str, Any]:
     """Return the state_dict of the AdamW that nanoGPT's configure_optimizers makes."""
     members = _in_optimizer_order(shapes)
     groups, first = [], 0
@@ -261,13 +286,14 @@ def _optimizer_state(snapshot: Snapshot, shapes: dict[str, tuple[int, ...]], tar
     if not snapshot.optimizer and snapshot.iter_num:
         logger.warning("%s: the state has no optimizer moments; nanoGPT would resume with new ones", target)
     names = [name for group in members for name in group] if snapshot.optimizer else []
-    return {"state": {i: _slots(snapshot.optimizer, name) for i, name in enumerate(names)}, "param_groups": groups}
+    state = {i: _slots(snapshot.optimizer, name, file) for i, name in enumerate(names)}
+    return {"state": state, "param_groups": groups}
 
 
-def _slots(optimizer: dict[str, Tensor], name: str) -> dict[str, Tensor]:
+def _slots(optimizer: dict[str, Tensor], name: str, file: TorchFile) -> dict[str, Tensor]:
     return {
-        "step": _plain_tensor(optimizer["step"]).clone(),  # each parameter's own: AdamW counts them up in place
-        **{slot: _plain_tensor(optimizer[f"{slot}.{name}"]) for slot in _SLOTS},
+        "step": file.blank("step", optimizer["step"]),  # each parameter's own: AdamW counts them up in place
+        **{slot: file.blank(f"{slot}.{name}", optimizer[f"{slot}.{name}"]) for slot in _SLOTS},
     }
 
 
@@ -306,9 +332,3 @@ def _group_state(group: ParamGroup, ids: list[int], config: dict[str, Any]) -> d
         "decoupled_weight_decay": True,
         "params": ids,
     }
-
-
-def _plain_tensor(tensor: Tensor) -> Tensor:
-    """Return the tensor on the CPU in a storage of its own: torch.save writes whole storages."""
-    tensor = tensor.detach().cpu().contiguous()
-    return tensor if tensor.untyped_storage().nbytes() == tensor.nbytes else tensor.clone()

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -50,7 +51,7 @@ def check_start(config: TrainConfig, store: CheckpointStore, vocab_size: int | N
     """
     saved = next(store.newest_first(), None)
     if saved:
-        _check_same_run(config, saved.state, vocab_size)
+        check_same_run(config, saved.state, vocab_size)
         if saved.iter_num >= config.max_iters and not config.eval_only:
             raise ConfigError(
                 f"out_dir={config.out_dir} holds a finished run: iteration {saved.iter_num} of "
@@ -66,8 +67,12 @@ def check_start(config: TrainConfig, store: CheckpointStore, vocab_size: int | N
     return Start({**args, "block_size": config.block_size}, 0, f"initializing from {source}")
 
 
-def _check_same_run(config: TrainConfig, saved: dict[str, Any], vocab_size: int | None) -> None:
-    """With init_from=resume the shape is the saved one, as in nanoGPT; otherwise settings must say the same."""
+def check_same_run(config: TrainConfig, saved: dict[str, Any], vocab_size: int | None) -> None:
+    """With init_from=resume the shape is the saved one, as in nanoGPT; otherwise settings must say the same.
+
+    Raises:
+        ConfigError: they do not.
+    """
     began, args = saved["config"].get("init_from"), saved["model_args"]
     remedy = "give the settings it was begun with, --init_from=resume, or another --out_dir"
     if config.block_size != args["block_size"]:
@@ -120,7 +125,7 @@ def read_start(config: TrainConfig) -> Snapshot:
     if _is_nanogpt(source):
         snapshot = read_nanogpt(source)
     else:
-        args, tensors = _pretrained(read_pretrained, source)
+        args, tensors = _pretrained(partial(read_pretrained, views=True), source)
         tensors.pop("lm_head.weight", None)  # tied to transformer.wte.weight
         snapshot = Snapshot(tensors, {}, (), args, iter_num=0, best_val_loss=1e9)
     _check_block_size(config, snapshot.model_args, source)

@@ -87,6 +87,13 @@ def test_pickled_weights_with_masks_and_bare_names(folder: Path, expected: Tenso
     assert_loads(folder, expected)
 
 
+def test_pickled_weights_of_the_format_before_zip(folder: Path, expected: Tensor) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    torch.save(tensors, folder / "pytorch_model.bin", _use_new_zipfile_serialization=False)
+    assert_loads(folder, expected)
+
+
 def test_url(folder: Path, expected: Tensor) -> None:
     memory = fsspec.filesystem("memory")
     for file in folder.iterdir():
@@ -129,7 +136,7 @@ def test_our_model_in_transformers_and_back(tmp_path: Path, bias: bool, activati
     assert not any(report[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     torch.testing.assert_close(logits_of(theirs.eval()), logits_of(ours), atol=1e-4, rtol=0)
 
-    back = from_huggingface(tensors)
+    back = from_huggingface(tensors.items())
     assert all(torch.equal(back[name], tensor) for name, tensor in ours.state_dict().items())
     torch.testing.assert_close(logits_of(GPT.from_pretrained(str(folder))), logits_of(ours), atol=1e-6, rtol=0)
 
@@ -139,7 +146,7 @@ def test_export_needs_no_tied_head() -> None:
     tied = state.pop("lm_head.weight")
     tensors = to_huggingface(state)
     assert "lm_head.weight" not in tensors
-    assert torch.equal(from_huggingface(tensors)["lm_head.weight"], tied)
+    assert torch.equal(from_huggingface(tensors.items())["lm_head.weight"], tied)
 
 
 @pytest.mark.parametrize(("vocab_size", "end_of_text"), [(50304, 50256), (65, None)])

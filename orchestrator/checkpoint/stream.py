@@ -1,0 +1,56 @@
+"""A checkpoint of the store a tensor at a time, for formats that are written without the state in memory."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from orchestrator.checkpoint.files import stream_tensors
+from orchestrator.checkpoint.snapshot import Snapshot
+from orchestrator.checkpoint.store import Checkpoint, CheckpointStore
+from orchestrator.errors import CheckpointError
+
+
+class DamagedError(CheckpointError):
+    """The checkpoint that is read is not whole: an older one may be. What was made of it is of no use."""
+
+
+def outline(checkpoint: Checkpoint, model_only: bool = False) -> Snapshot:
+    """Return a checkpoint's state with tensors that have shape and type but no content (on the device meta)."""
+    entries = _entries(checkpoint, model_only)
+    return checkpoint.snapshot({name: _empty(entry) for name, entry in entries.items()})
+
+
+def stream(store: CheckpointStore, checkpoint: Checkpoint, model_only: bool = False) -> Iterator[tuple[str, Tensor]]:
+    """Yield every tensor of a checkpoint once, in the order of its files; with model_only the optimizer's stay unread.
+
+    Whether the bytes are right is known at the end only: deliver nothing before the iterator is exhausted.
+
+    Raises:
+        DamagedError: naming the file that is missing, damaged or not what state.json says.
+    """
+    missing = {name: _empty(entry) for name, entry in _entries(checkpoint, model_only).items()}
+    try:
+        for file, record in (checkpoint.model_files if model_only else checkpoint.files).items():
+            path = store.path(checkpoint.name, file)
+            for name, tensor in stream_tensors(store.fs, path, record):
+                expected = missing.pop(name, None)
+                if expected is None or (expected.shape, expected.dtype) != (tensor.shape, tensor.dtype):
+                    raise CheckpointError(f"{path} is damaged: its {name} is not the one that state.json tells of")
+                yield name, tensor
+        if missing:
+            raise CheckpointError(f"{checkpoint.name} is damaged: no file of it has {', '.join(sorted(missing)[:5])}")
+    except CheckpointError as error:
+        raise DamagedError(str(error)) from None
+
+
+def _entries(checkpoint: Checkpoint, model_only: bool) -> dict[str, dict[str, Any]]:
+    files = checkpoint.model_files if model_only else checkpoint.files
+    return {name: entry for name, entry in checkpoint.state["tensors"].items() if entry["file"] in files}
+
+
+def _empty(entry: dict[str, Any]) -> Tensor:
+    return torch.empty(entry["shape"], dtype=getattr(torch, entry["dtype"]), device="meta")
