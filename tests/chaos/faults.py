@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import time
 from collections.abc import Callable
@@ -17,10 +18,15 @@ from orchestrator.worker import run_worker
 class Fault:
     """Kill a process at a point.
 
-    point: forward | optimizer | after_optimizer | evaluate | write (between the files of a checkpoint) |
-        commit (before it is announced) | committed (right after)
-    pid: whom to kill, None for the worker itself.
+    point: of a training step: forward | optimizer | after_optimizer | evaluate;
+        of a state on its way to node memory: copy (half of its tensors are there) | seal (before it is renamed) |
+        sealed (right after);
+        of a checkpoint on its way to storage: upload (before a file) | during (after the first bytes of a file) |
+        write (after a file) | commit (before it is announced) | committed (right after).
+    iter_num: of the step; of the state or checkpoint, the first one of this iteration or a later one.
+    pid: whom to kill, None for the process itself.
     marker: a file that is written when the fault fires; while it exists, the fault does not fire again.
+    nth: fire when the point is reached for the n-th time, such as after the second file.
     """
 
     point: str
@@ -28,6 +34,7 @@ class Fault:
     rank: int
     marker: Path
     pid: int | None = None
+    nth: int = 1
 
     def fire(self) -> None:
         if not self.marker.exists():
@@ -52,50 +59,79 @@ def worker_with(*faults: Fault) -> Callable[[dict[str, Any]], dict[str, Any]]:
 
 
 def arm(fault: Fault) -> None:
-    """Put the fault into this process, by wrapping the function that stands at its point."""
+    """Put the fault into this process, by wrapping the functions that stand at the points."""
     import torch.optim.optimizer as optim
 
     from orchestrator import loop
-    from orchestrator.checkpoint import save
+    from orchestrator.checkpoint import copying, durable
+    from orchestrator.checkpoint.memory import Slot
+    from orchestrator.checkpoint.saver import Saver
     from orchestrator.checkpoint.store import CheckpointStore
 
-    here = {"iter_num": -1}
+    step = {"iter_num": -1}
+    times = {"reached": 0}
 
-    def reached(point: str) -> None:
-        if point == fault.point and here["iter_num"] == fault.iter_num:
-            fault.fire()
+    def reached(point: str, iter_num: int, is_exact: bool = False) -> None:
+        if point == fault.point and (iter_num == fault.iter_num if is_exact else iter_num >= fault.iter_num):
+            times["reached"] += 1
+            if times["reached"] >= fault.nth:
+                fault.fire()
 
-    def wrap(module: Any, name: str, before: str | None = None, after: str | None = None) -> None:
-        original = getattr(module, name)
+    def wrap(owner: Any, name: str, iter_of: Callable[..., int], before: str | None = None, after: str = "") -> None:
+        original = getattr(owner, name)
 
         def wrapped(*args: Any, **kwargs: Any) -> Any:
             if before:
-                reached(before)
+                reached(before, iter_of(*args))
             result = original(*args, **kwargs)
             if after:
-                reached(after)
+                reached(after, iter_of(*args))
             return result
 
-        setattr(module, name, wrapped)
+        setattr(owner, name, wrapped)
 
-    original_capture, original_seed, original_evaluate = loop.capture, loop.dropout_seed, loop.evaluate
+    original_seed, original_evaluate, original_write = loop.dropout_seed, loop.evaluate, durable.write_file
 
     def dropout_seed(seed: int, iter_num: int, micro_step: int) -> int:
-        here["iter_num"] = iter_num
-        reached("forward")
+        step["iter_num"] = iter_num
+        reached("forward", iter_num, is_exact=True)
         return original_seed(seed, iter_num, micro_step)
 
-    def capture(state: Any, val_loss: float | None = None) -> Any:
-        here["iter_num"] = state.iter_num  # of the checkpoint that is about to be written
-        return original_capture(state, val_loss)
-
     def evaluate(*args: Any) -> Any:
-        here["iter_num"] += 1  # it comes before the first micro-step of its iteration
-        reached("evaluate")
+        step["iter_num"] += 1  # it comes before the first micro-step of its iteration
+        reached("evaluate", step["iter_num"], is_exact=True)
         return original_evaluate(*args)
 
-    loop.dropout_seed, loop.capture, loop.evaluate = dropout_seed, capture, evaluate
-    optim.register_optimizer_step_pre_hook(lambda *_: reached("optimizer"))
-    optim.register_optimizer_step_post_hook(lambda *_: reached("after_optimizer"))
-    wrap(save, "write_file", after="write")
-    wrap(CheckpointStore, "commit", before="commit", after="committed")
+    def write_file(fs: Any, path: str, pieces: Any, written: Callable[[int], None]) -> Any:
+        def told(size_bytes: int) -> None:
+            reached("during", _iter_of(path))
+            written(size_bytes)
+
+        return original_write(fs, path, pieces, told)
+
+    loop.dropout_seed, loop.evaluate, durable.write_file = dropout_seed, evaluate, write_file
+    optim.register_optimizer_step_pre_hook(lambda *_: reached("optimizer", step["iter_num"], is_exact=True))
+    optim.register_optimizer_step_post_hook(lambda *_: reached("after_optimizer", step["iter_num"], is_exact=True))
+    wrap(durable, "_write", lambda _store, name, *_: _iter_of(name), before="upload", after="write")
+    wrap(CheckpointStore, "commit", lambda _store, name, *_: _iter_of(name), before="commit", after="committed")
+    wrap(Slot, "seal", lambda _slot, name, *_: _iter_of(name), before="seal", after="sealed")
+
+    copied = {"tensors": 0, "of": 0, "iter_num": -1}
+    original_copy, original_to_memory = copying._copy_in_host_memory, Saver._to_memory
+
+    def to_memory(self: Any, copy: Any, slot: Any, name: str, state: Any) -> None:
+        copied.update(tensors=0, of=len(state["tensors"]), iter_num=_iter_of(name))
+        original_to_memory(self, copy, slot, name, state)
+
+    def copy_in_host_memory(source: memoryview, target: memoryview) -> None:
+        original_copy(source, target)
+        copied["tensors"] += 1
+        if copied["tensors"] == copied["of"] // 6:  # of three ranks, each copies about a third
+            reached("copy", copied["iter_num"])
+
+    Saver._to_memory, copying._copy_in_host_memory = to_memory, copy_in_host_memory  # type: ignore[method-assign]
+
+
+def _iter_of(path: str) -> int:
+    """Return the iteration in the name of a checkpoint, or in a path with such a name."""
+    return int(re.findall(r"checkpoint_(\d+)", path)[-1])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 from collections.abc import Callable
@@ -13,17 +14,21 @@ import torch
 from safetensors.torch import load_file
 
 from model import GPT, GPTConfig
+from model.pretrained import GPT2_SIZES
+from orchestrator.checkpoint.nodes import Nodes
 from orchestrator.checkpoint.ownership import owners
 from orchestrator.checkpoint.restore import begin
-from orchestrator.checkpoint.save import parameter_of, save
+from orchestrator.checkpoint.saver import Saver
 from orchestrator.checkpoint.snapshot import Snapshot, tensors_equal
 from orchestrator.checkpoint.state import TrainState, capture
 from orchestrator.checkpoint.store import CheckpointStore
 from orchestrator.config import TrainConfig
-from orchestrator.errors import CheckpointError
+from orchestrator.errors import CheckpointError, StorageError
 from orchestrator.world import World
 
+NO_MEMORY = Nodes(None, ("0",), 0)
 ARGS = {"n_layer": 1, "n_head": 2, "n_embd": 8, "block_size": 4, "vocab_size": 11, "bias": True, "dropout": 0.0}
+ARGS_OF_CONFIG = {key: value for key, value in ARGS.items() if key != "vocab_size"}
 
 
 def trained(iter_num: int) -> TrainState:
@@ -37,13 +42,22 @@ def trained(iter_num: int) -> TrainState:
         loss.backward()
         optimizer.step()
     scaler = torch.amp.GradScaler("cpu", enabled=False)
-    return TrainState(model, optimizer, scaler, {"always_save_checkpoint": True}, iter_num, best_val_loss=2.0)
+    config = {"always_save_checkpoint": True, "init_from": "scratch"}
+    return TrainState(model, optimizer, scaler, config, iter_num, best_val_loss=2.0)
 
 
 def saved(store: CheckpointStore, iter_num: int, val_loss: float | None = None, keep: int = 9) -> Snapshot:
-    snapshot = capture(trained(iter_num), val_loss)
-    assert save(snapshot, World(attempt="a"), store, {}, keep)
+    state = trained(iter_num)
+    snapshot = capture(state, val_loss)
+    save(store, state, val_loss, keep)
     return Snapshot(**{**vars(snapshot), "model": _copy(snapshot.model), "optimizer": _copy(snapshot.optimizer)})
+
+
+def save(store: CheckpointStore, state: TrainState, val_loss: float | None = None, keep: int = 9) -> None:
+    """Write a checkpoint straight from the live tensors, and wait for it."""
+    saver = Saver(World(attempt="a"), store, NO_MEMORY, {}, keep=keep, checkpoint_interval=1)
+    saver.offer(state, val_loss, is_last=True)
+    saver.close(is_finished=True)
 
 
 def _copy(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -117,9 +131,9 @@ def test_a_damaged_checkpoint_falls_back_to_the_one_before(
 ) -> None:
     older, _ = saved(store, 4), saved(store, 8)
     damage(Path(store.path("checkpoint_00000008_a", file)))
-    config = replace(tiny, init_from="scratch", dropout=0.0)
+    config = replace(tiny, **ARGS_OF_CONFIG)
     with caplog.at_level(logging.WARNING):
-        state = begin(config, World(), store, ARGS)
+        state = begin(config, World(), store, NO_MEMORY, ARGS)
     assert state.iter_num == 4
     assert tensors_equal(capture(state), older)
     never_announced = (file, damage) == ("state.json", Path.unlink)
@@ -166,32 +180,25 @@ def test_pruning_keeps_what_could_not_be_read(store: CheckpointStore, monkeypatc
     assert [checkpoint.iter_num for checkpoint in CheckpointStore(store.out_dir).newest_first()] == [3, 2]
 
 
-def test_a_failing_storage_is_a_warning_and_leaves_the_older_checkpoint(
-    store: CheckpointStore, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_failing_storage_leaves_the_older_checkpoint(store: CheckpointStore, monkeypatch: pytest.MonkeyPatch) -> None:
     saved(store, 4)
 
     def refuse(*_args: object, **_options: object) -> None:
-        raise OSError("no space left on device")
+        raise OSError(errno.ENOSPC, "no space left on device")
 
     monkeypatch.setattr(store.fs, "open", refuse)
-    assert save(capture(trained(8)), World(attempt="a"), store, {}, keep=1) is None
-    assert "checkpoint_00000008_a was not saved: rank 0: OSError: no space left on device" in caplog.text
+    with pytest.raises(StorageError, match=r"the last state could not be saved: rank 0: OSError.*no space left"):
+        save(store, trained(8))
     monkeypatch.undo()
     assert store.select().iter_num == 4
 
 
-def test_ranks_own_equal_shares() -> None:
+@pytest.mark.parametrize(("size", "world_sizes"), [("gpt2", (1, 2, 3, 4, 8)), ("gpt2-xl", (2, 7, 16, 48))])
+def test_ranks_own_equal_shares(size: str, world_sizes: tuple[int, ...]) -> None:
     with torch.device("meta"):
-        tensors = dict(GPT(GPTConfig(n_layer=12, n_head=12, n_embd=768)).named_parameters())
-    for world_size in (1, 2, 3, 4):
-        owner = owners(tensors, world_size)
-        load = [sum(tensors[name].nbytes for name in tensors if owner[name] == rank) for rank in range(world_size)]
-        largest_tensor = max(tensor.nbytes for tensor in tensors.values())
-        assert max(load) <= max(largest_tensor, 1.1 * sum(load) / world_size)
-    assert [parameter_of(key) for key in ("exp_avg.a.b", "exp_avg_sq.a.b", "a.b", "step")] == [
-        "a.b",
-        "a.b",
-        "a.b",
-        "step",
-    ]
+        model = dict(GPT(GPTConfig(**GPT2_SIZES[size])).named_parameters())
+    state = {f"{kind}{name}": tensor for kind in ("", "exp_avg.", "exp_avg_sq.") for name, tensor in model.items()}
+    for world_size in world_sizes:
+        owner = owners(state, world_size)
+        load = [sum(state[name].nbytes for name in state if owner[name] == rank) for rank in range(world_size)]
+        assert max(load) <= 1.1 * min(load)
