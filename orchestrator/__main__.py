@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import os
+import shlex
 import shutil
 import sys
 from collections.abc import Callable, Sequence
@@ -16,6 +17,7 @@ from typing import TypeVar
 from orchestrator import __version__
 from orchestrator.config import TrainConfig, check, nearest, parse
 from orchestrator.errors import ConfigError, UserError
+from orchestrator.storage_options import StorageSettings, public
 
 C = TypeVar("C")
 
@@ -104,16 +106,18 @@ def train(argv: Sequence[str]) -> int:
         print(f"error: {failure}", file=sys.stderr)
         return 1
     print(f"done: {outcome.iter_num} iterations, best validation loss {outcome.best_val_loss:.4f}, in {config.out_dir}")
-    print(_next_steps(config.out_dir))
+    print(_next_steps(config))
     return 0
 
 
-def _next_steps(out_dir: str) -> str:
-    program = _program()
+def _next_steps(config: StorageSettings) -> str:
+    program, out_dir = _program(), shlex.join([f"--out_dir={config.out_dir}"])
+    if config.storage_options:
+        out_dir += f" --storage_options={public(config)['storage_options']}"
     return f"""next:
-  {program} sample --out_dir={out_dir}
-  {program} inspect --out_dir={out_dir}
-  {program} export --out_dir={out_dir} --format=nanogpt --to=ckpt.pt"""
+  {program} sample {out_dir}
+  {program} inspect {out_dir}
+  {program} export {out_dir} --format=nanogpt --to=ckpt.pt"""
 
 
 def _program() -> str:
@@ -145,7 +149,7 @@ def inspect(argv: Sequence[str]) -> int:
 
     config = _parse(inspecting.InspectConfig, argv, "inspect")
     print(inspecting.inspect(config))
-    print(_next_steps(config.out_dir))
+    print(_next_steps(config))
     return 0
 
 

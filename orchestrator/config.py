@@ -82,6 +82,7 @@ class TrainConfig:
     snapshot_interval: int = 0  # iterations between states in node memory, 0 = as many as cost under 1% of the time
     memory_dir: str = "/dev/shm"  # memory file system in which every node keeps the newest states, "" = none
     keep_checkpoints: int = 2  # newest checkpoints kept; the best one stays besides
+    storage_options: str = ""  # fsspec's options of out_dir: a JSON object; with secrets a .json file, on every node
     tensorboard_log: bool = False  # write TensorBoard files to out_dir/tensorboard
 
     @property
@@ -214,7 +215,9 @@ def _read_file(kind: Any, path: Path, values: dict[str, Any]) -> dict[str, Any]:
         where = f"{path}, line {_line_of(key, source)}: "
         if key not in types and not key.startswith("_") and isinstance(value, _VALUES):
             hint = nearest(key, types)
-            raise ConfigError(f"{where}{key}={value!r}: no such setting{hint} (a variable of your own starts with _)")
+            raise ConfigError(
+                f"{where}{key}={_shown(value)}: no such setting{hint} (a variable of your own starts with _)"
+            )
         if key in types and value is not before[key]:
             settings[key] = _of_type(types[key], value, f"{where}{key}")
             if kind is TrainConfig and key in _BOUNDS:
@@ -231,8 +234,9 @@ def _run_file(path: Path, scope: dict[str, Any]) -> str:
     if not path.is_file():
         near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.py")], n=1)
         hint = f"; did you mean {path.parent / near[0]}?" if near else ""
-        hint = f"; did you mean --{path}?" if "=" in str(path) else hint
-        raise ConfigError(f"settings file {path} does not exist{hint}")
+        word = str(path).partition("{")[0]  # storage_options may hold secrets
+        hint = f"; did you mean --{word}?" if "=" in word else hint
+        raise ConfigError(f"settings file {word} does not exist{hint}")
     try:
         source = path.read_text(encoding="utf-8")
         exec(compile(source, str(path), "exec"), scope)
@@ -243,6 +247,11 @@ def _run_file(path: Path, scope: dict[str, Any]) -> str:
     except (Exception, SystemExit) as error:
         raise ConfigError(f"{path}{_line_in(error, path)}: {type(error).__name__}: {error}") from None
     return source
+
+
+def _shown(value: Any) -> str:
+    """Return a wrong value for a message; of several in one the kind only: storage_options may be, with its secrets."""
+    return f"<{type(value).__name__}>" if isinstance(value, dict | list | tuple) or "{" in str(value) else repr(value)
 
 
 def _line_in(error: BaseException, path: Path) -> str:
@@ -270,7 +279,7 @@ def _of_type(wanted: Any, value: Any, where: str) -> Any:
         if type(value) in (int, float) and option in (int, float) and value == option(value):
             return option(value)
     names = " or ".join(option.__name__ for option in options)
-    raise ConfigError(f"{where}={value!r} should be of type {names}")
+    raise ConfigError(f"{where}={_shown(value)} should be of type {names}")
 
 
 def nearest(word: str, options: Iterable[str]) -> str:

@@ -12,6 +12,7 @@ from orchestrator.checkpoint.transfer import exists
 from orchestrator.config import nearest
 from orchestrator.data.tokenizers import tokenizer_from_json
 from orchestrator.errors import ConfigError
+from orchestrator.storage_options import storage_options_of
 
 FORMATS = ("nanogpt", "hf")
 
@@ -22,6 +23,7 @@ class ExportConfig:
 
     out_dir: str = "out"  # the run's folder, a path or URL
     format: str = "nanogpt"  # nanogpt: a ckpt.pt for nanoGPT's train.py and sample.py; hf: a Hugging Face folder
+    storage_options: str = ""  # fsspec's options of out_dir: a JSON object, or the path of a .json file that holds one
     to: str = ""  # the file (nanogpt) or folder (hf) to write, a path or URL; it must be given
     checkpoint: str = "auto"  # latest, best, a name; auto: the latest, or the best if always_save_checkpoint=False
     overwrite: bool = False  # write even if something is there
@@ -37,9 +39,9 @@ def export(config: ExportConfig) -> str:
         raise ConfigError(f"format={config.format!r} is none of {', '.join(FORMATS)}{nearest(config.format, FORMATS)}")
     if not config.to:
         raise ConfigError("--to is missing: the " + ("file" if config.format == "nanogpt" else "folder") + " to write")
-    if exists(config.to) and not config.overwrite:
+    if exists(config.to, storage_options_of(config, config.to)) and not config.overwrite:
         raise ConfigError(f"{config.to} exists: give another --to, or --overwrite=True")
-    checkpoint = _write_selected(config, CheckpointStore(config.out_dir))
+    checkpoint = _write_selected(config, CheckpointStore(config.out_dir, storage_options_of(config)))
     return f"wrote {checkpoint.name} (iteration {checkpoint.iter_num}) to {config.to}"
 
 
@@ -59,9 +61,11 @@ def _write_selected(config: ExportConfig, store: CheckpointStore) -> Checkpoint:
 def _write(config: ExportConfig, store: CheckpointStore, checkpoint: Checkpoint) -> None:
     """Write a checkpoint a tensor at a time: the state may be larger than this machine's memory."""
     model_only = config.format == "hf"
+    options = storage_options_of(config, config.to)
     snapshot, tensors = outline(checkpoint, model_only), stream(store, checkpoint, model_only)
     if model_only:
         saved = snapshot.config.get("tokenizer")
-        write_huggingface(snapshot, config.to, tokenizer_from_json(saved) if saved else None, tensors)
+        tokenizer = tokenizer_from_json(saved) if saved else None
+        write_huggingface(snapshot, config.to, tokenizer, tensors, storage_options=options)
     else:
-        write_nanogpt(snapshot, config.to, tensors)
+        write_nanogpt(snapshot, config.to, tensors, storage_options=options)

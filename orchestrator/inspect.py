@@ -7,6 +7,7 @@ from datetime import UTC, datetime
 
 from orchestrator.checkpoint.store import Checkpoint, CheckpointStore, best
 from orchestrator.errors import CheckpointError
+from orchestrator.storage_options import storage_options_of
 
 
 @dataclass(frozen=True)
@@ -14,6 +15,7 @@ class InspectConfig:
     """Which run to look at."""
 
     out_dir: str = "out"  # the run's folder, a path or URL
+    storage_options: str = ""  # fsspec's options of out_dir: a JSON object, or the path of a .json file that holds one
     verify: bool = False  # read every byte of every checkpoint and compare checksums
 
 
@@ -23,7 +25,7 @@ def inspect(config: InspectConfig) -> str:
     Raises:
         CheckpointError: the folder cannot be read or holds no run.
     """
-    store = CheckpointStore(config.out_dir)
+    store = CheckpointStore(config.out_dir, storage_options_of(config))
     names = [name for name in store.names() if store.fs.find(store.path(name))]  # some servers keep empty folders
     if not names and not store.read_json("run.json"):
         raise CheckpointError(f"out_dir={config.out_dir} holds no run: give the --out_dir of a training run")

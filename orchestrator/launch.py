@@ -14,7 +14,6 @@ import threading
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -38,8 +37,9 @@ from orchestrator.errors import ConfigError, DataError, UserError
 from orchestrator.loop import Outcome
 from orchestrator.preflight import Plan
 from orchestrator.process import process_group_backend
+from orchestrator.storage_options import public
 from orchestrator.telemetry.display import Display
-from orchestrator.worker import run_worker
+from orchestrator.worker import job_of, run_worker
 
 logger = logging.getLogger(__name__)
 
@@ -78,7 +78,7 @@ def run(plan: Plan, worker: Callable[[dict[str, Any]], dict[str, Any]] = run_wor
         gpus_per_worker = _check_capacity(config)
         ids = _prepare_out_dir(config, plan.store, uuid.uuid4().hex)
         logger.info("%s", plan.start.summary)
-        job = {"config": asdict(config), **ids, "cwd": str(Path.cwd()), "board": open_board()}
+        job = {**job_of(config), **ids, "cwd": str(Path.cwd()), "board": open_board()}
         trainer = _trainer(config, plan.store, gpus_per_worker, worker, job)
         return _outcome(_fit(trainer, job["board"], config, stop), config)
 
@@ -208,7 +208,7 @@ def _prepare_out_dir(config: TrainConfig, store: CheckpointStore, start_id: str)
     """
     before = store.read_json("run.json")
     ids = {"run_id": before.get("run_id") or uuid.uuid4().hex, "start_id": start_id}
-    store.write_json("run.json", {**ids, "config": asdict(config), "ray": ray.__version__})
+    store.write_json("run.json", {**ids, "config": public(config), "ray": ray.__version__})
     store.delete(REGISTRY_FILE)  # it may name what is gone, and Ray would not start then
     return ids
 

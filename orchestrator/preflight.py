@@ -18,6 +18,7 @@ from orchestrator.config import TrainConfig, check
 from orchestrator.data.dataset import Dataset, open_dataset
 from orchestrator.errors import ConfigError, DataError
 from orchestrator.loop import sampling_of
+from orchestrator.storage_options import storage_options_of
 
 _JOB_FILES = "working_dir_files"  # where Ray unpacks the --working-dir of a job
 
@@ -44,7 +45,8 @@ def plan(config: TrainConfig) -> Plan:
     """
     config = check(config)
     _check_extras(config)
-    store = CheckpointStore(config.out_dir)
+    options = storage_options_of(config)
+    store = CheckpointStore(config.out_dir, options)
     if isinstance(store.fs, LocalFileSystem):
         _refuse_job_files(f"out_dir={config.out_dir}", store.root, "a path that all nodes share, or a URL (s3://b/run)")
         config = replace(config, out_dir=store.root)
@@ -60,7 +62,7 @@ def plan(config: TrainConfig) -> Plan:
     start = check_start(config, store, _vocab_size(data, store))
     if data:
         data.check_fits(start.model_args["vocab_size"])
-    check_writable(config.out_dir)
+    check_writable(config.out_dir, options)
     return Plan(config, store, start, no_data)
 
 

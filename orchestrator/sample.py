@@ -27,6 +27,7 @@ from orchestrator.config import GPT2_NAMES, nearest
 from orchestrator.data.token_files import read_tokenizer
 from orchestrator.data.tokenizers import GPT2Tokenizer, Tokenizer, tokenizer_from_json
 from orchestrator.errors import CheckpointError, ConfigError, DataError
+from orchestrator.storage_options import storage_options_of
 
 logger = logging.getLogger(__name__)
 
@@ -50,6 +51,7 @@ class SampleConfig:
     compile: bool = False  # torch.compile the model: slower to begin, then faster
 
     checkpoint: str = "auto"  # of a run: best, latest, a name; auto: the best if it has always_save_checkpoint=False
+    storage_options: str = ""  # fsspec's options of out_dir: a JSON object, or the path of a .json file that holds one
     data_dir: str = "data"  # where the dataset lies that tells the characters of a ckpt.pt
 
 
@@ -110,17 +112,21 @@ def load(config: SampleConfig) -> tuple[GPT, Tokenizer]:
         except PretrainedError as error:
             raise CheckpointError(f"init_from={source}: {error}") from error
         return model, (None if source in GPT2_NAMES else read_char_tokenizer(source)) or GPT2Tokenizer()
-    snapshot = read_nanogpt(source, model_only=True) if source != "resume" else _read_run(config)
+    options = storage_options_of(config, source)
+    snapshot = (
+        read_nanogpt(source, model_only=True, storage_options=options) if source != "resume" else _read_run(config)
+    )
     return build(snapshot), tokenizer_of(snapshot.config, config.data_dir)
 
 
 def _read_run(config: SampleConfig) -> Snapshot:
     """Read a run's checkpoint; where it has none, nanoGPT's out_dir/ckpt.pt."""
-    store = CheckpointStore(config.out_dir)
+    options = storage_options_of(config)
+    store = CheckpointStore(config.out_dir, options)
     nanogpt_file = f"{config.out_dir.rstrip('/')}/ckpt.pt"
-    if config.checkpoint == "auto" and next(store.newest_first(), None) is None and exists(nanogpt_file):
+    if config.checkpoint == "auto" and next(store.newest_first(), None) is None and exists(nanogpt_file, options):
         logger.info("sampling from %s", nanogpt_file)
-        return read_nanogpt(nanogpt_file, model_only=True)
+        return read_nanogpt(nanogpt_file, model_only=True, storage_options=options)
     checkpoint, snapshot = store.read_selected(config.checkpoint, model_only=True)
     logger.info("sampling from %s in %s (iteration %d)", checkpoint.name, config.out_dir, checkpoint.iter_num)
     return snapshot

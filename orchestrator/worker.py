@@ -18,6 +18,7 @@ from orchestrator.config import TrainConfig
 from orchestrator.errors import CheckpointError, UserError
 from orchestrator.loop import train
 from orchestrator.process import local_device, new_attempt, resolve
+from orchestrator.storage_options import Hidden, public, storage_options_of
 from orchestrator.telemetry.tell import PostingHandler, open_telemetry
 from orchestrator.world import World
 
@@ -31,7 +32,7 @@ def run_worker(job: dict[str, Any]) -> dict[str, Any]:
         os.chdir(job["cwd"])  # relative paths mean on every node what they mean for the driver
     poster = Poster(job["board"])
     _log_through(poster)
-    config = resolve(TrainConfig(**job["config"]))
+    config = resolve(config_of(job))
     world = _world(config)
     try:
         world.together(lambda: _check_shared(config, job["start_id"]))
@@ -42,6 +43,16 @@ def run_worker(job: dict[str, Any]) -> dict[str, Any]:
         return {"error": str(error)}
     finally:
         poster.close()
+
+
+def job_of(config: TrainConfig) -> dict[str, Any]:
+    """Return a config as part of a job. Ray keeps and shows what a job holds: the options, secrets too, are hidden."""
+    return {"config": public(config), "storage_options": Hidden(config.storage_options)}
+
+
+def config_of(job: dict[str, Any]) -> TrainConfig:
+    """Return the config that `job_of` has put into a job."""
+    return TrainConfig(**{**job["config"], "storage_options": job["storage_options"].text})
 
 
 def _world(config: TrainConfig) -> World:
@@ -72,7 +83,7 @@ def _check_shared(config: TrainConfig, start_id: str | None) -> None:
     Raises:
         CheckpointError: it does not.
     """
-    store = CheckpointStore(config.out_dir)
+    store = CheckpointStore(config.out_dir, storage_options_of(config))
     if store.read_json("run.json").get("start_id") != start_id:
         raise CheckpointError(
             f"out_dir={config.out_dir} is not the driver's on node {os.uname().nodename}: it must be a folder that all "

@@ -19,6 +19,7 @@ from orchestrator.checkpoint.snapshot import Snapshot
 from orchestrator.checkpoint.store import CheckpointStore
 from orchestrator.config import TrainConfig
 from orchestrator.errors import CheckpointError, ConfigError
+from orchestrator.storage_options import storage_options_of
 
 GPT2_VOCAB_SIZE = 50304  # 50257 rounded up to a multiple of 64 for speed, as nanoGPT does without a meta file
 _SHAPE_KEYS = ("n_layer", "n_head", "n_embd", "block_size", "bias", "vocab_size")
@@ -102,7 +103,7 @@ def source_of(config: TrainConfig) -> str:
     """
     if config.init_from != "resume":
         return config.init_from
-    store = CheckpointStore(config.out_dir)
+    store = CheckpointStore(config.out_dir, storage_options_of(config))
     if not store.fs.exists(store.path("ckpt.pt")):
         raise CheckpointError(
             f"init_from=resume, but out_dir={config.out_dir} holds neither a checkpoint nor nanoGPT's ckpt.pt: "
@@ -123,7 +124,7 @@ def read_start(config: TrainConfig) -> Snapshot:
     """
     source = source_of(config)
     if _is_nanogpt(source):
-        snapshot = read_nanogpt(source)
+        snapshot = read_nanogpt(source, storage_options=storage_options_of(config, source))
     else:
         args, tensors = _pretrained(partial(read_pretrained, views=True), source)
         tensors.pop("lm_head.weight", None)  # tied to transformer.wte.weight

@@ -20,6 +20,10 @@ from orchestrator.config import nearest
 from orchestrator.errors import CheckpointError
 
 _EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gcs", "gcs": "gcs", "abfs": "azure", "abfss": "azure", "az": "azure"}
+_EXTRAS |= {"sftp": "sftp", "ssh": "sftp"}
+# paramiko would wait for the system, two minutes or for ever
+_SFTP_LIMITS_S = {"timeout": 10.0, "banner_timeout": 20.0, "auth_timeout": 20.0}
+_SFTP_SILENCE_S = 60.0  # a server that says nothing for so long while it is asked for something is taken for dead
 
 
 def exists(url: str, storage_options: dict[str, Any] | None = None) -> bool:
@@ -133,19 +137,25 @@ def _missing_folders(folder: str) -> list[Path]:
 
 def make_folder(fs: Any, path: str) -> None:
     """Make a folder on file servers. On object stores there are none, and theirs would make a mistyped bucket."""
-    if path.startswith("/"):
+    if not path.startswith("/"):
+        return
+    try:
         fs.makedirs(path, exist_ok=True)
+    except OSError:  # over SFTP: another rank has made it since this one looked
+        if not fs.isdir(path):
+            raise
 
 
 def locate(url: str, storage_options: dict[str, Any] | None = None) -> tuple[Any, str]:
     """Return the fsspec filesystem of a path or URL, and the path in it.
 
     Raises:
-        CheckpointError: an unknown protocol, or one whose package is not installed.
+        CheckpointError: an unknown protocol, one whose package is not installed, storage options that do not fit, or
+            a server that does not let us in.
     """
     protocol = url.partition("://")[0] if "://" in url else ""
     try:
-        fs, path = url_to_fs(url, **(storage_options or {}))
+        fs, path = _connect(url, protocol, storage_options or {})
     except ImportError as error:
         package = f"nanogpt-orchestrator[{_EXTRAS[protocol]}]" if protocol in _EXTRAS else ""
         remedy = f"pip install '{package}' on every node" if package else str(error)
@@ -155,4 +165,23 @@ def locate(url: str, storage_options: dict[str, Any] | None = None) -> tuple[Any
             raise CheckpointError(f"{url}: {error}") from None
         hint = nearest(protocol, _EXTRAS)
         raise CheckpointError(f"{url}: no such protocol; give a path, or a URL such as s3://bucket/run{hint}") from None
+    except Exception as error:  # file servers are connected to at once, and every library has exceptions of its own
+        reason = f"{type(error).__name__}: {error}"
+        raise CheckpointError(
+            f"{url} cannot be opened: {reason}; check the address, the credentials and storage_options"
+        ) from None
+    return fs, path
+
+
+def _connect(url: str, protocol: str, options: dict[str, Any]) -> tuple[Any, str]:
+    """Ask fsspec, which hands out one client for equal options again and again, dead or alive."""
+    if protocol not in ("sftp", "ssh"):
+        return url_to_fs(url, **options)  # type: ignore[no-any-return]
+    options = {**_SFTP_LIMITS_S, **options}
+    fs, path = url_to_fs(url, **options)
+    transport = fs.client.get_transport()
+    if transport is None or not transport.is_active():  # the server went away, or the connection was cut
+        fs.clear_instance_cache()
+        fs, path = url_to_fs(url, **options)
+    fs.ftp.get_channel().settimeout(_SFTP_SILENCE_S)
     return fs, path

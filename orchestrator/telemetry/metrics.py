@@ -19,10 +19,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from fsspec.core import url_to_fs
 from fsspec.implementations.local import LocalFileSystem
 
-from orchestrator.errors import CheckpointError, ConfigError
+from orchestrator.checkpoint.transfer import locate, make_folder
+from orchestrator.errors import CheckpointError
 
 logger = logging.getLogger(__name__)
 
@@ -123,7 +123,7 @@ class MetricsLog:
         """Put the newest part again with these lines added, or begin another where it is large."""
         if not self._part_names or len(self._part) >= _PART_BYTES:
             self._part_name, self._part = self._new_name(lines[0][0]), ""
-            self._fs.makedirs(self._root, exist_ok=True)
+            make_folder(self._fs, self._root)
         part = self._part + "".join(line for _, line in lines)
         self._fs.pipe_file(f"{self._root.rstrip('/')}/{self._part_name}", part.encode())
         self._part = part
@@ -194,19 +194,6 @@ def to_line(record: Record) -> str:
     """Return a record as one line of standard JSON: numbers that JSON does not have (NaN, infinity) become null."""
     finite = {key: None if isinstance(x, float) and not math.isfinite(x) else x for key, x in record.items()}
     return json.dumps(finite, allow_nan=False) + "\n"
-
-
-def locate(out_dir: str, storage_options: dict[str, Any] | None) -> tuple[Any, str]:
-    """Return out_dir's filesystem and path.
-
-    Raises:
-        ConfigError: an unknown protocol, or one whose package is not installed.
-    """
-    try:
-        fs, root = url_to_fs(out_dir, **(storage_options or {}))
-    except (ImportError, ValueError) as error:
-        raise ConfigError(f"out_dir={out_dir}: {error}") from None
-    return fs, root
 
 
 def _ends_whole(file: Any) -> bool:

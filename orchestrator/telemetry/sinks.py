@@ -12,8 +12,9 @@ from typing import Any, Protocol
 
 from fsspec.implementations.local import LocalFileSystem
 
+from orchestrator.checkpoint.transfer import locate, make_folder
 from orchestrator.errors import ConfigError, UserError
-from orchestrator.telemetry.metrics import MetricsLog, Record, locate
+from orchestrator.telemetry.metrics import MetricsLog, Record
 
 logger = logging.getLogger(__name__)
 
@@ -192,7 +193,7 @@ def _run_id(fs: Any, root: str) -> str:
         return str(fs.cat_file(path).decode().strip())
     except FileNotFoundError:
         run_id = os.urandom(8).hex()
-        fs.makedirs(root, exist_ok=True)
+        make_folder(fs, root)
         fs.pipe_file(path, run_id.encode())
         return run_id
 

@@ -6,10 +6,10 @@ import logging
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
 from typing import Any
 
 from orchestrator.config import TrainConfig
+from orchestrator.storage_options import public, storage_options_of
 from orchestrator.telemetry.sinks import Sinks, open_sinks
 from orchestrator.world import World
 
@@ -46,7 +46,8 @@ def _open(config: TrainConfig, world: World) -> Sinks:
         wandb_project=config.wandb_project,
         wandb_run_name=config.wandb_run_name,
         tensorboard_log=config.tensorboard_log,
-        config=asdict(config),
+        config=public(config),
+        storage_options=storage_options_of(config),
     )
 
 

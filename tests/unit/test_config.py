@@ -311,7 +311,8 @@ def help_text() -> str:
 
 @pytest.mark.parametrize("field", dataclasses.fields(TrainConfig), ids=lambda field: field.name)
 def test_help_explains_every_key(help_text: str, field: dataclasses.Field[Any]) -> None:
-    entry = re.search(rf"--{field.name} (.+?)\(default: {re.escape(str(field.default))}\)", help_text)
+    default = str(field.default) or "''"
+    entry = re.search(rf"--{field.name} (.+?)\(default: {re.escape(default)}\)", help_text)
     assert entry, f"{field.name} or its default is missing"
     assert "(default:" not in entry[1], f"{field.name} shows another key's default"
     kind, _, words = entry[1].strip().partition(" ")

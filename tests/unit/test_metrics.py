@@ -194,7 +194,7 @@ def test_lines_are_standard_json() -> None:
 
 
 def test_what_is_no_storage_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="nothing://run"):
+    with pytest.raises(CheckpointError, match="nothing://run"):
         MetricsLog("nothing://run", "a")
     (tmp_path / "metrics.jsonl").mkdir()
     with pytest.raises(CheckpointError, match="cannot be read"):
