@@ -88,8 +88,8 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     made = [tmp_path_factory.mktemp("small"), tmp_path_factory.mktemp("large")]
     for folder, args in zip(made, (SMALL, LARGE), strict=True):
         commit(CheckpointStore(str(folder / "run")), random_state(args))
-        export(ExportConfig(str(folder / "run"), "nanogpt", str(folder / "ckpt.pt")))
-        export(ExportConfig(str(folder / "run"), "hf", str(folder / "hf")))
+        export(ExportConfig(str(folder / "run"), "nanogpt", to=str(folder / "ckpt.pt")))
+        export(ExportConfig(str(folder / "run"), "hf", to=str(folder / "hf")))
     return made
 
 
@@ -98,8 +98,8 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
 @pytest.mark.parametrize(
     ("work", "file", "limit"),
     [
-        ("export(ExportConfig(f'{folder}/run', 'nanogpt', f'{folder}/again.pt'))", "again.pt", 0.5),
-        ("export(ExportConfig(f'{folder}/run', 'hf', f'{folder}/again'))", "again/model.safetensors", 0.5),
+        ("export(ExportConfig(f'{folder}/run', to=f'{folder}/again.pt'))", "again.pt", 0.5),
+        ("export(ExportConfig(f'{folder}/run', 'hf', to=f'{folder}/again'))", "again/model.safetensors", 0.5),
         ("read_start(TrainConfig(init_from=f'{folder}/ckpt.pt', block_size=4))", "ckpt.pt", 0.5),
         ("read_start(TrainConfig(init_from=f'{folder}/hf', block_size=4))", "hf/model.safetensors", 0.5),
         ("GPT.from_pretrained(f'{folder}/hf')", "hf/model.safetensors", 1.2),
@@ -118,8 +118,8 @@ def test_peak_memory(folders: list[Path], work: str, file: str, limit: float) ->
 def test_export_gives_the_stored_bits(store: CheckpointStore, tmp_path: Path) -> None:
     snapshot = random_state(SMALL)
     commit(store, snapshot)
-    export(ExportConfig(store.out_dir, "nanogpt", str(tmp_path / "ckpt.pt")))
-    export(ExportConfig(store.out_dir, "hf", str(tmp_path / "hf")))
+    export(ExportConfig(store.out_dir, "nanogpt", to=str(tmp_path / "ckpt.pt")))
+    export(ExportConfig(store.out_dir, "hf", to=str(tmp_path / "hf")))
     assert tensors_equal(read_nanogpt(tmp_path / "ckpt.pt"), snapshot)
     tensors = read_start(TrainConfig(init_from=str(tmp_path / "hf"), block_size=4)).model
     assert tensors_equal(replace(snapshot, model=tensors, optimizer={}), replace(snapshot, optimizer={}))
@@ -140,9 +140,9 @@ def test_optimizer_files_are_not_touched_for_a_model(store: CheckpointStore, tmp
     checkpoint = commit(store, random_state(SMALL))
     Path(store.path(checkpoint.name, "optimizer-00000-of-00001.safetensors")).unlink()
     assert outline(checkpoint, model_only=True).optimizer == {}
-    export(ExportConfig(store.out_dir, "hf", str(tmp_path / "hf")))
+    export(ExportConfig(store.out_dir, "hf", to=str(tmp_path / "hf")))
     with pytest.raises(CheckpointError, match=r"optimizer-00000-of-00001\.safetensors is missing"):
-        export(ExportConfig(store.out_dir, "nanogpt", str(tmp_path / "ckpt.pt")))
+        export(ExportConfig(store.out_dir, "nanogpt", to=str(tmp_path / "ckpt.pt")))
 
 
 @pytest.mark.parametrize("format", ["nanogpt", "hf"])
@@ -153,12 +153,12 @@ def test_nothing_is_delivered_of_a_damaged_checkpoint(store: CheckpointStore, tm
     content[-1] ^= 1  # of the last tensor: all others were written by then
     path.write_bytes(content)
     with pytest.raises(CheckpointError, match="its checksum differs"):
-        export(ExportConfig(store.out_dir, format, str(tmp_path / "there" / "export")))
+        export(ExportConfig(store.out_dir, format, to=str(tmp_path / "there" / "export")))
     assert not [path for path in (tmp_path / "there").rglob("*") if path.is_file()]
 
     older = random_state(SMALL, iter_num=4)
     commit(store, older)
-    assert "(iteration 4)" in export(ExportConfig(store.out_dir, format, str(tmp_path / "export"), overwrite=True))
+    assert "(iteration 4)" in export(ExportConfig(store.out_dir, format, to=str(tmp_path / "export"), overwrite=True))
     if format == "nanogpt":
         assert tensors_equal(read_nanogpt(tmp_path / "export"), older)
 
@@ -172,7 +172,7 @@ def test_a_full_disk_is_not_taken_for_a_damaged_checkpoint(
     commit(store, random_state(SMALL))
     monkeypatch.setattr(torch, "save", disk_full)
     with pytest.raises(CheckpointError, match=r"cannot be written: OSError.*No space left"):
-        export(ExportConfig(store.out_dir, "nanogpt", str(tmp_path / "ckpt.pt")))
+        export(ExportConfig(store.out_dir, "nanogpt", to=str(tmp_path / "ckpt.pt")))
     assert not store.damaged
 
 
@@ -280,6 +280,6 @@ def test_long_work_says_how_far_it_is(caplog: pytest.LogCaptureFixture) -> None:
 def test_small_work_is_quiet(store: CheckpointStore, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO)
     commit(store, random_state(SMALL))
-    export(ExportConfig(store.out_dir, "nanogpt", str(tmp_path / "ckpt.pt")))
+    export(ExportConfig(store.out_dir, "nanogpt", to=str(tmp_path / "ckpt.pt")))
     read_nanogpt(tmp_path / "ckpt.pt")
     assert not [message for message in caplog.messages if re.search(r"\d GB", message)]
