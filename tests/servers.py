@@ -171,10 +171,15 @@ class SFTPServer:
             _kill(self._process)
             self._process = None
 
+    @staticmethod
+    def make_key(path: Path) -> None:
+        """Write a new private key, and beside it the public one with `.pub`."""
+        command = ["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", str(path)]
+        subprocess.run(command, check=True, stdin=subprocess.DEVNULL)
+
     def _configure(self) -> None:
         for name in ("host_key", "user_key"):
-            command = ["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", str(self._folder / name)]
-            subprocess.run(command, check=True, stdin=subprocess.DEVNULL)
+            self.make_key(self._folder / name)
         settings = {
             "Port": self.port,
             "ListenAddress": "127.0.0.1",
