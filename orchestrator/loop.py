@@ -15,7 +15,7 @@ import sys
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -27,6 +27,7 @@ from torch.nn.parallel import DistributedDataParallel
 from orchestrator.checkpoint.nodes import Nodes, meet
 from orchestrator.checkpoint.restore import begin
 from orchestrator.checkpoint.saver import Saver
+from orchestrator.checkpoint.schedule import Rhythm
 from orchestrator.checkpoint.start import scratch_args
 from orchestrator.checkpoint.state import TrainState
 from orchestrator.checkpoint.store import CheckpointStore
@@ -35,6 +36,7 @@ from orchestrator.data.dataset import Dataset, open_dataset
 from orchestrator.data.sampling import Sampling
 from orchestrator.errors import DataError
 from orchestrator.process import environment, pin, plain_world, resolve
+from orchestrator.storage_options import public, storage_options_of
 from orchestrator.telemetry.lines import print_record
 from orchestrator.telemetry.tell import open_telemetry
 from orchestrator.world import World
@@ -72,13 +74,13 @@ def train(
 
     # the data: a batch is a pure function of (seed, split, iter_num, micro_step), so there is no loader state
     data = world.together(lambda: open_dataset(config.data_dir, config.dataset, sampling_of(config)))
-    store = CheckpointStore(config.out_dir)
+    store = CheckpointStore(config.out_dir, storage_options_of(config))
 
     # the state: the newest that is whole in a node's memory or in storage, or what init_from names
     nodes = join_run(config, world, store)
     state = begin(config, world, store, nodes, scratch_args(config, data.vocab_size))
     world.together(lambda: data.check_fits(state.model.config.vocab_size))
-    state.config = asdict(config) | ({"tokenizer": data.tokenizer.to_json()} if data.tokenizer else {})
+    state.config = public(config) | ({"tokenizer": data.tokenizer.to_json()} if data.tokenizer else {})
     resumed = state.resumed_from
     resumed_at = state.iter_num if resumed else None
     surroundings = environment(config, world, data.fingerprint())
@@ -91,16 +93,8 @@ def train(
     say("begin", **beginning(config, world, state))
 
     # what keeps the state safe while training goes on
-    saver = Saver(
-        world,
-        store,
-        nodes,
-        surroundings,
-        keep=config.keep_checkpoints,
-        checkpoint_interval=config.iters_per_checkpoint,
-        interval=config.snapshot_interval,
-        durable_iter=state.iter_num if resumed and resumed.is_durable else -1,
-    )
+    rhythm = Rhythm(config.iters_per_checkpoint, config.snapshot_interval, config.keep_checkpoints)
+    saver = Saver(state, world, store, nodes, surroundings, rhythm)
     val_loss = resumed.checkpoint.val_loss if resumed else None
 
     # the model as it is called: compiled, and wrapped where gradients are averaged over ranks

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import multiprocessing
 import os
-import socket
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -20,7 +19,7 @@ from orchestrator.config import TrainConfig
 
 _START = multiprocessing.get_context("forkserver")
 _START.set_forkserver_preload(["orchestrator.loop", "tests.chaos.faults"])
-_GRACE_S = 10.0  # in which the others notice that one is gone; Ray would kill them sooner
+_GRACE_S = 3.0  # in which the others notice that one is gone; Ray would kill them sooner
 
 
 @dataclass(frozen=True)
@@ -49,14 +48,12 @@ def train(
     memory_dirs: one per rank; ranks with the same one are on one node.
     prepare: called in every process with its rank, first of all.
     """
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    meeting = log.with_suffix(".meeting")
     processes = []
     for rank in range(world_size):
         mine = replace(config, memory_dir=memory_dirs[rank]) if memory_dirs else config
         armed = [fault for fault in faults if fault.rank == rank]
-        args = (mine, rank, world_size, port, armed, str(log), prepare)
+        args = (mine, rank, world_size, meeting, armed, str(log), prepare)
         processes.append(_START.Process(target=_run, args=args, daemon=True))
     for process in processes:
         process.start()
@@ -80,19 +77,11 @@ def _run(
     config: TrainConfig,
     rank: int,
     world_size: int,
-    port: int,
+    meeting: Path,
     faults: list[Any],
     log: str,
     prepare: Callable[[int], None] | None,
 ) -> None:
-    place = {
-        "RANK": rank,
-        "LOCAL_RANK": rank,
-        "WORLD_SIZE": world_size,
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": port,
-    }
-    os.environ.update({key: str(value) for key, value in place.items()})
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
@@ -102,9 +91,10 @@ def _run(
     import torch.distributed as dist
 
     from orchestrator import loop
-    from orchestrator.process import plain_world, resolve
+    from orchestrator.process import new_attempt, resolve
     from orchestrator.telemetry.lines import print_record
     from orchestrator.telemetry.tell import open_telemetry
+    from orchestrator.world import World
     from tests.chaos.faults import arm
 
     logging.basicConfig(level=logging.INFO, format=f"rank {rank}: %(message)s", stream=sys.stderr)
@@ -113,7 +103,9 @@ def _run(
     for fault in faults:
         arm(fault)
     config = resolve(config)
-    world = plain_world(config)
+    dist.init_process_group("gloo", init_method=meeting.as_uri(), rank=rank, world_size=world_size)
+    world = World(rank, world_size)
+    world = replace(world, attempt=world.broadcast_json(new_attempt()))
     with open_telemetry(config, world, print_record) as tell:
         loop.train(config, world, tell)
     dist.destroy_process_group()

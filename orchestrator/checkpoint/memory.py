@@ -16,7 +16,7 @@ import mmap
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -81,12 +81,20 @@ class NodeMemory:
         """Return where a share of a state lies."""
         return self.path / f"{name}.{share}-of-{shares}"
 
-    def forget(self, is_doomed: Callable[[str], bool]) -> None:
-        """Delete states by name. Files that a process which was given up still has open stay its own."""
-        for path in _listed(self.path):
-            match = _SHARE.fullmatch(path.name)
-            if match and is_doomed(match[1]):
+    def holds_other_than(self, attempt: str) -> bool:
+        """Return whether states of other attempts are here."""
+        return any(True for _ in self._of_others(attempt))
+
+    def forget_other_than(self, attempt: str, keep: str = "") -> None:
+        """Delete the states of other attempts but one. What a process that was given up has open stays its own."""
+        for path in self._of_others(attempt):
+            if not path.name.startswith(f"{keep}."):
                 _delete(path)
+
+    def _of_others(self, attempt: str) -> Iterator[Path]:
+        for path in _listed(self.path):
+            if (match := _SHARE.fullmatch(path.name)) and not match[1].endswith(f"_{attempt}"):
+                yield path
 
     def close(self, is_finished: bool) -> None:
         """Let go of the run; when it is finished, the last to do so on this node deletes it."""

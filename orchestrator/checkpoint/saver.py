@@ -24,9 +24,9 @@ from orchestrator.checkpoint.files import Layout, layout_of, pieces_of, tensor_p
 from orchestrator.checkpoint.memory import Slot
 from orchestrator.checkpoint.nodes import Nodes
 from orchestrator.checkpoint.pace import Pace
-from orchestrator.checkpoint.schedule import Schedule
+from orchestrator.checkpoint.schedule import Rhythm, Schedule
 from orchestrator.checkpoint.snapshot import Snapshot, describe
-from orchestrator.checkpoint.state import TrainState, capture
+from orchestrator.checkpoint.state import TrainState, capture, forecast
 from orchestrator.checkpoint.store import FORMAT_VERSION, CheckpointStore, checkpoint_name
 from orchestrator.errors import CheckpointError, StorageError
 from orchestrator.world import World
@@ -43,27 +43,22 @@ class Saver:
     """One rank's part. All methods but `close` are called on all ranks at the same iteration.
 
     environment: what decides the bits besides the state, to be stored with it.
-    keep: the number of newest checkpoints that stay in storage, besides the best.
-    interval: iterations between states in node memory, 0 for as many as cost next to nothing.
-    durable_iter: the iteration whose state lies in storage already.
     """
 
     def __init__(
         self,
+        state: TrainState,
         world: World,
         store: CheckpointStore,
         nodes: Nodes,
         environment: dict[str, Any],
-        *,
-        keep: int,
-        checkpoint_interval: int,
-        interval: int = 0,
-        durable_iter: int = -1,
+        rhythm: Rhythm,
     ) -> None:
         self._world, self._side = world, world.beside()
-        self._store, self._nodes, self._environment, self._keep = store, nodes, environment, keep
-        self._schedule, self._fixed_interval = Schedule(checkpoint_interval), interval
-        self._durable_iter = durable_iter
+        self._store, self._nodes, self._environment = store, nodes, environment
+        self._rhythm, self._schedule = rhythm, Schedule(rhythm)
+        resumed = state.resumed_from
+        self._durable_iter = state.iter_num if resumed and resumed.is_durable else -1
         self._copier, self._uploader = Behind("copy of the state"), Behind("upload of a checkpoint")
         self._pace = Pace(world.device, nodes.shares)
         self._has_no_memory = nodes.memory is None
@@ -77,12 +72,17 @@ class Saver:
         self._news: list[Record] = []
         self._moved_bytes, self._moved_at_s = 0, time.monotonic()
         self._agreed = [1, 1, 0, 1, 0]  # until the first vote
+        if nodes.memory:
+            nodes.memory.forget_other_than(world.attempt, keep=resumed.checkpoint.name if resumed else "")
+            self._copier.submit(partial(self._reserve, self._layouts(files_of(forecast(state), world.size))))
 
     def ballot(self) -> list[int]:
         """Return this rank's answers to what all ranks must know; they go into the vote of an iteration."""
         self._pace.step_begins()
-        interval = self._fixed_interval or self._pace.interval()
-        busy = [int(self._copier.is_busy), int(self._uploader.is_busy)]
+        interval = self._rhythm.snapshot_interval or self._pace.interval()
+        # A copy that has just begun is as good as done: it is joined in this iteration, and its checksums take no time.
+        is_copying = self._copier.is_busy and (self._copy is None or len(self._slots) < 2)
+        busy = [int(is_copying), int(self._uploader.is_busy)]
         return [*busy, -len(self._ended), interval, int(self._has_no_memory)]
 
     def heard(self, answers: list[int]) -> None:
@@ -109,16 +109,12 @@ class Saver:
             return
         if not state.optimizer.state:  # nothing was stepped: this is what the run began with
             return
-        is_due = state.iter_num % self._schedule.checkpoint_interval == 0 and state.iter_num != self._durable_iter
+        is_due = state.iter_num % self._rhythm.checkpoint_interval == 0 and state.iter_num != self._durable_iter
         is_copying, is_uploading, _, interval, has_no_memory = self._agreed
         if has_no_memory:
             if is_due:
                 self._save_directly(capture(state, val_loss))
             return
-        if not self._slots and not is_copying:
-            layouts = self._layouts(files_of(capture(state), self._world.size))
-            self._copier.submit(partial(self._reserve, layouts))
-            is_copying = 1
         decision = self._schedule.decide(state.iter_num, is_due, not is_copying, not is_uploading, interval)
         if decision.skipped is not None:
             self._skip(decision.skipped)
@@ -145,6 +141,7 @@ class Saver:
     def _begin(self, snapshot: Snapshot, to_storage: bool) -> None:
         """Start the copy of a state into node memory and, behind it, the upload."""
         began_s = time.perf_counter()
+        self._wait_for(self._copier.last)
         self._pace.begins()
         self._is_copy_for_storage, self._storage_pause_s = to_storage, 0.0 if to_storage else self._storage_pause_s
         name = checkpoint_name(snapshot.iter_num, self._world.attempt)
@@ -175,17 +172,21 @@ class Saver:
         return {file: layout_of(tensors) for file, tensors in self._nodes.share_of(files).items()}
 
     def _reserve(self, layouts: dict[str, Layout]) -> None:
-        """Reserve room for one more state of this rank's share. On the copier's thread."""
+        """Reserve room for two states of this rank's share; for one, while older ones are here. On the copier's thread.
+
+        So there are never more than two: an older one goes as soon as the first of this attempt is whole.
+        """
         memory = self._nodes.memory
         assert memory
         try:
             if not self._slots:  # for both: who has room for one only could lose it while it is written
                 share_bytes = sum(layout.size_bytes for layout in layouts.values())
                 memory.check_room(2 * share_bytes * self._nodes.shares)
-            slot = Slot(memory, layouts)
-            if self._world.device.type == "cuda":
-                pin(list(slot.contents().values()))
-            self._slots.append(slot)
+            for _ in range(1 if memory.holds_other_than(self._world.attempt) else 2 - len(self._slots)):
+                slot = Slot(memory, layouts)
+                if self._world.device.type == "cuda":
+                    pin(list(slot.contents().values()))
+                self._slots.append(slot)
         except Exception as error:  # whatever a memory file system fails with: checkpoints go on without it
             self._give_up_memory(error)
 
@@ -221,7 +222,7 @@ class Saver:
         while not memory.is_whole(name, self._nodes.shares) and time.monotonic() < deadline_s:
             time.sleep(0.01)
         if memory.is_whole(name, self._nodes.shares):
-            memory.forget(lambda other: not other.endswith(f"_{self._world.attempt}"))
+            memory.forget_other_than(self._world.attempt)
 
     def _to_storage(self, name: str, state: dict[str, Any], slot: Slot, sealed: Future[Any]) -> None:
         """Upload this rank's own files of a state and announce it. On the uploader's thread."""
@@ -233,7 +234,7 @@ class Saver:
             part = upload(self._store, name, sources, slot.records, self._moved)
         except Exception as error:  # of the copy; the other ranks wait to hear of it
             part = {"error": f"{type(error).__name__}: {error}"}
-        why_not = announce(self._side, self._store, name, part, state, self._keep)
+        why_not = announce(self._side, self._store, name, part, state, self._rhythm.keep)
         self._uploading = None
         self._ended.append(_record(name, state, time.perf_counter() - began_s, why_not))
 
@@ -251,7 +252,7 @@ class Saver:
         mine = {file: tensors for file, tensors in files.items() if rank_of(file) == self._world.rank}
         sources: dict[str, Pieces] = {file: partial(tensor_pieces, tensors) for file, tensors in mine.items()}
         part = upload(self._store, name, sources, {}, self._moved)
-        why_not = announce(self._world, self._store, name, part, state, self._keep)
+        why_not = announce(self._world, self._store, name, part, state, self._rhythm.keep)
         self._durable_iter = snapshot.iter_num
         self._storage_pause_s = time.perf_counter() - began_s
         self._ended.append(_record(name, state, self._storage_pause_s, why_not))

@@ -15,6 +15,20 @@ _BUSY_FRACTION = 0.1  # of the time states may be copied at all: copying takes m
 
 
 @dataclass(frozen=True)
+class Rhythm:
+    """What the user has asked for.
+
+    checkpoint_interval: iterations between checkpoints in storage.
+    snapshot_interval: between states in node memory, 0 for as many as cost next to nothing.
+    keep: the number of newest checkpoints that stay in storage, besides the best.
+    """
+
+    checkpoint_interval: int
+    snapshot_interval: int = 0
+    keep: int = 2
+
+
+@dataclass(frozen=True)
 class Decision:
     """What happens to the state of this iteration.
 
@@ -28,17 +42,22 @@ class Decision:
 
 @dataclass
 class Schedule:
-    """The rhythm of a run; interval is that of states in node memory, checkpoint_interval that of uploads."""
+    """What has become of the rhythm so far.
 
-    checkpoint_interval: int
+    owed: the iteration of a checkpoint that came due while storage was busy.
+    last: the iteration whose state was taken last.
+    """
+
+    rhythm: Rhythm
     owed: int | None = None
-    last: int = -1  # the iteration whose state was taken last
+    last: int = -1
 
     def decide(self, iter_num: int, is_due: bool, can_copy: bool, can_upload: bool, interval: int) -> Decision:
         """Return what to do now.
 
         is_due: this iteration's state should go to storage.
         can_copy, can_upload: no rank is still copying, uploading the one before.
+        interval: what all ranks can afford between states in node memory.
         """
         skipped = None
         if is_due:
@@ -47,7 +66,7 @@ class Schedule:
             skipped = self.owed if self.owed != iter_num else skipped
             self.owed, self.last = None, iter_num
             return Decision(to_memory=True, to_storage=True, skipped=skipped)
-        until_due = -iter_num % self.checkpoint_interval
+        until_due = -iter_num % self.rhythm.checkpoint_interval
         is_time = iter_num - self.last >= interval and not 0 < until_due < interval  # that one will do as well
         if can_copy and is_time:
             self.last = iter_num

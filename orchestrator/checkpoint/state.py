@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -71,6 +71,15 @@ def capture(state: TrainState, val_loss: float | None = None) -> Snapshot:
         config=state.config,
         scaler=state.scaler.state_dict(),
     )
+
+
+def forecast(state: TrainState) -> Snapshot:
+    """Return a snapshot with the names, shapes and types, but not the values, of all that come after a step."""
+    found = capture(state)
+    if found.optimizer:
+        return found
+    moments = {f"{moment}.{name}": tensor for moment in _MOMENTS for name, tensor in found.model.items()}
+    return replace(found, optimizer={**moments, "step": torch.zeros((), dtype=torch.float32)})
 
 
 def make_slots(optimizer: torch.optim.Optimizer) -> None:

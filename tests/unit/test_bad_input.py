@@ -70,7 +70,8 @@ def finished(tiny: TrainConfig) -> TrainConfig:
     config = replace(
         tiny, max_iters=4, checkpoint_interval=2, eval_interval=4, num_workers=1, gradient_accumulation_steps=1
     )
-    train(resolve(config), World())
+    for max_iters in (2, 4):  # the last state is always saved, others only if the one before has been
+        train(resolve(replace(config, max_iters=max_iters)), World())
     return config
 
 

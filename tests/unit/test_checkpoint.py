@@ -19,6 +19,7 @@ from orchestrator.checkpoint.nodes import Nodes
 from orchestrator.checkpoint.ownership import owners
 from orchestrator.checkpoint.restore import begin
 from orchestrator.checkpoint.saver import Saver
+from orchestrator.checkpoint.schedule import Rhythm
 from orchestrator.checkpoint.snapshot import Snapshot, tensors_equal
 from orchestrator.checkpoint.state import TrainState, capture
 from orchestrator.checkpoint.store import CheckpointStore
@@ -55,7 +56,7 @@ def saved(store: CheckpointStore, iter_num: int, val_loss: float | None = None, 
 
 def save(store: CheckpointStore, state: TrainState, val_loss: float | None = None, keep: int = 9) -> None:
     """Write a checkpoint straight from the live tensors, and wait for it."""
-    saver = Saver(World(attempt="a"), store, NO_MEMORY, {}, keep=keep, checkpoint_interval=1)
+    saver = Saver(state, World(attempt="a"), store, NO_MEMORY, {}, Rhythm(1, keep=keep))
     saver.offer(state, val_loss, is_last=True)
     saver.close(is_finished=True)
 

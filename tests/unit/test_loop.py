@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import math
 from dataclasses import asdict, replace
@@ -11,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 
+from orchestrator.checkpoint import durable
 from orchestrator.checkpoint.nanogpt import write_nanogpt
 from orchestrator.checkpoint.snapshot import tensors_equal
 from orchestrator.checkpoint.store import CheckpointStore
@@ -173,14 +175,21 @@ def test_nothing_to_resume_is_an_error(tiny: TrainConfig) -> None:
 def test_a_lost_checkpoint_does_not_end_the_run_but_a_lost_last_one_does(
     tiny: TrainConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    outcomes = iter([None, None, "checkpoint"])
-    monkeypatch.setattr("orchestrator.loop.save", lambda *_: next(outcomes))
+    write = durable.write_file
+
+    def refuse_all_but_the_last(fs: Any, path: str, *rest: Any) -> Any:
+        if "checkpoint_00000012" not in path:
+            raise OSError(errno.ENOSPC, "no space left on device")
+        return write(fs, path, *rest)
+
+    monkeypatch.setattr(durable, "write_file", refuse_all_but_the_last)
     outcome, records = run(replace(tiny, max_iters=12))
     assert outcome.iter_num == 12
     assert [r["iter"] for r in records if r["kind"] == "checkpoint"] == [12]
-    monkeypatch.setattr("orchestrator.loop.save", lambda *_: None)
-    with pytest.raises(StorageError, match="the last state could not be saved"):
-        run(replace(tiny, max_iters=4))
+    (failed, *_) = [r for r in records if r["kind"] == "checkpoint_failed"]
+    assert "no space left on device" in failed["why"]
+    with pytest.raises(StorageError, match=r"the last state could not be saved: rank 0: OSError: .* no space left"):
+        run(replace(tiny, max_iters=16), attempt="b")
 
 
 def test_learning_rate_is_nanogpts(tiny: TrainConfig) -> None:
