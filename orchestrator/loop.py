@@ -24,6 +24,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from orchestrator.checkpoint.leftovers import clear_leftovers
 from orchestrator.checkpoint.nodes import Nodes, meet
 from orchestrator.checkpoint.restore import begin
 from orchestrator.checkpoint.saver import Saver
@@ -179,6 +180,7 @@ def join_run(config: TrainConfig, world: World, store: CheckpointStore) -> Nodes
 
     def join() -> str:
         store.take_over(world.attempt)
+        clear_leftovers(store)
         return store.identify()
 
     run_id = world.together(lambda: join() if world.is_main else "")

@@ -116,7 +116,7 @@ def _commit(store: CheckpointStore, name: str, state: dict[str, Any], attempt: s
     try:
         if store.is_taken_over(attempt):
             return ["a later attempt of this run writes here now, this one was given up"]
-        patiently(lambda: store.commit(name, {**state, "saved_at_s": time.time()}), store)
+        patiently(lambda: store.commit(name, state), store)
     except Exception as error:  # as above
         return [f"{type(error).__name__}: {error}"]
     return []

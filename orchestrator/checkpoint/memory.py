@@ -46,11 +46,11 @@ class NodeMemory:
     def __init__(self, memory_dir: str, run_id: str) -> None:
         if not Path(memory_dir).is_dir():
             raise CheckpointError(f"memory_dir={memory_dir} is no folder on this node")
-        self.root = Path(memory_dir, f"nanogpt-orchestrator-{os.getuid()}")
+        self.path = run_path(memory_dir, run_id)
+        self.root = self.path.parent
         _make_private(self.root)
         if not _RUN_ID.fullmatch(run_id):  # it comes from storage
             raise CheckpointError(f"run_id={run_id!r} in run.json is no id of a run")
-        self.path = self.root / run_id
         _make_private(self.path)
         self._lock = _locked(self.path / _LOCK, fcntl.LOCK_SH)  # shared by all that use it, until they end
         for path in self.path.glob(".slot-*"):  # half-written by a process that was killed; nobody else is this early
@@ -59,19 +59,7 @@ class NodeMemory:
 
     def generations(self) -> dict[str, dict[int, Checkpoint]]:
         """Return the states that are whole here: name -> share -> what it holds. Damaged shares are left out."""
-        found: dict[str, dict[int, Checkpoint]] = {}
-        shares_of: dict[str, int] = {}
-        for path in _listed(self.path):
-            if not (match := _SHARE.fullmatch(path.name)):
-                continue
-            try:
-                state = parse_state((path / "state.json").read_bytes(), str(path / "state.json"))
-            except (OSError, CheckpointError) as error:
-                logger.warning("a state in node memory is passed over: %s", error)
-                continue
-            found.setdefault(match[1], {})[int(match[2])] = Checkpoint(match[1], state)
-            shares_of[match[1]] = int(match[3])
-        return {name: shares for name, shares in found.items() if len(shares) == shares_of[name]}
+        return states_in(self.path)
 
     def is_whole(self, name: str, shares: int) -> bool:
         """Return whether all shares of a state are here; they may be damaged."""
@@ -79,7 +67,7 @@ class NodeMemory:
 
     def share_path(self, name: str, share: int, shares: int) -> Path:
         """Return where a share of a state lies."""
-        return self.path / f"{name}.{share}-of-{shares}"
+        return share_path(self.path, name, share, shares)
 
     def holds_other_than(self, attempt: str) -> bool:
         """Return whether states of other attempts are here."""
@@ -181,6 +169,33 @@ class Slot:
     def withdraw(self) -> None:
         """Delete the files."""
         _delete(self._path)
+
+
+def run_path(memory_dir: str, run_id: str) -> Path:
+    """Return where a node keeps the states of a run."""
+    return Path(memory_dir, f"nanogpt-orchestrator-{os.getuid()}", run_id)
+
+
+def share_path(folder: Path, name: str, share: int, shares: int) -> Path:
+    """Return where in a run's folder a share of a state lies."""
+    return folder / f"{name}.{share}-of-{shares}"
+
+
+def states_in(folder: Path) -> dict[str, dict[int, Checkpoint]]:
+    """Return the states that are whole in a run's folder: name -> share -> what it holds. Makes and changes nothing."""
+    found: dict[str, dict[int, Checkpoint]] = {}
+    shares_of: dict[str, int] = {}
+    for path in _listed(folder):
+        if not (match := _SHARE.fullmatch(path.name)):
+            continue
+        try:
+            state = parse_state((path / "state.json").read_bytes(), str(path / "state.json"))
+        except (OSError, CheckpointError) as error:
+            logger.warning("a state in node memory is passed over: %s", error)
+            continue
+        found.setdefault(match[1], {})[int(match[2])] = Checkpoint(match[1], state)
+        shares_of[match[1]] = int(match[3])
+    return {name: shares for name, shares in found.items() if len(shares) == shares_of[name]}
 
 
 def available_memory_bytes() -> int:

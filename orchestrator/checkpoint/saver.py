@@ -165,8 +165,13 @@ class Saver:
         return min((slot for slot in self._slots if slot is not self._uploading), key=lambda slot: slot.iter_num)
 
     def _description(self, snapshot: Snapshot, files: Files) -> dict[str, Any]:
-        described = {"format_version": FORMAT_VERSION, **describe(snapshot), "environment": self._environment}
-        return {**described, "tensors": tensor_index(files)}
+        return {
+            "format_version": FORMAT_VERSION,
+            **describe(snapshot),
+            "environment": self._environment,
+            "tensors": tensor_index(files),
+            "saved_at_s": time.time(),  # for people to read: clocks of two nodes may differ, and decide nothing
+        }
 
     def _layouts(self, files: Files) -> dict[str, Layout]:
         return {file: layout_of(tensors) for file, tensors in self._nodes.share_of(files).items()}

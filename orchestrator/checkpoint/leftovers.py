@@ -1,0 +1,39 @@
+"""What killed attempts leave in storage besides checkpoint directories, which `CheckpointStore.prune` deletes.
+
+An upload to an object store that is neither finished nor taken back lies there unseen, and is paid for.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+
+from orchestrator.checkpoint.store import CheckpointStore
+
+logger = logging.getLogger(__name__)
+
+_TEMPORARY = re.compile(r"\.(run\.json|attempt\.json)\.\d+\.tmp|\.writable-\d+")
+
+
+def clear_leftovers(store: CheckpointStore) -> None:
+    """Delete them, at the beginning of an attempt: a late writer of an earlier one then fails. Never raises."""
+    try:
+        _abort_uploads(store)
+        for path in store.fs.ls(store.root, detail=False):
+            if _TEMPORARY.fullmatch(path.rsplit("/", 1)[-1]):
+                store.fs.rm_file(path)
+    except Exception as error:  # it is only clutter, and some servers refuse to list it
+        logger.info("leftovers in %s were not deleted: %s: %s", store.out_dir, type(error).__name__, error)
+
+
+def _abort_uploads(store: CheckpointStore) -> None:
+    """Take back unfinished multipart uploads of this run: of S3 only, other stores drop theirs in time."""
+    if not hasattr(store.fs, "call_s3"):
+        return
+    bucket, _, folder = store.root.partition("/")
+    where = {"Bucket": bucket, "Prefix": f"{folder.rstrip('/')}/checkpoint_"}
+    uploads = store.fs.call_s3("list_multipart_uploads", **where).get("Uploads", [])
+    for upload in uploads:
+        store.fs.call_s3("abort_multipart_upload", Bucket=bucket, Key=upload["Key"], UploadId=upload["UploadId"])
+    if uploads:
+        logger.info("took back %d unfinished upload(s) of earlier attempts in %s", len(uploads), store.out_dir)
