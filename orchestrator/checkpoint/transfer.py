@@ -6,6 +6,7 @@ A file appears whole or not at all. Nothing here knows what is in a file.
 from __future__ import annotations
 
 import os
+import socket
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -183,5 +184,7 @@ def _connect(url: str, protocol: str, options: dict[str, Any]) -> tuple[Any, str
     if transport is None or not transport.is_active():  # the server went away, or the connection was cut
         fs.clear_instance_cache()
         fs, path = url_to_fs(url, **options)
+    # or every 32 KiB that is written waits for the 40 ms of a delayed acknowledgement
+    fs.client.get_transport().sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     fs.ftp.get_channel().settimeout(_SFTP_SILENCE_S)
     return fs, path

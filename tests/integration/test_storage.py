@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import logging
+import socket
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -17,8 +18,9 @@ from fsspec.core import url_to_fs
 
 from orchestrator.checkpoint.snapshot import Snapshot, tensors_equal
 from orchestrator.checkpoint.store import CheckpointStore
+from orchestrator.checkpoint.transfer import locate, make_folder
 from orchestrator.config import TrainConfig
-from orchestrator.errors import UserError
+from orchestrator.errors import CheckpointError, UserError
 from orchestrator.export import ExportConfig, export
 from orchestrator.inspect import InspectConfig, inspect
 from orchestrator.launch import launch
@@ -195,3 +197,19 @@ def test_an_sftp_server_that_does_not_know_us_is_refused(
     assert "AuthenticationException" in refusal(config)
     (port,) = free_ports(1)
     assert "cannot be opened" in refusal(replace(config, out_dir=f"sftp://me@127.0.0.1:{port}/run"))
+
+
+def test_sftp_is_connected_to_again_and_does_not_dawdle(sftp: Storage, sftp_server: SFTPServer) -> None:
+    fs, path = locate(f"{sftp.url}/file", sftp.options)
+    make_folder(fs, fs._parent(path))
+    fs.pipe_file(path, b"content")
+    sftp_server.kill()
+    with pytest.raises(Exception, match=r"Server connection dropped|Socket is closed"):
+        fs.cat_file(path)
+    with pytest.raises(CheckpointError, match="cannot be opened: NoValidConnectionsError"):
+        locate(sftp.url, sftp.options)
+    sftp_server.start()
+    fs, path = locate(f"{sftp.url}/file", sftp.options)
+    assert fs.cat_file(path) == b"content"
+    assert fs.client.get_transport().sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
+    assert locate(f"{sftp.url}/file", sftp.options)[0] is fs
