@@ -13,7 +13,7 @@ import socket
 import threading
 import uuid
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,7 @@ from orchestrator.board import open_board, take_from
 from orchestrator.checkpoint.store import CheckpointStore
 from orchestrator.config import TrainConfig
 from orchestrator.errors import ConfigError, DataError, UserError
+from orchestrator.lease import Lease
 from orchestrator.loop import Outcome
 from orchestrator.preflight import Plan
 from orchestrator.process import process_group_backend
@@ -44,6 +45,7 @@ from orchestrator.worker import job_of, run_worker
 logger = logging.getLogger(__name__)
 
 REGISTRY_FILE = "checkpoint_manager_snapshot.json"  # Ray's list of checkpoints; ours is what lies in storage whole
+EVALUATION_FOLDER = ".evaluation"  # where Ray puts what it needs of a folder when eval_only is set: an empty file
 _KNOCK_TIMEOUT_S = 10.0
 _LOCAL_OBJECT_STORE_BYTES = 100 * 2**20  # nothing of ours passes through Ray's object store
 
@@ -62,7 +64,7 @@ def launch(config: TrainConfig, worker: Callable[[dict[str, Any]], dict[str, Any
     Raises:
         UserError: before anything is started, or as soon as a worker finds what only it can see.
         InterruptedRunError: after Ctrl-C or SIGTERM.
-        RunFailedError: the run failed more often than max_failures allows.
+        RunFailedError: the run failed more often than max_failures allows, or another driver has taken over.
     """
     return run(preflight.plan(config), worker)
 
@@ -74,13 +76,16 @@ def run(plan: Plan, worker: Callable[[dict[str, Any]], dict[str, Any]] = run_wor
         UserError, InterruptedRunError, RunFailedError: as `launch` does.
     """
     config = plan.config
-    with _signals() as stop, _cluster(plan.no_data):
+    lease = None if config.eval_only else Lease(plan.store)  # an evaluation disturbs nobody
+    if lease:
+        lease.wait_until_free()
+    with _signals() as stop, lease.held() if lease else nullcontext(), _cluster(plan.no_data):
         gpus_per_worker = _check_capacity(config)
-        ids = _prepare_out_dir(config, plan.store, uuid.uuid4().hex)
+        ids = _prepare_out_dir(config, plan.store, lease)
         logger.info("%s", plan.start.summary)
         job = {**job_of(config), **ids, "cwd": str(Path.cwd()), "board": open_board()}
         trainer = _trainer(config, plan.store, gpus_per_worker, worker, job)
-        return _outcome(_fit(trainer, job["board"], config, stop), config)
+        return _outcome(_fit(trainer, job["board"], config, stop, lease), config)
 
 
 @contextmanager
@@ -197,17 +202,21 @@ def _check_capacity(config: TrainConfig) -> float:
     return gpus
 
 
-def _prepare_out_dir(config: TrainConfig, store: CheckpointStore, start_id: str) -> dict[str, str | None]:
-    """Write run.json and return the ids in it.
+def _prepare_out_dir(config: TrainConfig, store: CheckpointStore, lease: Lease | None) -> dict[str, str | None]:
+    """Write run.json, unless there is no lease to do so, and return the ids in it.
 
     run_id: the run's, the same for all its drivers; what nodes keep of it in memory is named by it.
     start_id: this driver's; by it workers know that they see the folder that the driver has prepared.
 
     Raises:
+        ConfigError: another driver began at the same moment.
         CheckpointError: it cannot be written.
     """
     before = store.read_json("run.json")
-    ids = {"run_id": before.get("run_id") or uuid.uuid4().hex, "start_id": start_id}
+    if lease is None:
+        return {key: before.get(key) for key in ("run_id", "start_id")}
+    lease.confirm()
+    ids = {"run_id": before.get("run_id") or uuid.uuid4().hex, "start_id": lease.start_id}
     store.write_json("run.json", {**ids, "config": public(config), "ray": ray.__version__})
     store.delete(REGISTRY_FILE)  # it may name what is gone, and Ray would not start then
     return ids
@@ -237,6 +246,8 @@ def _trainer(
     from pyarrow.fs import FSSpecHandler, LocalFileSystem, PyFileSystem
 
     parent, _, name = store.root.rstrip("/").rpartition("/")
+    if config.eval_only:  # it reads no registry: that one may be another driver's, and names what is gone
+        parent, name = store.root, EVALUATION_FOLDER
     return TorchTrainer(
         worker,
         train_loop_config=job,
@@ -260,11 +271,14 @@ def _trainer(
     )
 
 
-def _fit(trainer: TorchTrainer, board: Any, config: TrainConfig, stop: threading.Event) -> dict[str, Any]:
+def _fit(
+    trainer: TorchTrainer, board: Any, config: TrainConfig, stop: threading.Event, lease: Lease | None
+) -> dict[str, Any]:
     """Run Ray's fit in a thread and show what the workers post; return what rank 0 returned.
 
     Raises:
-        RunFailedError: fit failed.
+        RunFailedError: fit failed, or another driver has taken over. Then the workers end with this driver's part of
+            the cluster, at once; where the caller had joined it before, they leave after their iteration.
     """
     ended: dict[str, Any] = {}
 
@@ -280,6 +294,9 @@ def _fit(trainer: TorchTrainer, board: Any, config: TrainConfig, stop: threading
     with Display(config.max_iters) as display:
         while thread.is_alive():
             thread.join(timeout=0.2)
+            if lease and lease.successor:
+                stop.set()
+                break
             if stop.is_set() and not told:
                 told = True
                 display.show(_note("stopping: the iteration is finished and saved (Ctrl-C again: stop at once)"))
@@ -287,6 +304,8 @@ def _fit(trainer: TorchTrainer, board: Any, config: TrainConfig, stop: threading
                 display.show(record)
         for record in take_from(board, stop.is_set()):
             display.show(record)
+    if lease and lease.check():  # whatever has become of the workers since
+        raise RunFailedError(lease.cut_off)
     if "error" in ended:
         raise RunFailedError(f"the run failed: {ended['error']}") from ended["error"]
     return dict(ended["value"])
