@@ -113,13 +113,16 @@ def announce(
 
 
 def _commit(store: CheckpointStore, name: str, state: dict[str, Any], attempt: str) -> list[str]:
-    try:
+    def commit() -> list[str]:
         if store.is_taken_over(attempt):
             return ["a later attempt of this run writes here now, this one was given up"]
-        patiently(lambda: store.commit(name, state), store)
+        store.commit(name, state)
+        return []
+
+    try:
+        return patiently(commit, store)
     except Exception as error:  # as above
         return [f"{type(error).__name__}: {error}"]
-    return []
 
 
 def _prune(store: CheckpointStore, keep: int) -> None:

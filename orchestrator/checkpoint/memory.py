@@ -31,7 +31,7 @@ logger = logging.getLogger(__name__)
 
 _SHARE = re.compile(r"(checkpoint_\d{8,}_\w+)\.(\d+)-of-(\d+)")
 _RUN_ID = re.compile(r"\w{1,64}")
-_SPARE_FRACTION = 0.05  # of the memory that is free stays free
+_SPARE_FRACTION = 0.1  # of the machine's memory stays free: Ray kills workers when 5% are left
 _LOCK = ".lock"
 
 
@@ -107,8 +107,8 @@ class NodeMemory:
 
     def _room_bytes(self) -> int:
         stat = os.statvfs(self.path)
-        free_bytes = min(stat.f_bavail * stat.f_frsize, available_memory_bytes()) * (1 - _SPARE_FRACTION)
-        return int(free_bytes) + sum(path.stat().st_blocks * 512 for path in self.path.rglob("*.safetensors"))
+        free_bytes = max(0, min(stat.f_bavail * stat.f_frsize, spare_memory_bytes()))
+        return free_bytes + sum(path.stat().st_blocks * 512 for path in self.path.rglob("*.safetensors"))
 
     def _delete_ended_runs(self) -> None:
         for path in _listed(self.root):
@@ -198,14 +198,14 @@ def states_in(folder: Path) -> dict[str, dict[int, Checkpoint]]:
     return {name: shares for name, shares in found.items() if len(shares) == shares_of[name]}
 
 
-def available_memory_bytes() -> int:
-    """Return the memory that this machine, or the container it is, can still give."""
+def spare_memory_bytes() -> int:
+    """Return the memory that this machine, or the container it is, can give and stay well."""
     fields = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
-    available = int(fields["MemAvailable"].split()[0]) * 1024
+    total, available = (int(fields[key].split()[0]) * 1024 for key in ("MemTotal", "MemAvailable"))
     with suppress(OSError, ValueError):  # no limit, or none that is told this way
         limit, used = (int(Path("/sys/fs/cgroup", name).read_text()) for name in ("memory.max", "memory.current"))
-        return min(available, limit - used)
-    return available
+        total, available = min(total, limit), min(available, limit - used)
+    return int(available - total * _SPARE_FRACTION)
 
 
 def _mapped(path: Path, layout: Layout) -> mmap.mmap:

@@ -282,13 +282,13 @@ class Saver:
     def _wait(self) -> None:
         """Wait for copies and uploads on all ranks, and tell of them."""
         self._wait_for(self._copier.last)  # an error there has been told, and is the upload's too
-        self._moved_at_s = time.monotonic()
         if error := self._wait_for(self._uploader.last):
             raise error
         self._agreed = self._world.vote(self.ballot()).result()
         self._tell(len(self._ended))
 
     def _wait_for(self, future: Future[Any] | None) -> BaseException | None:
+        self._moved_at_s = time.monotonic()
         while future:
             try:
                 return future.exception(timeout=_TELL_EVERY_S)
