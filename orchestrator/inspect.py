@@ -39,7 +39,7 @@ def inspect(config: InspectConfig) -> str:
     found = list(store.newest_first())
     top = best(found)
     rows: list[tuple[str, ...]] = [("checkpoint", "iteration", "val loss", "MB", "saved (UTC)", "where", "state")]
-    rows += _memory_rows(config, str(store.read_json(RUN_FILE).get("run_id", "")))
+    rows += _memory_rows(config, store.known_as(str(store.read_json(RUN_FILE).get("run_id", ""))))
     rows += [_row(store, name, found, top, config.verify) for name in names]
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
@@ -67,7 +67,7 @@ def _row(
 def _memory_rows(config: InspectConfig, run_id: str) -> Iterator[tuple[str, ...]]:
     """Yield the states in the memory of this node, newest first; those of other nodes cannot be seen from here."""
     folder = run_path(config.memory_dir, run_id)
-    states = states_in(folder) if run_id else {}
+    states = states_in(folder)
     for name in newest_name_first(states):
         shares = states[name]
         try:

@@ -12,7 +12,7 @@ from orchestrator.checkpoint.store import CheckpointStore
 
 logger = logging.getLogger(__name__)
 
-_TEMPORARY = re.compile(r"\.(run\.json|attempt\.json)\.\d+\.tmp|\.writable-\d+")
+_TEMPORARY = re.compile(r"\.(run\.json|attempt\.json)\.[0-9a-f]+\.tmp|\.writable-\d+")
 
 
 def clear_leftovers(store: CheckpointStore) -> None:

@@ -217,7 +217,7 @@ class CheckpointStore:
         return Checkpoint(name, state)
 
     def identify(self) -> str:
-        """Return the lasting id of the run, by which nodes know its states in their memory; make one if it has none.
+        """Return the lasting id by which nodes know the states of this run in their memory; make one if it has none.
 
         Raises:
             CheckpointError: it cannot be written.
@@ -226,7 +226,11 @@ class CheckpointStore:
         if "run_id" not in known:
             known["run_id"] = uuid.uuid4().hex
             self.write_json(RUN_FILE, known)
-        return str(known["run_id"])
+        return self.known_as(known["run_id"])
+
+    def known_as(self, run_id: str) -> str:
+        """Return the id of the run in this folder: a copy of the folder is another run, though its run.json is equal."""
+        return f"{run_id}_{xxhash.xxh3_64(self.root.rstrip('/')).hexdigest()}"
 
     def take_over(self, attempt: str) -> None:
         """Make this attempt the one that may announce checkpoints.
