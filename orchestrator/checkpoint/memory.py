@@ -49,8 +49,6 @@ class NodeMemory:
         self.path = run_path(memory_dir, run_id)
         self.root = self.path.parent
         _make_private(self.root)
-        if not _RUN_ID.fullmatch(run_id):  # it comes from storage
-            raise CheckpointError(f"run_id={run_id!r} in run.json is no id of a run")
         _make_private(self.path)
         self._lock = _locked(self.path / _LOCK, fcntl.LOCK_SH)  # shared by all that use it, until they end
         for path in self.path.glob(".slot-*"):  # half-written by a process that was killed; nobody else is this early
@@ -172,7 +170,13 @@ class Slot:
 
 
 def run_path(memory_dir: str, run_id: str) -> Path:
-    """Return where a node keeps the states of a run."""
+    """Return where a node keeps the states of a run.
+
+    Raises:
+        CheckpointError: run_id, which comes from storage, is no plain word.
+    """
+    if not _RUN_ID.fullmatch(run_id):
+        raise CheckpointError(f"run_id={run_id!r} in run.json is no id of a run")
     return Path(memory_dir, f"nanogpt-orchestrator-{os.getuid()}", run_id)
 
 

@@ -229,7 +229,7 @@ class CheckpointStore:
         return self.known_as(known["run_id"])
 
     def known_as(self, run_id: str) -> str:
-        """Return the id of the run in this folder: a copy of the folder is another run, though its run.json is equal."""
+        """Return the id of the run in this folder: a copy of it is another run, though its run.json is equal."""
         return f"{run_id}_{xxhash.xxh3_64(self.root.rstrip('/')).hexdigest()}"
 
     def take_over(self, attempt: str) -> None:

@@ -97,7 +97,7 @@ def delivered(url: str, storage_options: dict[str, Any] | None = None) -> Iterat
 @contextmanager
 def _renamed_onto(path: Path) -> Iterator[Path]:
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.urandom(4).hex()}.tmp"  # two nodes may have equal process ids)
+    temporary = path.with_name(f".{path.name}.{os.urandom(4).hex()}.tmp")  # two nodes may have equal process ids
     try:
         yield temporary
         with temporary.open("rb+") as file:
