@@ -230,7 +230,7 @@ class CheckpointStore:
 
     def known_as(self, run_id: str) -> str:
         """Return the id of the run in this folder: a copy of it is another run, though its run.json is equal."""
-        return f"{run_id}_{xxhash.xxh3_64(self.root.rstrip('/')).hexdigest()}"
+        return f"{run_id}_{xxhash.xxh3_64(self.root.rstrip('/').encode()).hexdigest()}"
 
     def take_over(self, attempt: str) -> None:
         """Make this attempt the one that may announce checkpoints.
