@@ -10,6 +10,7 @@ here. Nothing of this waits for another process. Knows nothing of ranks beyond t
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import logging
 import mmap
@@ -49,10 +50,10 @@ class NodeMemory:
         self.path = run_path(memory_dir, run_id)
         self.root = self.path.parent
         _make_private(self.root)
-        _make_private(self.path)
-        self._lock = _locked(self.path / _LOCK, fcntl.LOCK_SH)  # shared by all that use it, until they end
+        self._lock = _entered(self.path)
         for path in self.path.glob(".slot-*"):  # half-written by a process that was killed; nobody else is this early
             _delete(path)
+        self._older = {path.name for path in _listed(self.path)}
         self.node_id = _written_once(self.root / ".node", os.urandom(8).hex())
 
     def generations(self) -> dict[str, dict[int, Checkpoint]]:
@@ -68,18 +69,22 @@ class NodeMemory:
         return share_path(self.path, name, share, shares)
 
     def holds_other_than(self, attempt: str) -> bool:
-        """Return whether states of other attempts are here."""
+        """Return whether states of earlier attempts are here."""
         return any(True for _ in self._of_others(attempt))
 
     def forget_other_than(self, attempt: str, keep: str = "") -> None:
-        """Delete the states of other attempts but one. What a process that was given up has open stays its own."""
+        """Delete the states of earlier attempts but one. What a process that was given up has open stays its own.
+
+        Those that came later stay: this may be the attempt that was given up, and comes back.
+        """
         for path in self._of_others(attempt):
             if not path.name.startswith(f"{keep}."):
                 _delete(path)
 
     def _of_others(self, attempt: str) -> Iterator[Path]:
         for path in _listed(self.path):
-            if (match := _SHARE.fullmatch(path.name)) and not match[1].endswith(f"_{attempt}"):
+            match = _SHARE.fullmatch(path.name)
+            if match and path.name in self._older and not match[1].endswith(f"_{attempt}"):
                 yield path
 
     def close(self, is_finished: bool) -> None:
@@ -106,7 +111,7 @@ class NodeMemory:
     def _room_bytes(self) -> int:
         stat = os.statvfs(self.path)
         free_bytes = max(0, min(stat.f_bavail * stat.f_frsize, spare_memory_bytes()))
-        return free_bytes + sum(path.stat().st_blocks * 512 for path in self.path.rglob("*.safetensors"))
+        return free_bytes + _used_bytes(self.path)
 
     def _delete_ended_runs(self) -> None:
         for path in _listed(self.root):
@@ -240,10 +245,26 @@ def _make_private(path: Path) -> None:
         raise CheckpointError(f"{path} belongs to another user, or others may write to it: delete it")
 
 
+def _entered(path: Path) -> int:
+    """Make a run's folder where it is missing; return the lock that is shared by all that use it, until they end."""
+    while True:
+        _make_private(path)
+        with suppress(FileNotFoundError):  # somebody who needed the room has just deleted it
+            return _locked(path / _LOCK, fcntl.LOCK_SH)
+
+
 def _locked(path: Path, how: int) -> int:
+    """Return a lock.
+
+    Raises:
+        FileNotFoundError: it was deleted before it could be had.
+        OSError: somebody else has it, and how says not to wait.
+    """
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
     try:
         fcntl.flock(descriptor, how)
+        if not os.path.samestat(os.fstat(descriptor), path.stat()):
+            raise FileNotFoundError(errno.ENOENT, "deleted and made anew", str(path))
     except OSError:
         os.close(descriptor)
         raise
@@ -274,6 +295,16 @@ def _written_once(path: Path, text: str) -> str:
 def _listed(path: Path) -> Iterator[Path]:
     with suppress(FileNotFoundError):
         yield from sorted(path.iterdir())
+
+
+def _used_bytes(folder: Path) -> int:
+    """Return the memory that a folder's files take, but for what another rank deletes at the same time."""
+    used_bytes = 0
+    for path, _, files in os.walk(folder):
+        for file in files:
+            with suppress(FileNotFoundError):
+                used_bytes += Path(path, file).stat().st_blocks * 512
+    return used_bytes
 
 
 def _delete(path: Path) -> None:

@@ -61,5 +61,7 @@ def meet(world: World, memory_dir: str, run_id: str) -> Nodes:
     if problems and world.is_main:
         logger.warning("no states are kept in node memory, training pauses for every checkpoint: %s", problems[0])
     if None in ids:
+        if memory:
+            memory.close(is_finished=False)
         return Nodes(None, tuple(str(rank) for rank in range(world.size)), world.rank)
     return Nodes(memory, ids, world.rank)
