@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -36,8 +37,15 @@ def data_dir(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(folder)
 
 
+@pytest.fixture(scope="session")
+def memory_dir() -> Iterator[str]:
+    """Node memory of the tests' own, so that what is killed leaves nothing behind."""
+    with tempfile.TemporaryDirectory(prefix="orchestrator-tests-", dir="/dev/shm") as folder:
+        yield folder
+
+
 @pytest.fixture
-def tiny(data_dir: str, tmp_path: Path) -> TrainConfig:
+def tiny(data_dir: str, memory_dir: str, tmp_path: Path) -> TrainConfig:
     """Settings of a run that takes milliseconds per iteration; dropout is on, so that its seeds matter."""
     return TrainConfig(
         out_dir=str(tmp_path / "run"),
@@ -58,6 +66,7 @@ def tiny(data_dir: str, tmp_path: Path) -> TrainConfig:
         eval_interval=8,
         eval_iters=4,
         checkpoint_interval=4,
+        memory_dir=memory_dir,
         device="cpu",
         compile=False,
         cpus_per_worker=0.5,

@@ -25,6 +25,14 @@ _EXTRAS |= {"sftp": "sftp", "ssh": "sftp"}
 # paramiko would wait for the system, two minutes or for ever
 _SFTP_LIMITS_S = {"timeout": 10.0, "banner_timeout": 20.0, "auth_timeout": 20.0}
 _SFTP_SILENCE_S = 60.0  # a server that says nothing for so long while it is asked for something is taken for dead
+# s3fs would do five times what botocore tries five times: 400 s for a request that is never answered. Both are needed:
+# botocore knows which answers may pass (s3fs not 500), s3fs tries again what breaks in the body of an answer.
+_S3_LIMITS = {
+    "connect_timeout": 5.0,
+    "read_timeout": 15.0,
+    "retries": {"mode": "standard", "total_max_attempts": 3},
+}
+_S3_ROUNDS = 2
 
 
 def exists(url: str, storage_options: dict[str, Any] | None = None) -> bool:
@@ -176,9 +184,16 @@ def locate(url: str, storage_options: dict[str, Any] | None = None) -> tuple[Any
 
 def _connect(url: str, protocol: str, options: dict[str, Any]) -> tuple[Any, str]:
     """Ask fsspec, which hands out one client for equal options again and again, dead or alive."""
-    if protocol not in ("sftp", "ssh"):
-        return url_to_fs(url, **options)  # type: ignore[no-any-return]
-    options = {**_SFTP_LIMITS_S, **options}
+    if protocol in ("sftp", "ssh"):
+        return _connect_sftp(url, {**_SFTP_LIMITS_S, **options})
+    if protocol in ("s3", "s3a") and "config_kwargs" not in options:
+        fs, path = url_to_fs(url, **options, config_kwargs=_S3_LIMITS)
+        fs.retries = _S3_ROUNDS
+        return fs, path
+    return url_to_fs(url, **options)  # type: ignore[no-any-return]
+
+
+def _connect_sftp(url: str, options: dict[str, Any]) -> tuple[Any, str]:
     fs, path = url_to_fs(url, **options)
     transport = fs.client.get_transport()
     if transport is None or not transport.is_active():  # the server went away, or the connection was cut
