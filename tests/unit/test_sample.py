@@ -4,6 +4,7 @@ import io
 import os
 import pickle
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +14,12 @@ from torch.nn import functional as F
 
 from model import GPT, GPTConfig
 from orchestrator import sample as sampling
+from orchestrator.checkpoint.durable import announce, files_of, tensor_index, upload
+from orchestrator.checkpoint.files import tensor_pieces
 from orchestrator.checkpoint.huggingface import read_char_tokenizer, write_huggingface
 from orchestrator.checkpoint.nanogpt import read_nanogpt, write_nanogpt
-from orchestrator.checkpoint.save import save
-from orchestrator.checkpoint.snapshot import Snapshot
-from orchestrator.checkpoint.store import CheckpointStore
+from orchestrator.checkpoint.snapshot import Snapshot, describe
+from orchestrator.checkpoint.store import FORMAT_VERSION, CheckpointStore, checkpoint_name
 from orchestrator.config import parse
 from orchestrator.data.gpt2_vocabulary import load_gpt2_encoding
 from orchestrator.data.tokenizers import CharTokenizer
@@ -53,8 +55,11 @@ def with_tokenizer(snapshot: Snapshot, **changes: Any) -> Snapshot:
 
 
 def save_run(out_dir: Path, snapshot: Snapshot) -> str:
-    name = save(snapshot, World(), CheckpointStore(str(out_dir)), {}, keep=9)
-    assert name
+    store, name = CheckpointStore(str(out_dir)), checkpoint_name(snapshot.iter_num, "local")
+    files = files_of(snapshot, world_size=1)
+    described = {"format_version": FORMAT_VERSION, **describe(snapshot), "environment": {}, "saved_at_s": 0.0}
+    part = upload(store, name, {file: partial(tensor_pieces, tensors) for file, tensors in files.items()}, {})
+    assert announce(World(), store, name, part, {**described, "tensors": tensor_index(files)}, keep=9) is None
     return name
 
 
