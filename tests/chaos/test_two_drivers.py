@@ -29,7 +29,7 @@ from orchestrator.lease import LEASE_FILE, Lease
 from tests.conftest import Storage, Undisturbed, final_state
 from tests.servers import S3Server
 
-pytestmark = pytest.mark.filterwarnings("default")  # Ray and its parts warn of themselves
+pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("default")]  # Ray and its parts warn of themselves
 
 OWN_CLUSTER = {**os.environ, "RAY_ADDRESS": "local"}  # not the one of the tests beside it
 BEAT_INTERVAL_S = 0.5

@@ -1,0 +1,558 @@
+"""Ranks on nodes of their own, as processes: what is kept in node memory is used after any loss, and never wrongly."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+from fsspec.implementations.local import LocalFileSystem
+
+from orchestrator import loop
+from orchestrator.checkpoint.files import read_tensors
+from orchestrator.checkpoint.memory import run_path, share_path, states_in
+from orchestrator.checkpoint.snapshot import Snapshot, tensors_equal
+from orchestrator.checkpoint.store import Checkpoint, CheckpointStore, newest_name_first, parse_state, state_text
+from orchestrator.config import TrainConfig
+from orchestrator.errors import ConfigError
+from orchestrator.process import resolve
+from orchestrator.telemetry.metrics import read_metrics
+from orchestrator.world import World
+from tests import ranks
+from tests.chaos.blackout import Standstill, blackout, struck
+from tests.chaos.faults import Fault
+from tests.conftest import Undisturbed, final_state
+from tests.ranks import Ended
+from tests.tmpfs import small_tmpfs
+
+Record = dict[str, Any]
+GIVEN_UP = "a later attempt of this run writes here now, this one was given up"
+
+pytestmark = pytest.mark.slow
+
+
+@dataclass(frozen=True)
+class Scene:
+    """A run of which only files are left: its folder, and the memories of its nodes."""
+
+    config: TrainConfig
+    folder: Path
+
+    def node(self, name: str) -> str:
+        path = self.folder / name
+        path.mkdir(parents=True, exist_ok=True)
+        return str(path)
+
+    def nodes(self, layout: str) -> list[str]:
+        """Return every rank's memory_dir: "001" are two ranks on node 0 and one on node 1."""
+        return [self.node(name) for name in layout]
+
+    @property
+    def store(self) -> CheckpointStore:
+        return CheckpointStore(self.config.out_dir)
+
+    def run_in(self, node: str) -> Path:
+        return run_path(self.node(node), self.store.identify())
+
+    def newest(self, node: str) -> str:
+        return newest_name_first(states_in(self.run_in(node)))[0]
+
+    def iter_num(self, node: str = "0") -> int:
+        return iter_of(self.newest(node))
+
+    def shares(self, node: str, name: str) -> list[Path]:
+        shares = states_in(self.run_in(node))[name]
+        return [share_path(self.run_in(node), name, share, len(shares)) for share in shares]
+
+    def state(self, node: str) -> Snapshot:
+        """Read the newest state in a node's memory."""
+        name, state, tensors = self.newest(node), {}, {}
+        for path in self.shares(node, name):
+            state = parse_state((path / "state.json").read_bytes(), str(path))
+            for file, record in Checkpoint(name, state).files.items():
+                tensors |= read_tensors(LocalFileSystem(), str(path / file), record)
+        return Checkpoint(name, state).snapshot(tensors)
+
+    def lose(self, *nodes: str) -> None:
+        for node in nodes:
+            shutil.rmtree(self.node(node))
+
+    def is_clean(self, nodes: str) -> bool:
+        """Return whether nothing of any run is left in the memory of these nodes."""
+        roots = [root for node in nodes for root in Path(self.node(node)).iterdir()]
+        return all([path.name for path in root.iterdir()] == [".node"] for root in roots)
+
+    def train(
+        self, layout: str, name: str, faults: Sequence[Any] = (), prepare: Callable[[int], None] | None = None
+    ) -> Ended:
+        return ranks.train(self.config, len(layout), self.folder / f"{name}.log", faults, self.nodes(layout), prepare)
+
+    def begin_record(self) -> Record:
+        """Return what the newest attempt said of its beginning."""
+        return max(self._records("begin"), key=lambda record: record["time"])
+
+    def computed(self, attempt: str) -> list[int]:
+        """Return the iterations that an attempt has computed."""
+        return sorted(record["iter"] for record in self._records("step") if record["attempt"] == attempt)
+
+    def _records(self, kind: str) -> list[Record]:
+        return [record for record in read_metrics(self.config.out_dir) if record["kind"] == kind]
+
+    def copy(self, config: TrainConfig, folder: Path) -> Scene:
+        """Return the same with another out_dir; config says how it goes on."""
+        shutil.copytree(self.folder, folder)
+        copy = Scene(replace(config, out_dir=str(folder / "run")), folder)
+        for path in folder.glob("?/*/*_*"):
+            path.rename(path.with_name(copy.store.identify()))
+        return copy
+
+
+@pytest.fixture
+def folder(memory_dir: str, tmp_path: Path) -> Iterator[Path]:
+    """A folder in memory for nodes, logs and out_dir."""
+    folder = Path(memory_dir, tmp_path.name)
+    yield folder
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+Left = Callable[[TrainConfig, str, str], Scene]
+
+
+@pytest.fixture(scope="module")
+def scenes(memory_dir: str) -> Iterator[Left]:
+    """Runs that lost power, by layout. Where memory is `ahead` of storage, nodes have newer states; else the `same`."""
+    known: dict[tuple[str, str], Scene] = {}
+
+    def left_behind(config: TrainConfig, layout: str, kind: str) -> Scene:
+        if (layout, kind) not in known:
+            known[layout, kind] = _lost_power(config, layout, kind, Path(memory_dir, f"{kind}-{layout}"))
+        return known[layout, kind]
+
+    yield left_behind
+    for scene in known.values():
+        shutil.rmtree(scene.folder, ignore_errors=True)
+
+
+def _lost_power(config: TrainConfig, layout: str, kind: str, folder: Path) -> Scene:
+    interval, point = (1, ("sealed", 11)) if kind == "ahead" else (1000, ("forward", 14))
+    config = replace(config, out_dir=str(folder / "run"), checkpoint_interval=8, snapshot_interval=interval)
+    scene = Scene(config, folder)
+    scene.nodes(layout)
+    faults = blackout([point] * len(layout), folder / "blackout", f"{config.out_dir}/checkpoint_*/state.json")
+    ended = scene.train(layout, "lost power", faults)
+    assert struck(folder / "blackout", len(layout)), ended.said
+    assert ended.codes == [-9] * len(layout), ended.said
+    in_storage = scene.store.select("latest").iter_num
+    in_memory = {scene.iter_num(node) for node in set(layout)}
+    assert len(in_memory) == 1
+    if kind == "ahead":
+        assert min(in_memory) >= 11 > in_storage
+    else:
+        assert in_memory == {in_storage}
+    return scene
+
+
+@pytest.fixture
+def left(scenes: Left, tiny: TrainConfig, folder: Path) -> Callable[[str, str], Scene]:
+    """A copy for one test: `left(layout, kind)`."""
+
+    def copy(layout: str, kind: str) -> Scene:
+        scene = scenes(tiny, layout, kind)
+        return scene.copy(replace(scene.config, snapshot_interval=0), folder)
+
+    return copy
+
+
+def iter_of(name: str) -> int:
+    return int(name.split("_")[1])
+
+
+def test_after_the_death_of_all_processes_memory_has_it(
+    left: Callable[[str, str], Scene], tiny: TrainConfig, undisturbed: Undisturbed
+) -> None:
+    scene = left("001", "ahead")
+    name = scene.newest("0")
+    again = scene.train("001", "again")
+    assert again.is_done, again.said
+    begin = scene.begin_record()
+    assert (begin["from"], begin["iter"]) == (name, iter_of(name))
+    assert begin["from_storage_bytes"] == 0
+    assert f"resuming {name} ({begin['size_bytes'] / 1e6:.1f} MB of node memory in " in again.said
+    assert scene.computed(begin["attempt"]) == list(range(begin["iter"], 24)), "nothing before it is repeated"
+    assert tensors_equal(final_state(scene.config.out_dir), undisturbed(tiny, 3))
+    assert scene.is_clean("01"), "what ends well leaves nothing"
+
+
+@pytest.mark.parametrize("node", ["0", "1"])
+def test_the_memory_of_one_node_is_lost(
+    left: Callable[[str, str], Scene], tiny: TrainConfig, undisturbed: Undisturbed, node: str
+) -> None:
+    scene = left("001", "ahead")
+    expected = scene.iter_num()
+    scene.lose(node)
+    again = scene.train("001", "again")
+    assert again.is_done, again.said
+    begin = scene.begin_record()
+    assert (begin["iter"], begin["from_storage_bytes"]) == (expected, 0)
+    assert tensors_equal(final_state(scene.config.out_dir), undisturbed(tiny, 3))
+
+
+def test_a_node_whose_last_share_was_not_finished_is_left_out(
+    left: Callable[[str, str], Scene], tiny: TrainConfig, undisturbed: Undisturbed
+) -> None:
+    scene = left("001", "ahead")
+    name = scene.newest("0")
+    unfinished = scene.shares("0", name)[1]
+    unfinished.rename(unfinished.with_name(".slot-0123abcd"))
+    again = scene.train("001", "again")
+    assert again.is_done, again.said
+    begin = scene.begin_record()
+    assert (begin["from"], begin["from_storage_bytes"]) == (name, 0)
+    assert tensors_equal(final_state(scene.config.out_dir), undisturbed(tiny, 3))
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 4])
+def test_without_any_memory_storage_is_read_once(left: Callable[[str, str], Scene], world_size: int) -> None:
+    scene = left("001", "same")
+    scene.lose("0", "1")
+    checkpoint = scene.store.select("latest")
+    expected = scene.store.read(checkpoint)
+    stopped = replace(scene, config=replace(scene.config, max_iters=checkpoint.iter_num))
+    again = stopped.train("0123"[:world_size], "again")
+    assert again.is_done, again.said
+    begin = stopped.begin_record()
+    assert begin["from"] == checkpoint.name
+    assert begin["world_size"] == world_size
+    assert begin["from_storage_bytes"] == checkpoint.size_bytes, "headers included"
+    assert tensors_equal(final_state(scene.config.out_dir), expected)
+
+
+def flip_a_bit(share: Path, file: str) -> None:
+    path = share / file
+    content = bytearray(path.read_bytes())
+    content[-5] ^= 4
+    path.write_bytes(content)
+
+
+def truncate(share: Path, file: str) -> None:
+    path = share / file
+    os.truncate(path, path.stat().st_size - 1)
+
+
+def remove(share: Path, file: str) -> None:
+    (share / file).unlink()
+
+
+def damage_description(share: Path, _file: str) -> None:
+    flip_a_bit(share, "state.json")
+
+
+WHY = {flip_a_bit: "is damaged: its checksum differs", truncate: "it was cut off", remove: "is missing"}
+
+
+def damage(scene: Scene, node: str, how: Callable[[Path, str], None]) -> tuple[str, Path]:
+    """Damage the largest file of the newest state in a node's memory, or its description; return file and path."""
+    paths = [path for share in scene.shares(node, scene.newest(node)) for path in share.glob("*.safetensors")]
+    path = max(paths, key=lambda path: path.stat().st_size)
+    how(path.parent, path.name)
+    return path.name, path
+
+
+@pytest.mark.parametrize("how", [flip_a_bit, truncate, remove, damage_description])
+def test_damage_in_the_memory_of_one_node(
+    left: Callable[[str, str], Scene],
+    tiny: TrainConfig,
+    undisturbed: Undisturbed,
+    how: Callable[[Path, str], None],
+) -> None:
+    """The largest file is read first, by the first rank: from its own node, which is the one that is damaged."""
+    scene = left("001", "ahead")
+    name = scene.newest("0")
+    file, path = damage(scene, "0", how)
+    again = scene.train("001", "again")
+    assert again.is_done, again.said
+    begin = scene.begin_record()
+    assert (begin["from"], begin["from_storage_bytes"]) == (name, 0)
+    assert tensors_equal(final_state(scene.config.out_dir), undisturbed(tiny, 3))
+    if how is damage_description:
+        assert f"a state in node memory is passed over: {path.parent}/state.json is damaged" in again.said
+    else:
+        expected = f"{name}: {file} was read from the memory of rank 2's node; passed over: the memory of rank 0's node"
+        assert expected in again.said
+        assert str(path) in again.said
+        assert WHY[how] in again.said
+
+
+@pytest.mark.parametrize("how", [flip_a_bit, remove, damage_description])
+def test_damage_everywhere_in_memory_and_storage_has_the_same_state(
+    left: Callable[[str, str], Scene],
+    tiny: TrainConfig,
+    undisturbed: Undisturbed,
+    how: Callable[[Path, str], None],
+) -> None:
+    scene = left("001", "same")
+    name = scene.newest("0")
+    (file, _), _ = damage(scene, "0", how), damage(scene, "1", how)
+    again = scene.train("001", "again")
+    assert again.is_done, again.said
+    begin = scene.begin_record()
+    assert begin["from"] == name
+    assert tensors_equal(final_state(scene.config.out_dir), undisturbed(tiny, 3))
+    if how is damage_description:
+        assert again.said.count("a state in node memory is passed over: ") == 2
+        assert begin["from_storage_bytes"] == begin["size_bytes"]
+    else:
+        assert 0 < begin["from_storage_bytes"] < begin["size_bytes"] / 2, "one file of six"
+        assert f"{name}: {file} was read from storage; passed over: the memory of rank 0's node (" in again.said
+        assert "), the memory of rank 2's node (" in again.said
+
+
+@pytest.mark.parametrize("how", [truncate, damage_description])
+def test_damage_everywhere_falls_back_to_the_state_before(
+    left: Callable[[str, str], Scene],
+    tiny: TrainConfig,
+    undisturbed: Undisturbed,
+    how: Callable[[Path, str], None],
+) -> None:
+    scene = left("001", "ahead")
+    name = scene.newest("0")
+    (file, path), _ = damage(scene, "0", how), damage(scene, "1", how)
+    again = scene.train("001", "again")
+    assert again.is_done, again.said
+    begin = scene.begin_record()
+    assert scene.config.checkpoint_interval <= begin["iter"] < iter_of(name)
+    assert tensors_equal(final_state(scene.config.out_dir), undisturbed(tiny, 3))
+    if how is truncate:
+        assert f"{name} in node memory is not whole, falling back to the one before: {file}" in again.said
+        assert str(path) in again.said
+
+
+def test_a_first_state_that_is_damaged_is_as_good_as_none(left: Callable[[str, str], Scene]) -> None:
+    """Nothing of the run is in storage: it begins again, and needs nobody for that."""
+    scene = left("001", "same")
+    for name in scene.store.names():
+        shutil.rmtree(scene.store.path(name))
+    damage(scene, "0", flip_a_bit)
+    damage(scene, "1", flip_a_bit)
+    short = replace(scene, config=replace(scene.config, max_iters=2))
+    again = short.train("001", "again")
+    assert again.is_done, again.said
+    assert short.begin_record()["from"] is None
+    assert "falling back to the one before" in again.said
+
+
+@pytest.mark.parametrize(
+    ("before", "after"), [("001", "01"), ("001", "1"), ("001", "210"), ("01", "001"), ("0", "012")]
+)
+def test_the_ranks_and_their_nodes_change(left: Callable[[str, str], Scene], before: str, after: str) -> None:
+    scene = left(before, "ahead")
+    expected = scene.state("0")
+    stopped = replace(scene, config=replace(scene.config, max_iters=expected.iter_num))
+    again = stopped.train(after, "again")
+    assert again.is_done, again.said
+    begin = stopped.begin_record()
+    assert (begin["iter"], begin["from_storage_bytes"]) == (expected.iter_num, 0)
+    last = final_state(scene.config.out_dir)
+    assert last.iter_num == expected.iter_num
+    assert tensors_equal(last, expected)
+    assert scene.is_clean(after)
+
+
+def test_the_loss_goes_on_where_it_was_with_fewer_ranks(
+    left: Callable[[str, str], Scene], tiny: TrainConfig, undisturbed: Undisturbed
+) -> None:
+    scene = left("001", "ahead")
+    assert scene.train("10", "again").is_done
+    assert scene.begin_record()["from_storage_bytes"] == 0
+    assert final_state(scene.config.out_dir).val_loss == pytest.approx(undisturbed(tiny, 3).val_loss, abs=1e-4)
+
+
+def new(tiny: TrainConfig, folder: Path, **change: Any) -> Scene:
+    folder.mkdir()
+    return Scene(replace(tiny, out_dir=str(folder / "run"), **change), folder)
+
+
+def saved_at(scene: Scene) -> list[int]:
+    return [record["iter"] for record in scene._records("checkpoint")]
+
+
+def test_a_full_memory_on_one_node(tiny: TrainConfig, folder: Path, tmp_path: Path, undisturbed: Undisturbed) -> None:
+    scene = new(tiny, folder)
+    with small_tmpfs(tmp_path / "small", "512k") as small:
+        (folder / "1").symlink_to(small)
+        ended = scene.train("001", "full")
+        assert ended.is_done, ended.said
+        assert ended.said.count("no more states are kept in node memory, training pauses for every checkpoint: ") == 1
+        assert f"memory_dir={scene.node('1')} has room for 0.00 GB: enlarge it" in ended.said
+        assert scene.is_clean("01")
+    assert saved_at(scene)[-1] == 24
+    assert len(saved_at(scene)) >= 5
+    assert tensors_equal(final_state(scene.config.out_dir), undisturbed(tiny, 3))
+
+
+@pytest.mark.parametrize("where", ["nowhere", "missing on one node"])
+def test_without_node_memory(tiny: TrainConfig, folder: Path, undisturbed: Undisturbed, where: str) -> None:
+    scene = new(tiny, folder)
+    missing = str(folder / "missing")
+    dirs = ["", "", ""] if where == "nowhere" else [scene.node("0"), missing, scene.node("0")]
+    ended = ranks.train(scene.config, 3, folder / "without.log", memory_dirs=dirs)
+    assert ended.is_done, ended.said
+    told = "no states are kept in node memory, training pauses for every checkpoint: "
+    assert ended.said.count(told) == (where != "nowhere"), "who wants none need not be told"
+    assert where == "nowhere" or f"memory_dir={missing} is no folder on this node" in ended.said
+    assert saved_at(scene) == [4, 8, 12, 16, 20, 24]
+    assert tensors_equal(final_state(scene.config.out_dir), undisturbed(tiny, 3))
+
+
+def stop_after_nine(_rank: int) -> None:
+    calls = iter(range(10**6))
+    loop.train = partial(loop.train, should_stop=lambda: next(calls) >= 9)
+
+
+def test_a_stopped_run_leaves_nothing_in_memory(tiny: TrainConfig, folder: Path, undisturbed: Undisturbed) -> None:
+    scene = new(tiny, folder, snapshot_interval=1)
+    stopped = scene.train("001", "stopped", prepare=stop_after_nine)
+    assert stopped.is_done, stopped.said
+    assert final_state(scene.config.out_dir).iter_num == 10
+    assert scene.is_clean("01")
+    again = scene.train("001", "again")
+    assert again.is_done, again.said
+    assert scene.begin_record()["iter"] == 10
+    assert tensors_equal(final_state(scene.config.out_dir), undisturbed(tiny, 3))
+
+
+def test_a_run_begun_anew_does_not_find_the_states_of_the_old_one(left: Callable[[str, str], Scene]) -> None:
+    scene = left("001", "ahead")
+    shutil.rmtree(scene.config.out_dir)
+    short = replace(scene, config=replace(scene.config, max_iters=2))
+    again = short.train("001", "anew")
+    assert again.is_done, again.said
+    assert short.begin_record()["from"] is None
+    assert short.computed(short.begin_record()["attempt"]) == [0, 1]
+
+
+def test_a_state_of_another_model_is_refused(left: Callable[[str, str], Scene]) -> None:
+    """Before the first checkpoint in storage, memory alone knows what the run was."""
+    scene = left("001", "ahead")
+    for name in scene.store.names():
+        shutil.rmtree(scene.store.path(name))
+    config = resolve(replace(scene.config, n_layer=3, memory_dir=scene.node("1")))
+    with pytest.raises(ConfigError, match=r"holds another model \(n_layer=2, asked for 3\)"):
+        loop.train(config, World(attempt="other"))
+    assert scene.newest("1") == scene.newest("0"), "it is still there for the right settings"
+
+
+def test_two_runs_on_one_node_do_not_disturb_each_other(tiny: TrainConfig, folder: Path) -> None:
+    """One loses power while the other runs and ends; then it goes on from memory. Both are the same run by settings."""
+    first, second = new(tiny, folder, snapshot_interval=1), new(tiny, folder / "second", snapshot_interval=1)
+    faults = blackout([("sealed", 11)] * 2, folder / "blackout")
+    with ThreadPoolExecutor() as pool:
+        cut = pool.submit(first.train, "00", "cut", faults)
+        whole = pool.submit(ranks.train, second.config, 2, folder / "second.log", (), first.nodes("00"))
+    assert cut.result().codes == [-9, -9], cut.result().said
+    assert whole.result().is_done, whole.result().said
+    assert [path.name for path in first.run_in("0").parent.iterdir() if path.is_dir()] == [first.store.identify()]
+    name = first.newest("0")
+    again = first.train("00", "again")
+    assert again.is_done, again.said
+    assert (first.begin_record()["from"], first.begin_record()["from_storage_bytes"]) == (name, 0)
+    assert "node memory, training pauses" not in again.said + whole.result().said
+    assert tensors_equal(final_state(first.config.out_dir), final_state(second.config.out_dir))
+    assert first.is_clean("0")
+
+
+def set_clock(path: Path, time_s: float) -> None:
+    """Make a state say that it was saved at another time, and its files too."""
+    file = path / "state.json"
+    file.write_text(state_text({**parse_state(file.read_bytes(), ""), "saved_at_s": time_s}))
+    for each in (*path.iterdir(), path):
+        os.utime(each, (time_s, time_s))
+
+
+@pytest.mark.parametrize("node", ["0", "1"])
+def test_clocks_do_not_decide(left: Callable[[str, str], Scene], node: str) -> None:
+    """One node's clock is years behind, the other's and storage's are years ahead."""
+    scene = left("001", "ahead")
+    name, expected = scene.newest("0"), scene.state("0")
+    scene.lose(node)
+    for other in {"0", "1"} - {node}:
+        for state in states_in(scene.run_in(other)):
+            for path in scene.shares(other, state):
+                set_clock(path, 1e8 if state == name else 4e9)
+    for state in scene.store.names():
+        set_clock(Path(scene.store.path(state)), 4.1e9)
+    stopped = replace(scene, config=replace(scene.config, max_iters=iter_of(name)))
+    again = stopped.train("001", "again")
+    assert again.is_done, again.said
+    assert stopped.begin_record()["from"] == name
+    assert tensors_equal(final_state(scene.config.out_dir), expected)
+
+
+def contents(scene: Scene, attempt: str) -> dict[str, bytes]:
+    """Return every file that an attempt has in node memory."""
+    paths = [path for path in scene.folder.glob(f"?/*/*/*_{attempt}.*/*") if path.is_file()]
+    return {str(path): path.read_bytes() for path in paths}
+
+
+@pytest.mark.parametrize(
+    ("point", "iter_num", "rank"),
+    [("during", 8, 1), ("during", 8, 0), ("seal", 11, 2), ("seal", 11, 0), ("sealed", 9, 1)],
+)
+def test_an_attempt_that_was_given_up_and_comes_back_does_no_harm(
+    tiny: TrainConfig, folder: Path, undisturbed: Undisturbed, point: str, iter_num: int, rank: int
+) -> None:
+    scene = new(tiny, folder, checkpoint_interval=8, snapshot_interval=1)
+    still = Standstill(point, iter_num, rank, folder / "still")
+    announced = f"{scene.config.out_dir}/checkpoint_0000001[6-9]_*/state.json"
+    faults = blackout([("sealed", 20)] * 3, folder / "blackout", announced)
+    with ThreadPoolExecutor() as pool:
+        late = pool.submit(scene.train, "001", "late", [still])
+        try:
+            still.wait()
+            newer = scene.train("001", "newer", faults)
+            assert newer.codes == [-9] * 3, newer.said
+            attempt = scene.begin_record()["attempt"]
+            in_memory, in_storage = contents(scene, attempt), whole(scene)
+            name = scene.newest("0")
+            assert name.endswith(f"_{attempt}")
+        finally:
+            still.wake()
+    assert 0 not in late.result().codes, late.result().said
+    assert GIVEN_UP in late.result().said
+    assert whole(scene) == in_storage, "it announces nothing, and deletes nothing"
+    assert contents(scene, attempt) == in_memory
+    again = scene.train("001", "again")
+    assert again.is_done, again.said
+    assert (scene.begin_record()["from"], scene.begin_record()["from_storage_bytes"]) == (name, 0)
+    assert tensors_equal(final_state(scene.config.out_dir), undisturbed(tiny, 3))
+    assert scene.is_clean("01")
+
+
+def whole(scene: Scene) -> set[str]:
+    return {checkpoint.name for checkpoint in scene.store.newest_first()}
+
+
+def test_what_killed_attempts_have_begun_in_storage_is_removed(tiny: TrainConfig, folder: Path) -> None:
+    scene = new(tiny, folder)
+    fault = Fault("during", 7, 0, folder / "fired")
+    killed = scene.train("0", "killed", [fault])
+    assert fault.marker.exists(), killed.said
+    (begun,) = set(scene.store.names()) - whole(scene)
+    again = scene.train("0", "again")
+    assert again.is_done, again.said
+    assert begun not in scene.store.names()
+    assert set(scene.store.names()) == whole(scene)
+
+
+def test_one_state_is_whole_at_every_moment(tiny: TrainConfig, folder: Path) -> None:
+    """One rank of a node is late with its share of a state; the other goes on to the next, and power fails."""
+    scene = new(tiny, folder, checkpoint_interval=100, snapshot_interval=1)
+    ended = scene.train("00", "cut", blackout([("sealed", 12), ("seal", 11)], folder / "blackout"))
+    assert struck(folder / "blackout", 2), ended.said
+    assert states_in(scene.run_in("0")), "the two newest states have one share each, and the one before is overwritten"
