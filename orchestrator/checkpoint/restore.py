@@ -136,23 +136,24 @@ def _fill_from(state: TrainState, places: list[Place], world: World, store: Chec
     places = [place for place in places if place.checkpoint.files == checkpoint.files]  # the same bits
     tensors = _live_tensors(state, set(checkpoint.state["tensors"]))
     reader: dict[str, int] = {}
-    refused: set[tuple[str, str]] = set()
+    refused: dict[str, dict[str, str]] = {}  # file -> place -> what is wrong with it there
     from_storage_bytes = [0]
     left = checkpoint.files
     while left:
         plan = _assign(left, places, refused)
         if lost := sorted(left.keys() - plan.keys()):
             if world.is_main:
-                store.reject(checkpoint.name, f"{', '.join(lost)}: no place has it whole")
+                _fall_back(places, "; ".join(f"{file} in {_listed(refused[file])}" for file in lost), store)
             return None
         errors = _read_mine(plan, left, tensors, world, store, from_storage_bytes)
         for file, (place, rank) in plan.items():
             if file in errors:
-                refused.add((place.label, file))
-                if world.is_main:
-                    logger.warning("%s in %s is passed over: %s", checkpoint.name, place.label, errors[file])
-            else:
-                reader[file] = rank
+                refused.setdefault(file, {})[place.label] = errors[file]
+                continue
+            reader[file] = rank
+            if world.is_main and file in refused:
+                told = checkpoint.name, file, place.label, _listed(refused[file])
+                logger.warning("%s: %s was read from %s; passed over: %s", *told)
         left = {file: left[file] for file in plan if file in errors}
     source = {name: reader[entry["file"]] for name, entry in checkpoint.state["tensors"].items()}
     _spread(state, tensors, source, world)
@@ -162,8 +163,21 @@ def _fill_from(state: TrainState, places: list[Place], world: World, store: Chec
     return Resumed(checkpoint, is_durable, total_bytes, time.perf_counter() - began_s)
 
 
+def _fall_back(places: list[Place], why: str, store: CheckpointStore) -> None:
+    """Tell that a state is whole nowhere. One that storage does not know of is lost; the others can be brought back."""
+    name = places[0].checkpoint.name
+    if any(place.is_storage for place in places):
+        store.reject(name, why)
+    else:
+        logger.warning("%s in node memory is not whole, falling back to the one before: %s", name, why)
+
+
+def _listed(refused: dict[str, str]) -> str:
+    return ", ".join(f"{label} ({why})" for label, why in refused.items())
+
+
 def _assign(
-    files: dict[str, FileRecord], places: list[Place], refused: set[tuple[str, str]]
+    files: dict[str, FileRecord], places: list[Place], refused: dict[str, dict[str, str]]
 ) -> dict[str, tuple[Place, int]]:
     """Return from where and by which rank each file is read: node memory first, then who has the least to read."""
     load: dict[int, int] = {}
@@ -172,7 +186,7 @@ def _assign(
         options = [
             (place.is_storage, load.get(rank, 0), rank, index)
             for index, place in enumerate(places)
-            if (place.label, file) not in refused
+            if place.label not in refused.get(file, {})
             for rank in place.ranks
         ]
         if options:
