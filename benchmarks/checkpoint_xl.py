@@ -36,19 +36,20 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     needed_bytes, free_bytes = state_bytes + _PYTHON_BYTES, _available_bytes()
     if free_bytes < needed_bytes:
         raise RuntimeError(f"{needed_bytes / 1e9:.1f} GB of memory are needed, {free_bytes / 1e9:.1f} GB are free")
-    with new_folder(args.out_dir) as out_dir:
-        result = _measure(size, out_dir, args.memory_dir, state_bytes)
+    # A folder of its own: to make room, what ended runs have left in one is deleted.
+    with new_folder(args.out_dir) as out_dir, new_folder(args.memory_dir) as memory_dir:
+        result = _measure(size, out_dir, memory_dir, state_bytes)
     for name, value in result.items():
         goal = f"at most {AT_MOST}" if name.startswith("peak") else ""
         print(f"{name:<24} {value:9.4g}   {goal}".rstrip())
     return result
 
 
-def _measure(size: Size, out_dir: Path, memory_dir: str, state_bytes: int) -> dict[str, Any]:
+def _measure(size: Size, out_dir: Path, memory_dir: Path, state_bytes: int) -> dict[str, Any]:
     url = str(out_dir / "run")
     with ranks(1, size, out_dir) as alone:
         (bits,) = alone.do(prepare)
-        alone.do(open_saver, url, memory_dir)
+        alone.do(open_saver, url, str(memory_dir))
         (save_s,) = alone.do(save, url)
         (save_peak_bytes,) = alone.do(peak_bytes)
     stored_bytes = used_bytes(out_dir)
