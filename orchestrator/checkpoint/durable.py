@@ -10,6 +10,7 @@ import errno
 import logging
 import time
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from functools import partial
 from typing import Any, TypeVar
 
@@ -21,6 +22,7 @@ from orchestrator.checkpoint.ownership import owners, split
 from orchestrator.checkpoint.snapshot import Snapshot
 from orchestrator.checkpoint.store import CheckpointStore
 from orchestrator.checkpoint.transfer import make_folder
+from orchestrator.errors import CheckpointError
 from orchestrator.world import World
 
 logger = logging.getLogger(__name__)
@@ -71,7 +73,7 @@ def upload(
     expected: dict[str, FileRecord],
     written: Callable[[int], None] = lambda _bytes: None,
 ) -> dict[str, Any]:
-    """Write files of a checkpoint; return {"files": their records} or {"error": why not}. Never raises.
+    """Write files of a checkpoint; return {"files": their records} or {"error": why not, "may_pass": ...}. Never raises.
 
     expected: the checksums of those that were taken before.
     """
@@ -83,8 +85,12 @@ def upload(
                 raise DamagedSourceError(f"{file} changed in node memory after it was written there")
             records[file] = record.to_json()
     except Exception as error:  # every storage has exceptions of its own, and none of them may end the run
-        return {"error": f"{type(error).__name__}: {error}"}
+        return _failure(error)
     return {"files": records}
+
+
+def _failure(error: Exception) -> dict[str, Any]:
+    return {"error": f"{type(error).__name__}: {error}", "may_pass": is_transient(error)}
 
 
 def _write(store: CheckpointStore, name: str, file: str, pieces: Pieces, written: Callable[[int], None]) -> FileRecord:
@@ -102,27 +108,39 @@ def announce(
     keep: the number of newest checkpoints that stay, besides the best; older ones are deleted.
     """
     parts = world.gather_json(part)
-    failed = [f"rank {rank}: {part['error']}" for rank, part in enumerate(parts) if "error" in part]
-    if world.is_main and not failed:
+    failures = [part | {"error": f"rank {rank}: {part['error']}"} for rank, part in enumerate(parts) if "error" in part]
+    if world.is_main and not failures:
         files = {file: record for part in parts for file, record in part["files"].items()}
-        failed = _commit(store, name, {**state, "files": files}, world.attempt)
-        if not failed:
+        failures = _commit(store, name, {**state, "files": files}, world.attempt)
+        if not failures:
             _prune(store, keep)
-    failed = world.broadcast_json(failed)
+    if world.is_main and not all(failure.get("may_pass", True) for failure in failures):
+        _take_back(store, name)
+    failed = world.broadcast_json([failure["error"] for failure in failures])
     return "; ".join(failed) or None
 
 
-def _commit(store: CheckpointStore, name: str, state: dict[str, Any], attempt: str) -> list[str]:
-    def commit() -> list[str]:
+def _commit(store: CheckpointStore, name: str, state: dict[str, Any], attempt: str) -> list[dict[str, Any]]:
+    """Announce it; return why not, if so, as `upload` does."""
+
+    def commit() -> list[dict[str, Any]]:
         if store.is_taken_over(attempt):
-            return ["a later attempt of this run writes here now, this one was given up"]
+            return [{"error": "a later attempt of this run writes here now, this one was given up"}]
         store.commit(name, state)
         return []
 
     try:
         return patiently(commit, store)
     except Exception as error:  # as above
-        return [f"{type(error).__name__}: {error}"]
+        return [_failure(error)]
+
+
+def _take_back(store: CheckpointStore, name: str) -> None:
+    """Delete what was written of a checkpoint before the disk was full: it would take the room of the next one."""
+    try:
+        store.fs.rm(store.path(name), recursive=True)
+    except Exception as error:  # it goes when a later one is announced
+        logger.info("%s was not deleted: %s: %s", name, type(error).__name__, error)
 
 
 def _prune(store: CheckpointStore, keep: int) -> None:
@@ -150,7 +168,8 @@ def patiently(call: Callable[[], T], store: CheckpointStore) -> T:
     def before_sleep(attempt: tenacity.RetryCallState) -> None:
         error = attempt.outcome.exception() if attempt.outcome else None
         logger.info("storage failed, trying again (%d): %s: %s", attempt.attempt_number, type(error).__name__, error)
-        store.reconnect()
+        with suppress(CheckpointError):  # still down: the next call says so
+            store.reconnect()
 
     retry = tenacity.Retrying(
         retry=tenacity.retry_if_exception(is_transient),
@@ -163,10 +182,13 @@ def patiently(call: Callable[[], T], store: CheckpointStore) -> T:
 
 
 def is_transient(error: BaseException) -> bool:
-    """Return whether a fault may pass by itself: all but what a storage says of permissions and room, and our bugs."""
+    """Return whether a fault may pass by itself: all but what a storage says of permissions and room, and our bugs.
+
+    What is not found may be there in the next attempt: a folder, or a multipart upload that the server has forgotten.
+    """
     root: BaseException | None = error
     while root:
-        if isinstance(root, (FileNotFoundError, PermissionError, NotADirectoryError, IsADirectoryError)):
+        if isinstance(root, (PermissionError, NotADirectoryError, IsADirectoryError)):
             return False
         if isinstance(root, OSError) and root.errno in _LASTING:
             return False

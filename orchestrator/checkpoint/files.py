@@ -161,7 +161,9 @@ def stream_tensors(
             source.finish()
     except FileNotFoundError:
         raise CheckpointError(f"{path} is missing") from None
-    except OSError as error:
+    except CheckpointError:
+        raise
+    except Exception as error:  # every storage library has exceptions of its own
         raise CheckpointError(f"{path} cannot be read: {type(error).__name__}: {error}") from None
 
 
