@@ -143,9 +143,10 @@ def _take_back(store: CheckpointStore, name: str) -> None:
         logger.info("%s was not deleted: %s: %s", name, type(error).__name__, error)
 
 
-def _prune(store: CheckpointStore, keep: int) -> None:
+def _prune(store: CheckpointStore, keep: int, attempt: str) -> None:
     try:
-        store.prune(keep)
+        if not store.is_taken_over(attempt):  # a late writer's idea of what is old may be wrong
+            store.prune(keep)
     except Exception as error:  # what stays is only clutter
         logger.warning("old checkpoints were not deleted: %s: %s", type(error).__name__, error)
 

@@ -80,9 +80,8 @@ class Saver:
         """Return this rank's answers to what all ranks must know; they go into the vote of an iteration."""
         self._pace.step_begins()
         interval = self._rhythm.snapshot_interval or self._pace.interval()
-        # A copy that has just begun is as good as done: it is joined in this iteration, and its checksums take no time.
-        is_copying = self._copier.is_busy and (self._copy is None or len(self._slots) < 2)
-        busy = [int(is_copying), int(self._uploader.is_busy)]
+        # Only what every rank has sealed is whole: until then the state before it must not be overwritten anywhere.
+        busy = [int(self._copier.is_busy), int(self._uploader.is_busy)]
         return [*busy, -len(self._ended), interval, int(self._has_no_memory)]
 
     def heard(self, answers: list[int]) -> None:
