@@ -73,8 +73,9 @@ def upload(
     expected: dict[str, FileRecord],
     written: Callable[[int], None] = lambda _bytes: None,
 ) -> dict[str, Any]:
-    """Write files of a checkpoint; return {"files": their records} or {"error": why not, "may_pass": ...}. Never raises.
+    """Write files of a checkpoint; return {"files": their records} or {"error": why not}. Never raises.
 
+    An error comes with "may_pass": whether it was of a kind that is tried again.
     expected: the checksums of those that were taken before.
     """
     records = {}
