@@ -114,7 +114,7 @@ def announce(
         files = {file: record for part in parts for file, record in part["files"].items()}
         failures = _commit(store, name, {**state, "files": files}, world.attempt)
         if not failures:
-            _prune(store, keep)
+            _prune(store, keep, world.attempt)
     if world.is_main and not all(failure.get("may_pass", True) for failure in failures):
         _take_back(store, name)
     failed = world.broadcast_json([failure["error"] for failure in failures])
