@@ -31,7 +31,7 @@ from orchestrator.loop import join_run
 from orchestrator.world import World
 
 _NEVER = 10**7  # iterations between checkpoints in storage: one is due when the benchmark sets iter_num to a multiple
-_BLOCK = 4  # steps in which a state is copied and checksummed with certainty
+_BLOCK = 2  # steps in which a state is copied and checksummed, if one step is long enough to copy it in
 _LONGEST_S = 300.0
 
 

@@ -23,7 +23,7 @@ import torch
 import torch.distributed as dist
 
 from benchmarks._checkpoint_state import Size, digest, model_args, new_state, settings, torch_load
-from orchestrator.checkpoint.nodes import Nodes, meet
+from orchestrator.checkpoint.nodes import meet
 from orchestrator.checkpoint.restore import begin
 from orchestrator.checkpoint.saver import Saver
 from orchestrator.checkpoint.schedule import Rhythm
@@ -42,7 +42,7 @@ class Member:
 
     world: World
     size: Size
-    savers: dict[str, tuple[Saver, Nodes]] = field(default_factory=dict)
+    savers: dict[str, Saver] = field(default_factory=dict)
 
     @cached_property
     def state(self) -> TrainState:
@@ -50,16 +50,23 @@ class Member:
 
 
 class Ranks:
-    """Processes that do one thing after the other, all together. Their environment is what it is at the start."""
+    """Processes that do one thing after the other, all together.
 
-    def __init__(self, count: int, size: Size, folder: Path) -> None:
-        start = multiprocessing.get_context("spawn")
+    They are forked from a server that has imported the most already, which saves seconds, and none inherits memory that
+    was in use, which is faster to fill than new memory is.
+    """
+
+    def __init__(self, count: int, size: Size, folder: Path, environment: dict[str, str]) -> None:
+        start = multiprocessing.get_context("forkserver")
+        # The last one cannot be found by every server: they do not look in the folder that Python was started in.
+        start.set_forkserver_preload(["torch.distributed", "s3fs", "benchmarks._checkpoint_ranks"])
         meeting = folder / f"meeting-{count}-{time.monotonic_ns()}"
         self._pipes: list[Connection] = []
         self._processes = []
         for rank in range(count):
             here, there = start.Pipe()
-            process = start.Process(target=_serve, args=(rank, count, size, meeting.as_uri(), there), daemon=True)
+            args = (rank, count, size, meeting.as_uri(), there, environment)
+            process = start.Process(target=_serve, args=args, daemon=True)
             process.start()
             there.close()
             self._pipes.append(here)
@@ -86,38 +93,31 @@ class Ranks:
         """Return the memory that is the processes' own: without files that are mapped, those of tmpfs too."""
         return sum(_status_bytes(process.pid, "RssAnon") for process in self._processes if process.pid)
 
-    def close(self) -> None:
-        """End the processes."""
-        for pipe in self._pipes:
-            pipe.close()
-        for process in self._processes:
-            process.join(timeout=30)
-        self.kill()
-
     def kill(self) -> None:
+        """End the processes at once: what they have in node memory stays."""
         for process in self._processes:
             process.kill()
+        for process in self._processes:
+            process.join()
 
 
 @contextmanager
-def ranks(count: int, size: Size, folder: Path) -> Iterator[Ranks]:
-    """Lend ranks."""
-    lent = Ranks(count, size, folder)
+def ranks(count: int, size: Size, folder: Path, environment: dict[str, str] | None = None) -> Iterator[Ranks]:
+    """Lend new processes, with these variables in their environment besides."""
+    lent = Ranks(count, size, folder, environment or {})
     try:
         yield lent
     finally:
-        lent.close()
+        lent.kill()
 
 
-def _serve(rank: int, count: int, size: Size, meeting: str, pipe: Connection) -> None:
+def _serve(rank: int, count: int, size: Size, meeting: str, pipe: Connection, environment: dict[str, str]) -> None:
+    os.environ.update(environment)
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=meeting, rank=rank, world_size=count)
     member = Member(World(rank, count), size)
     while True:
-        try:
-            call, args = pipe.recv()
-        except EOFError:
-            return
+        call, args = pipe.recv()
         try:
             pipe.send((True, call(member, *args)))
         except BaseException:
@@ -136,13 +136,7 @@ def open_saver(member: Member, out_dir: str, memory_dir: str) -> None:
     config = settings(member.size, out_dir, memory_dir)
     store = CheckpointStore(out_dir)
     nodes = join_run(config, world, store)
-    saver = Saver(member.state, world, store, nodes, {}, Rhythm(1, 1, 1))
-    member.savers[out_dir] = saver, nodes
-
-
-def close_saver(member: Member, out_dir: str) -> None:
-    """Let go of node memory, which is deleted."""
-    member.savers.pop(out_dir)[0].close(is_finished=True)
+    member.savers[out_dir] = Saver(member.state, world, store, nodes, {}, Rhythm(1, 1, 1))
 
 
 def save(member: Member, out_dir: str, is_synced: bool = True) -> float:
@@ -150,7 +144,7 @@ def save(member: Member, out_dir: str, is_synced: bool = True) -> float:
 
     is_synced: as it is; else without waiting for the disk, as torch.save does, to compare what is done besides.
     """
-    saver, _ = member.savers[out_dir]
+    saver = member.savers[out_dir]
     _take_turns(member, saver)
     dist.barrier()
     began_s = time.perf_counter()
@@ -181,14 +175,16 @@ def _take_turns(member: Member, saver: Saver) -> bool:
     raise RuntimeError(f"a checkpoint took more than {_LONGEST_S:g} s")
 
 
-def restore(member: Member, out_dir: str, expected: str, is_from_memory: bool = False) -> dict[str, Any]:
+def restore(member: Member, out_dir: str, expected: str, memory_dir: str = "") -> dict[str, Any]:
     """Restore; return the seconds of reading, verifying and filling, those in all, and how many bytes it was.
 
     expected: the checksum of the bits, see `prepare`.
+    memory_dir: where the states of processes that have ended lie, "" to leave them aside.
     """
-    config = settings(member.size, out_dir, "")
+    config = settings(member.size, out_dir, memory_dir)
     store = CheckpointStore(out_dir)
-    nodes = member.savers[out_dir][1] if is_from_memory else meet(member.world, "", "")
+    # Who joins a run takes it over from those that write there.
+    nodes = join_run(config, member.world, store) if memory_dir else meet(member.world, "", "")
     dist.barrier()
     began_s = time.perf_counter()
     found = begin(config, member.world, store, nodes, model_args(member.size))
@@ -205,11 +201,11 @@ def restore(member: Member, out_dir: str, expected: str, is_from_memory: bool = 
     }
 
 
-def load_as_nanogpt(member: Member, file: Path) -> float:
-    """Load a file on every rank, as nanoGPT does under torchrun; return the seconds until the state is filled."""
+def load_as_nanogpt(member: Member, file: Path) -> tuple[float, float]:
+    """Load a file on every rank, as nanoGPT does under torchrun; see `torch_load`."""
     state = member.state
     dist.barrier()
-    return torch_load(state, file)[1]
+    return torch_load(state, file)
 
 
 def peak_bytes(_member: Member) -> int:

@@ -34,14 +34,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median, quantiles
 from typing import Any
-from unittest import mock
 
 import torch
 
 from benchmarks._checkpoint_pause import DCP, measure_pauses, measure_slowdown
 from benchmarks._checkpoint_ranks import (
     Ranks,
-    close_saver,
     load_as_nanogpt,
     open_saver,
     prepare,
@@ -58,7 +56,6 @@ from benchmarks._checkpoint_state import (
     new_state,
     settle,
     size_bytes,
-    torch_load,
     torch_save,
     used_bytes,
 )
@@ -94,7 +91,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--size", choices=SIZES, default="gpt2", help="of the model (default: %(default)s)")
     parser.add_argument("--tokens", type=int, default=128, help="in a batch of one (default: %(default)s)")
     parser.add_argument("--rounds", type=int, default=4, help="of pauses, saves and restores (default: %(default)s)")
-    parser.add_argument("--pairs", type=int, default=8, help="of blocks with and without states (default: %(default)s)")
+    parser.add_argument(
+        "--pairs", type=int, default=20, help="of blocks with and without states (default: %(default)s)"
+    )
     parser.add_argument("--out_dir", help="folder on the disk to measure (default: where temporary files go)")
     parser.add_argument("--memory_dir", default="/dev/shm", help="memory file system (default: %(default)s)")
     parser.add_argument("--quick", action="store_true", help="a tiny model, to see that everything works")
@@ -168,8 +167,10 @@ def slowdowns(plan: Plan) -> tuple[Figures, dict[str, Any]]:
 
 def disk(plan: Plan) -> tuple[Figures, dict[str, Any]]:
     """Compare saving and restoring with two ranks to torch.save and torch.load in one process."""
-    state = new_state(plan.size)
     in_memory, direct = str(plan.out_dir / "in_memory"), str(plan.out_dir / "direct")
+    state = new_state(plan.size)
+    state_bytes = size_bytes(state)
+    seconds: dict[str, list[float]] = {}
     with ranks(2, plan.size, plan.out_dir) as pair:
         bits = pair.do(prepare)[0]
         with watched_memory(pair) as growth_bytes:
@@ -178,30 +179,34 @@ def disk(plan: Plan) -> tuple[Figures, dict[str, Any]]:
                 pair.do(save, in_memory)
         memory_bytes = used_bytes(plan.memory_dir)
         if not memory_bytes:
-            raise RuntimeError(f"{plan.memory_dir} has no room for two generations of {size_bytes(state)} bytes")
+            raise RuntimeError(f"{plan.memory_dir} has no room for two generations of {state_bytes} bytes")
         with watched_memory(pair) as direct_growth_bytes:
             pair.do(open_saver, direct, "")
             pair.do(save, direct)
-        seconds: dict[str, list[float]] = {}
-        for _ in range(plan.rounds):
-            for name, taken_s in _round(plan, pair, state, bits, in_memory, direct):
+        for is_odd in (k % 2 == 1 for k in range(plan.rounds)):
+            for name, taken_s in _saves(plan, pair, state, (in_memory, direct), is_odd):
                 seconds.setdefault(name, []).append(taken_s)
-        for out_dir in (in_memory, direct):
-            pair.do(close_saver, out_dir)
+            for name, taken_s in _loads(plan, bits, direct):
+                seconds.setdefault(name, []).append(taken_s)
     medians_s = {name: median(taken) for name, taken in seconds.items()}
-    figures = _bandwidths(medians_s)
-    figures["extra_memory_ratio"] = (memory_bytes / 2 + growth_bytes[0]) / size_bytes(state)
-    figures["extra_memory_ratio_both_generations"] = (memory_bytes + growth_bytes[0]) / size_bytes(state)
-    figures["extra_memory_ratio_direct"] = direct_growth_bytes[0] / size_bytes(state)
     print("medians in s: " + ", ".join(f"{name} {taken:.2f}" for name, taken in medians_s.items()))
-    return figures, {"seconds": seconds, "medians_s": medians_s, "state_bytes": size_bytes(state)}
+    figures = _bandwidths(medians_s) | {
+        "extra_memory_ratio": (memory_bytes / 2 + growth_bytes[0]) / state_bytes,
+        "extra_memory_ratio_both_generations": (memory_bytes + growth_bytes[0]) / state_bytes,
+        "extra_memory_ratio_direct": direct_growth_bytes[0] / state_bytes,
+    }
+    return figures, {"seconds": seconds, "medians_s": medians_s, "state_bytes": state_bytes}
 
 
-def _round(
-    plan: Plan, pair: Ranks, state: TrainState, bits: str, in_memory: str, direct: str
+def _saves(
+    plan: Plan, pair: Ranks, state: TrainState, out_dirs: tuple[str, str], is_backwards: bool
 ) -> Iterator[tuple[str, float]]:
-    """Yield the seconds of every kind of saving and loading once, all with a disk that has nothing left to do."""
+    """Yield the seconds of every kind of saving once, each with a disk that has nothing left to do.
+
+    is_backwards: who goes first finds other pages free in memory than who goes last, which matters much.
+    """
     file = plan.out_dir / "ckpt.pt"
+    in_memory, direct = out_dirs
     kinds: dict[str, Callable[[], float]] = {
         "save_torch": lambda: torch_save(state, file),
         "save_memory": lambda: max(pair.do(save, in_memory)),
@@ -210,18 +215,32 @@ def _round(
         "save_memory_unsynced": lambda: max(pair.do(save, in_memory, False)),
         "save_direct_unsynced": lambda: max(pair.do(save, direct, False)),
     }
-    for name, call in kinds.items():
-        yield name, call()
+    for name in sorted(kinds, reverse=is_backwards):
+        yield name, kinds[name]()
         settle(plan.out_dir)
+
+
+def _loads(plan: Plan, bits: str, out_dir: str) -> Iterator[tuple[str, float]]:
+    """Yield the seconds of every kind of loading once, each in new processes: who resumes has just begun."""
+    file = plan.out_dir / "ckpt.pt"
+
+    def torch_loads(count: int) -> tuple[float, float]:
+        with ranks(count, plan.size, plan.out_dir) as members:
+            loaded_s, filled_s = zip(*members.do(load_as_nanogpt, file), strict=True)
+            return max(loaded_s), max(filled_s)
+
+    def our_load() -> float:
+        with ranks(2, plan.size, plan.out_dir) as members:
+            return max(float(found["seconds"]) for found in members.do(restore, out_dir, bits))
+
     for suffix in ("", "_cached"):  # what the first has read is cached for the second
         if not suffix:
             forget_cached(plan.out_dir)
-        loaded_s, filled_s = torch_load(state, file)
+        yield f"load{suffix}", our_load()
+        loaded_s, filled_s = torch_loads(1)
         yield f"load_torch{suffix}", loaded_s
         yield f"load_torch_filled{suffix}", filled_s
-        if suffix:
-            yield "load_torch_both_cached", max(pair.do(load_as_nanogpt, file))
-        yield f"load{suffix}", max(found["seconds"] for found in pair.do(restore, direct, bits))
+    yield "load_torch_both_cached", torch_loads(2)[1]
 
 
 def _bandwidths(seconds: dict[str, float]) -> Figures:
@@ -279,24 +298,23 @@ def _s3_server(folder: Path) -> Iterator[tuple[Any, Any] | None]:
 def _memory_against_s3(plan: Plan, server: Any) -> tuple[Figures, dict[str, Any]]:
     url = f"{server.url}/full"
     seconds: dict[str, list[float]] = {"memory": [], "s3": []}
-    with mock.patch.dict(os.environ, server.environment), ranks(2, plan.size, plan.out_dir) as pair:
+    with ranks(2, plan.size, plan.out_dir, server.environment) as pair:
         bits = pair.do(prepare)[0]
         pair.do(open_saver, url, str(plan.memory_dir))
         saved_s = max(pair.do(save, url))
-        for _ in range(max(2, plan.rounds - 1)):
-            for place, taken in seconds.items():
-                found = pair.do(restore, url, bits, place == "memory")
-                taken.append(max(each["seconds"] for each in found))
-                if (found[0]["from_storage_bytes"] == 0) != (place == "memory"):
-                    raise RuntimeError(f"{found[0]['from_storage_bytes']} bytes were read of S3, asked was {place}")
-        pair.do(close_saver, url)
-    print(
-        f"medians in s: restore from memory {median(seconds['memory']):.2f}, from S3 {median(seconds['s3']):.2f}",
-        end="",
-    )
-    print(f"; save to S3 {saved_s:.2f}")
-    ratio = median(seconds["s3"]) / median(seconds["memory"])
-    return {"memory_vs_s3_restore": ratio}, {"restore_s": seconds, "save_to_s3_s": saved_s}
+    for _ in range(max(2, plan.rounds - 1)):
+        for place, taken in seconds.items():
+            memory_dir = str(plan.memory_dir) if place == "memory" else ""
+            with ranks(2, plan.size, plan.out_dir, server.environment) as pair:
+                found = pair.do(restore, url, bits, memory_dir)
+            taken.append(max(each["seconds"] for each in found))
+            if (found[0]["from_storage_bytes"] == 0) != (place == "memory"):
+                raise RuntimeError(f"{found[0]['from_storage_bytes']} bytes were read of S3, asked was {place}")
+    medians_s = {place: median(taken) for place, taken in seconds.items()}
+    print(f"medians in s: restore from memory {medians_s['memory']:.2f}, from S3 {medians_s['s3']:.2f}", end="; ")
+    print(f"save to S3 {saved_s:.2f}")
+    figures = {"memory_vs_s3_restore": medians_s["s3"] / medians_s["memory"]}
+    return figures, {"restore_s": seconds, "save_to_s3_s": saved_s}
 
 
 def _amplification(plan: Plan, module: Any, server: Any) -> Figures:
@@ -304,27 +322,25 @@ def _amplification(plan: Plan, module: Any, server: Any) -> Figures:
     proxy = module.FaultyProxy(server)
     url = f"{server.url}/small"
     figures = {}
-
-    def restored(members: Ranks, bits: str, is_from_memory: bool = False) -> float:
-        before_bytes = proxy.traffic.bytes_down
-        found = members.do(restore, url, bits, is_from_memory)
-        return float((proxy.traffic.bytes_down - before_bytes) / found[0]["size_bytes"])
-
     try:
-        with mock.patch.dict(os.environ, proxy.environment):
-            with ranks(2, plan.small, plan.out_dir) as pair:
-                bits = pair.do(prepare)[0]
-                pair.do(open_saver, url, str(plan.memory_dir))
-                pair.do(save, url)
-                figures["read_amplification_2_ranks"] = restored(pair, bits)
-                figures["read_amplification_in_memory"] = restored(pair, bits, is_from_memory=True)
-                pair.do(close_saver, url)
-            for count in (1, 4):
-                with ranks(count, plan.small, plan.out_dir) as members:
-                    figures[f"read_amplification_{count}_ranks"] = restored(members, bits)
+        with ranks(2, plan.small, plan.out_dir, proxy.environment) as pair:
+            bits = pair.do(prepare)[0]
+            pair.do(open_saver, url, str(plan.memory_dir))
+            pair.do(save, url)
+        for name, count, memory_dir in (
+            ("1_ranks", 1, ""),
+            ("2_ranks", 2, ""),
+            ("4_ranks", 4, ""),
+            ("in_memory", 2, str(plan.memory_dir)),
+        ):
+            with ranks(count, plan.small, plan.out_dir, proxy.environment) as members:
+                before_bytes = proxy.traffic.bytes_down
+                found = members.do(restore, url, bits, memory_dir)
+                sent_bytes = proxy.traffic.bytes_down - before_bytes
+            figures[f"read_amplification_{name}"] = sent_bytes / found[0]["size_bytes"]
     finally:
         proxy.close()
-    return dict(sorted(figures.items()))
+    return figures
 
 
 PARTS: dict[str, Callable[[Plan], tuple[Figures, dict[str, Any]]]] = {
