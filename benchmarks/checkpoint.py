@@ -90,9 +90,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS), help="default: all")
     parser.add_argument("--size", choices=SIZES, default="gpt2", help="of the model (default: %(default)s)")
     parser.add_argument("--tokens", type=int, default=128, help="in a batch of one (default: %(default)s)")
-    parser.add_argument("--rounds", type=int, default=4, help="of pauses, saves and restores (default: %(default)s)")
+    parser.add_argument("--rounds", type=int, default=3, help="of pauses, saves and restores (default: %(default)s)")
     parser.add_argument(
-        "--pairs", type=int, default=20, help="of blocks with and without states (default: %(default)s)"
+        "--pairs", type=int, default=12, help="of blocks with and without states (default: %(default)s)"
     )
     parser.add_argument("--out_dir", help="folder on the disk to measure (default: where temporary files go)")
     parser.add_argument("--memory_dir", default="/dev/shm", help="memory file system (default: %(default)s)")
