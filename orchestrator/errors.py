@@ -17,5 +17,9 @@ class CheckpointError(UserError):
     """A checkpoint or storage that is missing, damaged or holds something else."""
 
 
+class UnreadableError(CheckpointError):
+    """Storage that did not answer, or not to the end: no sign of damage, and it may pass."""
+
+
 class StorageError(Exception):
     """Storage failed where the run cannot go on without it: no mistake of the user's, a restart may help."""

@@ -24,6 +24,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from orchestrator.checkpoint.durable import patiently
 from orchestrator.checkpoint.leftovers import clear_leftovers
 from orchestrator.checkpoint.nodes import Nodes, meet
 from orchestrator.checkpoint.restore import begin
@@ -183,7 +184,7 @@ def join_run(config: TrainConfig, world: World, store: CheckpointStore) -> Nodes
         clear_leftovers(store)
         return store.identify()
 
-    run_id = world.together(lambda: join() if world.is_main else "")
+    run_id = world.together(lambda: patiently(join, store) if world.is_main else "")
     return meet(world, config.memory_dir, world.broadcast_json(run_id))
 
 

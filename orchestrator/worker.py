@@ -13,6 +13,7 @@ import torch.distributed as dist
 from ray.train import Checkpoint, CheckpointUploadMode
 
 from orchestrator.board import Poster
+from orchestrator.checkpoint.durable import patiently_read
 from orchestrator.checkpoint.store import CheckpointStore
 from orchestrator.config import TrainConfig
 from orchestrator.errors import CheckpointError, UserError
@@ -84,7 +85,7 @@ def _check_shared(config: TrainConfig, start_id: str | None) -> None:
         CheckpointError: it does not.
     """
     store = CheckpointStore(config.out_dir, storage_options_of(config))
-    if store.read_json("run.json").get("start_id") != start_id:
+    if patiently_read(lambda: store.read_json("run.json"), store).get("start_id") != start_id:
         raise CheckpointError(
             f"out_dir={config.out_dir} is not the driver's on node {os.uname().nodename}: it must be a folder that all "
             "nodes share (NFS) or a URL (s3://bucket/run)"

@@ -22,12 +22,13 @@ from orchestrator.checkpoint.ownership import owners, split
 from orchestrator.checkpoint.snapshot import Snapshot
 from orchestrator.checkpoint.store import CheckpointStore
 from orchestrator.checkpoint.transfer import make_folder
-from orchestrator.errors import CheckpointError
+from orchestrator.errors import CheckpointError, UnreadableError
 from orchestrator.world import World
 
 logger = logging.getLogger(__name__)
 
 RETRY_FOR_S = 300.0  # from the first failure of a file; the next checkpoint begins anew
+READ_AGAIN_FOR_S = 60.0
 _LONGEST_PAUSE_S = 20.0
 _LASTING = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.EACCES, errno.EPERM, errno.ENAMETOOLONG}
 
@@ -152,7 +153,12 @@ def _prune(store: CheckpointStore, keep: int, attempt: str) -> None:
         logger.warning("old checkpoints were not deleted: %s: %s", type(error).__name__, error)
 
 
-def patiently(call: Callable[[], T], store: CheckpointStore) -> T:
+def patiently(
+    call: Callable[[], T],
+    store: CheckpointStore,
+    may_pass: Callable[[BaseException], bool] | None = None,
+    for_s: float | None = None,
+) -> T:
     """Return call()'s value; while it fails for what may pass, call again, later and later, for RETRY_FOR_S in all.
 
     Pauses are drawn at random, so that the ranks of a run do not all come back at the same moment.
@@ -165,7 +171,7 @@ def patiently(call: Callable[[], T], store: CheckpointStore) -> T:
 
     def is_enough(_attempt: tenacity.RetryCallState) -> bool:
         failed_at_s.append(time.monotonic())  # a large file may take longer than that before it fails first
-        return failed_at_s[-1] - failed_at_s[0] >= RETRY_FOR_S
+        return failed_at_s[-1] - failed_at_s[0] >= (RETRY_FOR_S if for_s is None else for_s)
 
     def before_sleep(attempt: tenacity.RetryCallState) -> None:
         error = attempt.outcome.exception() if attempt.outcome else None
@@ -174,13 +180,22 @@ def patiently(call: Callable[[], T], store: CheckpointStore) -> T:
             store.reconnect()
 
     retry = tenacity.Retrying(
-        retry=tenacity.retry_if_exception(is_transient),
+        retry=tenacity.retry_if_exception(may_pass or is_transient),
         wait=tenacity.wait_random_exponential(multiplier=0.5, max=_LONGEST_PAUSE_S),
         stop=is_enough,
         before_sleep=before_sleep,
         reraise=True,
     )
     return retry(call)
+
+
+def patiently_read(call: Callable[[], T], store: CheckpointStore) -> T:
+    """Return call()'s value; where storage does not answer, ask again for a while: an older state costs more.
+
+    Raises:
+        UnreadableError: it has not answered for READ_AGAIN_FOR_S.
+    """
+    return patiently(call, store, lambda error: isinstance(error, UnreadableError), READ_AGAIN_FOR_S)
 
 
 def is_transient(error: BaseException) -> bool:

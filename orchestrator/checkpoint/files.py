@@ -20,7 +20,7 @@ import xxhash
 from fsspec import AbstractFileSystem
 from torch import Tensor
 
-from orchestrator.errors import CheckpointError
+from orchestrator.errors import CheckpointError, UnreadableError
 
 _DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F64": torch.float64, "I64": torch.int64}
 _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
@@ -149,7 +149,8 @@ def stream_tensors(
     Whether the bytes are right is known at the end only: use nothing before the iterator is exhausted.
 
     Raises:
-        CheckpointError: the file is missing, cut off or damaged; or the storage does not answer.
+        CheckpointError: the file is missing, cut off or damaged.
+        UnreadableError: the storage does not answer.
     """
     try:
         with fs.open(path, "rb") as file:
@@ -164,7 +165,7 @@ def stream_tensors(
     except CheckpointError:
         raise
     except Exception as error:  # every storage library has exceptions of its own
-        raise CheckpointError(f"{path} cannot be read: {type(error).__name__}: {error}") from None
+        raise UnreadableError(f"{path} cannot be read: {type(error).__name__}: {error}") from None
 
 
 def read_tensors(fs: AbstractFileSystem, path: str, record: FileRecord) -> dict[str, Tensor]:

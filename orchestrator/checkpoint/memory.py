@@ -99,7 +99,9 @@ class NodeMemory:
         Raises:
             CheckpointError: it does not fit, by the file system or by the machine's memory.
         """
-        if self._room_bytes() < wanted_bytes:
+        missing_bytes = wanted_bytes - self._room_bytes()
+        others = [path for path in _listed(self.root) if path.is_dir() and path != self.path]
+        if 0 < missing_bytes <= sum(map(_used_bytes, others)):  # else nothing is won
             self._delete_ended_runs()
         if (room_bytes := self._room_bytes()) < wanted_bytes:
             raise CheckpointError(

@@ -11,6 +11,7 @@ import logging
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from fsspec.implementations.local import LocalFileSystem
 from torch import Tensor
 
 from model import GPT, GPTConfig
+from orchestrator.checkpoint.durable import patiently_read
 from orchestrator.checkpoint.files import FileRecord, stream_tensors
 from orchestrator.checkpoint.nodes import Nodes
 from orchestrator.checkpoint.snapshot import Snapshot, describe, undescribe
@@ -91,7 +93,7 @@ def _offered(world: World, store: CheckpointStore, nodes: Nodes) -> Iterator[lis
 
 def _names(store: CheckpointStore, has_others: bool) -> list[str]:
     try:
-        return store.names()
+        return patiently_read(store.names, store)
     except CheckpointError as error:
         if not has_others:
             raise
@@ -101,7 +103,7 @@ def _names(store: CheckpointStore, has_others: bool) -> list[str]:
 
 def _load(store: CheckpointStore, name: str) -> dict[str, Any] | None:
     try:
-        checkpoint = store.load(name)
+        checkpoint = patiently_read(lambda: store.load(name), store)
     except CheckpointError as error:
         store.reject(name, str(error))
         return None
@@ -215,16 +217,19 @@ def _read_mine(
     def count(size_bytes: int) -> None:
         from_storage_bytes[0] += size_bytes
 
+    def read(file: str, place: Place) -> None:
+        fs = store.fs if place.is_storage else LocalFileSystem()
+        counter = count if place.is_storage else lambda _bytes: None
+        for name, tensor in stream_tensors(fs, f"{place.folders[file]}/{file}", records[file], place_of, counter):
+            if tensor is not tensors[name]:
+                tensors[name].copy_(tensor)
+
     errors = {}
     for file, (place, rank) in plan.items():
         if rank != world.rank:
             continue
-        fs, path = (store.fs if place.is_storage else LocalFileSystem()), f"{place.folders[file]}/{file}"
-        counter = count if place.is_storage else lambda _bytes: None
         try:
-            for name, tensor in stream_tensors(fs, path, records[file], place_of, counter):
-                if tensor is not tensors[name]:
-                    tensors[name].copy_(tensor)
+            patiently_read(partial(read, file, place), store)
         except CheckpointError as error:
             errors[file] = str(error)
     return {file: why for found in world.gather_json(errors) for file, why in found.items()}

@@ -27,7 +27,7 @@ from orchestrator.checkpoint.files import FileRecord, read_tensors
 from orchestrator.checkpoint.snapshot import Snapshot, undescribe
 from orchestrator.checkpoint.transfer import delivered, locate
 from orchestrator.config import nearest
-from orchestrator.errors import CheckpointError
+from orchestrator.errors import CheckpointError, UnreadableError
 
 logger = logging.getLogger(__name__)
 
@@ -104,7 +104,7 @@ class CheckpointStore:
         except Exception as error:  # every storage has exceptions of its own
             is_late = isinstance(error, FSTimeoutError)
             reason = f"no answer in {_FIRST_ANSWER_S:g} s" if is_late else f"{type(error).__name__}: {error}"
-            raise CheckpointError(
+            raise UnreadableError(
                 f"out_dir={self.out_dir} cannot be read: {reason}; check the address, the network and the credentials"
             ) from None
         found = [name for entry in entries if _NAME.fullmatch(name := entry.rstrip("/").rsplit("/", 1)[-1])]
@@ -114,16 +114,20 @@ class CheckpointStore:
         """Return a checkpoint, or None where it was never committed.
 
         Raises:
-            CheckpointError: its state.json is damaged or of a newer format.
+            CheckpointError: its state.json is damaged or of another format.
+            UnreadableError: the storage does not answer.
         """
-        path = self.path(name, "state.json")
+        text = self._read(f"{name}/state.json")
+        return None if text is None else Checkpoint(name, parse_state(text, self.path(name, "state.json")))
+
+    def _read(self, name: str) -> bytes | None:
+        path = self.path(name)
         try:
-            text = self.fs.cat_file(path)
-        except FileNotFoundError:
+            return bytes(self.fs.cat_file(path))
+        except (FileNotFoundError, NotADirectoryError):
             return None
-        except OSError as error:
-            raise CheckpointError(f"{path} cannot be read: {type(error).__name__}: {error}") from None
-        return Checkpoint(name, parse_state(text, path))
+        except Exception as error:  # every storage has exceptions of its own
+            raise UnreadableError(f"{path} cannot be read: {type(error).__name__}: {error}") from None
 
     def newest_first(self) -> Iterator[Checkpoint]:
         """Yield the committed checkpoints; one with a damaged state.json is passed over with a warning."""
@@ -253,10 +257,14 @@ class CheckpointStore:
             file.write_text(text)
 
     def read_json(self, name: str) -> dict[str, Any]:
-        """Return a JSON file's content, {} where it is missing or damaged."""
+        """Return a JSON file's content, {} where it is missing or damaged.
+
+        Raises:
+            UnreadableError: the storage does not answer, which is not the same.
+        """
         try:
-            value = json.loads(self.fs.cat_file(self.path(name)))
-        except (OSError, ValueError):
+            value = json.loads(self._read(name) or b"{}")
+        except ValueError:
             return {}
         return value if isinstance(value, dict) else {}
 

@@ -559,7 +559,6 @@ def test_a_restore_outlasts_what_its_client_does(
     check_whole(config, calm(config))
 
 
-@pytest.mark.xfail(strict=True, reason="a restore takes what its client does not outlast for damage")
 @pytest.mark.parametrize(
     ("file", "kind"), [("model-", "500"), ("model-", "reset"), ("state.json", "503"), ("state.json", "reset")]
 )
@@ -577,8 +576,14 @@ def test_a_restore_tries_again_before_it_takes_an_older_state(
 
 @pytest.mark.parametrize("kind", ["500", "reset", "hang"])
 def test_a_file_that_cannot_be_read_is_named_and_an_older_state_used(
-    kind: str, on_s3: TrainConfig, proxy: FaultyProxy, calm: Calm, caplog: pytest.LogCaptureFixture
+    kind: str,
+    on_s3: TrainConfig,
+    proxy: FaultyProxy,
+    calm: Calm,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr(durable, "READ_AGAIN_FOR_S", 0.2)
     Run(on_s3, stop_after=19).train()
     before = [checkpoint.iter_num for checkpoint in store_of(on_s3).newest_first()]
     fault = fault_of(kind, proxy, gets("checkpoint_00000020_a/model-"), times=10**6)
