@@ -8,16 +8,22 @@ at a time straight into its place.
 from __future__ import annotations
 
 import contextlib
+import errno
+import fcntl
 import json
+import mmap
 import os
 import struct
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
+from io import FileIO
 from typing import Any
 
+import numpy as np
 import torch
 import xxhash
 from fsspec import AbstractFileSystem
+from fsspec.implementations.local import LocalFileSystem
 from torch import Tensor
 
 from orchestrator.errors import CheckpointError, UnreadableError
@@ -25,6 +31,8 @@ from orchestrator.errors import CheckpointError, UnreadableError
 _DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F64": torch.float64, "I64": torch.int64}
 _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 _PIECE_BYTES = 16 * 2**20
+_BLOCK_BYTES = 4096  # what disks take without the page cache: whole ones, from memory that begins at a multiple
+_O_DIRECT = getattr(os, "O_DIRECT", 0)  # macOS has none
 
 
 @dataclass(frozen=True)
@@ -99,14 +107,16 @@ def write_file(
     """
     digest = xxhash.xxh3_128()
     size_bytes = 0
-    file = fs.open(path, "wb")
+    file = _LocalFile(path) if type(fs) is LocalFileSystem else fs.open(path, "wb")
     try:
         for piece in pieces:
             file.write(piece)
             digest.update(piece)
             size_bytes += len(piece)
             written(len(piece))
-        _to_disk(file)
+        file.flush()
+        if isinstance(fs, LocalFileSystem):
+            os.fsync(file.fileno())  # what is announced must survive a power cut; and some disks are full only here
         file.close()
     except BaseException:
         _give_up(file)
@@ -118,11 +128,73 @@ def write_file(
     return FileRecord(size_bytes, digest.hexdigest())
 
 
-def _to_disk(file: Any) -> None:
-    """On a local disk, wait until the bytes have reached it: what is announced must survive a power cut."""
-    file.flush()
-    with contextlib.suppress(AttributeError, OSError):
-        os.fsync(file.fileno())
+class _LocalFile:
+    """A new local file whose bytes go to the disk at once, past the page cache, where the file system can do that.
+
+    That saves a copy of everything, and the wait at the end until the cache has been written.
+    """
+
+    def __init__(self, path: str) -> None:
+        self._file = FileIO(path, "w")
+        self._is_direct = _pass_cache(self._file, True)
+        self._buffer = memoryview(mmap.mmap(-1, _PIECE_BYTES))  # aligned; nothing of it is used before it is filled
+        self._held = 0  # bytes in the buffer
+
+    def write(self, piece: bytes | memoryview) -> None:
+        left = memoryview(piece)
+        while left and self._is_direct:
+            if not self._held and (whole_bytes := _whole_blocks(left)):
+                self._send(left[:whole_bytes])
+                left = left[whole_bytes:]
+                continue
+            count = min(len(left), _PIECE_BYTES - self._held)
+            self._buffer[self._held : self._held + count] = left[:count]
+            self._held += count
+            left = left[count:]
+            if self._held == _PIECE_BYTES:
+                self._empty()
+        self._send(left)
+
+    def flush(self) -> None:
+        """Write what is held back. The last bytes are no whole block: they go through the page cache."""
+        self._is_direct = _pass_cache(self._file, False)
+        self._empty()
+
+    def fileno(self) -> int:
+        return self._file.fileno()
+
+    def close(self) -> None:
+        self._file.close()
+
+    def _empty(self) -> None:
+        held, self._held = self._held, 0
+        self._send(self._buffer[:held])
+
+    def _send(self, content: memoryview) -> None:
+        while content:
+            try:
+                content = content[self._file.write(content) :]
+            except OSError as error:
+                if not self._is_direct or error.errno != errno.EINVAL:
+                    raise  # a full disk, for one
+                # Some refuse only now; and where a write has ended within a block, the next cannot begin there.
+                self._is_direct = _pass_cache(self._file, False)
+
+
+def _pass_cache(file: FileIO, is_wanted: bool) -> bool:
+    """Let what is written go past the page cache, or through it; return whether it goes past it."""
+    flags = fcntl.fcntl(file, fcntl.F_GETFL) & ~_O_DIRECT
+    try:
+        fcntl.fcntl(file, fcntl.F_SETFL, flags | _O_DIRECT if is_wanted else flags)
+    except OSError:  # a file system that cannot do that, such as tmpfs
+        return False
+    return is_wanted and _O_DIRECT != 0
+
+
+def _whole_blocks(content: memoryview) -> int:
+    """Return how many bytes can go to a disk as they lie in memory."""
+    is_aligned = np.frombuffer(content, np.uint8).ctypes.data % _BLOCK_BYTES == 0
+    return len(content) // _BLOCK_BYTES * _BLOCK_BYTES if is_aligned else 0
 
 
 def _give_up(file: Any) -> None:

@@ -3,18 +3,27 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import json
 import logging
-from collections.abc import Callable
-from dataclasses import asdict, replace
+import mmap
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field, replace
+from io import FileIO
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+import xxhash
+from fsspec.implementations.local import LocalFileSystem
 from safetensors.torch import load_file
 
 from model import GPT, GPTConfig
 from model.pretrained import GPT2_SIZES
+from orchestrator.checkpoint import files
+from orchestrator.checkpoint.files import FileRecord, write_file
 from orchestrator.checkpoint.nodes import Nodes
 from orchestrator.checkpoint.ownership import owners
 from orchestrator.checkpoint.restore import begin
@@ -184,10 +193,10 @@ def test_pruning_keeps_what_could_not_be_read(store: CheckpointStore, monkeypatc
 def test_a_failing_storage_leaves_the_older_checkpoint(store: CheckpointStore, monkeypatch: pytest.MonkeyPatch) -> None:
     saved(store, 4)
 
-    def refuse(*_args: object, **_options: object) -> None:
+    def refuse(*_args: object) -> None:
         raise OSError(errno.ENOSPC, "no space left on device")
 
-    monkeypatch.setattr(store.fs, "open", refuse)
+    monkeypatch.setattr(files, "FileIO", refuse)
     with pytest.raises(StorageError, match=r"the last state could not be saved: rank 0: OSError.*no space left"):
         save(store, trained(8))
     monkeypatch.undo()
@@ -203,3 +212,163 @@ def test_ranks_own_equal_shares(size: str, world_sizes: tuple[int, ...]) -> None
         owner = owners(state, world_size)
         load = [sum(state[name].nbytes for name in state if owner[name] == rank) for rank in range(world_size)]
         assert max(load) <= 1.1 * min(load)
+
+
+# a local file
+
+BLOCK = 4096
+ROOM = 4 * BLOCK  # of the buffer, in these tests
+
+
+@dataclass
+class Writes:
+    """What a file has been asked to write: its length, and whether that went past the page cache.
+
+    answer: says what becomes of the n-th write: "short", an error number, or "" for nothing special.
+    """
+
+    answer: Callable[[int, bool], str | int] = lambda _n, _is_direct: ""
+    seen: list[tuple[int, bool]] = field(default_factory=list)
+    is_closed: bool = False
+
+
+@pytest.fixture
+def writes(monkeypatch: pytest.MonkeyPatch) -> Writes:
+    """Watch the local files that are written, and make the buffer small."""
+    writes = Writes()
+
+    class Watched(FileIO):
+        def write(self, content: Any) -> int:
+            is_direct = bool(fcntl.fcntl(self, fcntl.F_GETFL) & files._O_DIRECT)
+            writes.seen.append((len(content), is_direct))
+            answer = writes.answer(len(writes.seen), is_direct)
+            if isinstance(answer, int):
+                raise OSError(answer, os.strerror(answer))
+            if answer == "short":
+                content = bytes(content[:-100])  # what a disk would not take, if it was to go there directly
+                fcntl.fcntl(self, fcntl.F_SETFL, 0)
+                count = super().write(content)
+                fcntl.fcntl(self, fcntl.F_SETFL, files._O_DIRECT)
+                return count
+            return super().write(content)
+
+        def close(self) -> None:
+            super().close()
+            writes.is_closed = True
+
+    monkeypatch.setattr(files, "FileIO", Watched)
+    monkeypatch.setattr(files, "_PIECE_BYTES", ROOM)
+    return writes
+
+
+def written(path: Path, content: bytes, *lengths: int) -> FileRecord:
+    """Write a file in pieces of these lengths and one of the rest."""
+
+    def pieces() -> Iterator[memoryview]:
+        start = 0
+        for length in (*lengths, len(content)):
+            yield memoryview(content)[start : start + length]
+            start += length
+
+    told: list[int] = []
+    record = write_file(LocalFileSystem(), str(path), pieces(), told.append)
+    assert sum(told) == len(content)
+    assert path.read_bytes() == content
+    assert record == FileRecord(len(content), xxhash.xxh3_128(content).hexdigest())
+    return record
+
+
+def takes_direct_writes(folder: Path) -> bool:
+    with FileIO(str(folder / "probe"), "w") as file:
+        return files._pass_cache(file, True)
+
+
+@pytest.mark.parametrize("size", [0, 1, BLOCK - 1, BLOCK, BLOCK + 1, ROOM - 1, ROOM, ROOM + 1, 9 * ROOM + 777])
+@pytest.mark.parametrize("lengths", [(), (200,), (200, ROOM, 1), (0, BLOCK, 3 * ROOM)])
+def test_whole_blocks_pass_the_page_cache_whatever_the_sizes(
+    tmp_path: Path, writes: Writes, size: int, lengths: tuple[int, ...]
+) -> None:
+    if not takes_direct_writes(tmp_path):
+        pytest.skip(f"the file system of {tmp_path} knows no direct writes")
+    written(tmp_path / "file", os.urandom(size), *lengths)
+    direct = [count for count, is_direct in writes.seen if is_direct]
+    through_cache = [count for count, is_direct in writes.seen if not is_direct]
+    assert all(count % BLOCK == 0 for count in direct)
+    assert len(through_cache) <= 1
+    assert sum(through_cache) < ROOM
+    assert bool(direct) or size < ROOM + 200
+    assert writes.is_closed
+
+
+def test_aligned_memory_is_written_as_it_lies(tmp_path: Path, writes: Writes) -> None:
+    if not takes_direct_writes(tmp_path):
+        pytest.skip(f"the file system of {tmp_path} knows no direct writes")
+    memory = memoryview(mmap.mmap(-1, 9 * ROOM))
+    write_file(LocalFileSystem(), str(tmp_path / "file"), [memory[: 5 * ROOM], memory[5 * ROOM : 7 * ROOM + 5]])
+    assert writes.seen == [(5 * ROOM, True), (2 * ROOM, True), (5, False)]
+
+
+REFUSALS: dict[str, Callable[[int, bool], str | int]] = {
+    "at the first write": lambda _n, is_direct: errno.EINVAL if is_direct else "",
+    "in the middle": lambda n, is_direct: errno.EINVAL if is_direct and n > 2 else "",
+    "a write is cut short": lambda n, is_direct: "short" if is_direct and n == 2 else "",
+}
+
+
+@pytest.mark.parametrize("when", REFUSALS)
+def test_a_disk_that_refuses_direct_writes_is_written_through_the_cache(
+    tmp_path: Path, writes: Writes, when: str
+) -> None:
+    writes.answer = REFUSALS[when]
+    written(tmp_path / "file", os.urandom(9 * ROOM + 777), 200, 5 * ROOM)
+    assert not writes.seen[-1][1]
+
+
+@pytest.mark.parametrize("why", ["file system", "no such flag"])
+def test_where_there_are_no_direct_writes_the_cache_is_used(
+    tmp_path: Path, writes: Writes, why: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fcntl_, asked = fcntl.fcntl, []
+
+    def refuse(file: Any, command: int, value: int = 0) -> int:
+        if command == fcntl.F_SETFL and value & os.O_DIRECT:
+            asked.append(value)
+            raise OSError(errno.EINVAL, "Invalid argument")
+        return fcntl_(file, command, value)
+
+    if why == "file system":
+        monkeypatch.setattr(fcntl, "fcntl", refuse)
+    else:
+        monkeypatch.setattr(files, "_O_DIRECT", 0)
+    written(tmp_path / "file", os.urandom(3 * ROOM + 7), 200, ROOM)
+    assert writes.seen == [(200, False), (ROOM, False), (2 * ROOM + 7 - 200, False)]
+    assert bool(asked) == (why == "file system")
+
+
+def test_a_memory_file_system_takes_files_too(memory_dir: str, writes: Writes) -> None:
+    written(Path(memory_dir, "file"), os.urandom(3 * ROOM + 7), 200)
+    Path(memory_dir, "file").unlink()
+    assert writes.seen
+
+
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EIO])
+def test_an_error_in_the_middle_of_a_file_is_told_and_the_file_closed(
+    tmp_path: Path, writes: Writes, code: int
+) -> None:
+    writes.answer = lambda n, _is_direct: code if n == 3 else ""
+    with pytest.raises(OSError, match=os.strerror(code)) as caught:
+        written(tmp_path / "file", os.urandom(9 * ROOM), 200)
+    assert caught.value.errno == code
+    assert len(writes.seen) == 3
+    assert writes.is_closed
+
+
+def test_a_disk_that_is_full_only_in_the_end_is_told_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """File servers may take everything into their cache, and say at fsync that there is no room."""
+
+    def refuse(_descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, "no space left on device")
+
+    monkeypatch.setattr(os, "fsync", refuse)
+    with pytest.raises(OSError, match="no space left"):
+        written(tmp_path / "file", b"content")
