@@ -2,7 +2,8 @@
 
 A state may lie in the memory of several nodes and in storage. Every file is read by one rank, from the nearest place
 that has it, straight into the live tensors, and sent from there to the other ranks: storage is read once at most,
-whatever the world size, and not at all where a node's memory has the state. Nothing is used before it is verified.
+whatever the world size, and not at all where a node's memory has the state. On CPUs, where memory is faster than any
+network, every rank reads by itself what lies in its node's memory. Nothing is used before it is verified.
 """
 
 from __future__ import annotations
@@ -31,6 +32,11 @@ from orchestrator.errors import CheckpointError
 from orchestrator.world import World
 
 logger = logging.getLogger(__name__)
+
+_LARGE_BYTES = 2**20
+
+# file -> which ranks read it, and where; where it is one alone, that one sends it to the others
+Plan = dict[str, dict[int, "Place"]]
 
 
 @dataclass(frozen=True)
@@ -137,27 +143,29 @@ def _fill_from(state: TrainState, places: list[Place], world: World, store: Chec
     checkpoint = places[0].checkpoint
     places = [place for place in places if place.checkpoint.files == checkpoint.files]  # the same bits
     tensors = _live_tensors(state, set(checkpoint.state["tensors"]))
-    reader: dict[str, int] = {}
+    sender: dict[str, int] = {}  # of every file that is not read by all
     refused: dict[str, dict[str, str]] = {}  # file -> place -> what is wrong with it there
     from_storage_bytes = [0]
     left = checkpoint.files
     while left:
-        plan = _assign(left, places, refused)
+        plan = _assign(left, places, refused, world)
         if lost := sorted(left.keys() - plan.keys()):
             if world.is_main:
                 _fall_back(places, "; ".join(f"{file} in {_listed(refused[file])}" for file in lost), store)
             return None
         errors = _read_mine(plan, left, tensors, world, store, from_storage_bytes)
-        for file, (place, rank) in plan.items():
+        for file, readers in plan.items():
             if file in errors:
-                refused.setdefault(file, {})[place.label] = errors[file]
+                refused.setdefault(file, {}).update(errors[file])
                 continue
-            reader[file] = rank
+            rank, place = next(iter(readers.items()))
+            if len(readers) < world.size:
+                sender[file] = rank
             if world.is_main and file in refused:
                 told = checkpoint.name, file, place.label, _listed(refused[file])
                 logger.warning("%s: %s was read from %s; passed over: %s", *told)
         left = {file: left[file] for file in plan if file in errors}
-    source = {name: reader[entry["file"]] for name, entry in checkpoint.state["tensors"].items()}
+    source = {name: sender[file] for name in tensors if (file := checkpoint.state["tensors"][name]["file"]) in sender}
     _spread(state, tensors, source, world)
     _adopt(state, checkpoint.snapshot({}), world)
     total_bytes = int(world.sum(torch.tensor(from_storage_bytes)).item())
@@ -179,34 +187,36 @@ def _listed(refused: dict[str, str]) -> str:
 
 
 def _assign(
-    files: dict[str, FileRecord], places: list[Place], refused: dict[str, dict[str, str]]
-) -> dict[str, tuple[Place, int]]:
-    """Return from where and by which rank each file is read: node memory first, then who has the least to read."""
+    files: dict[str, FileRecord], places: list[Place], refused: dict[str, dict[str, str]], world: World
+) -> Plan:
+    """Return from where and by which ranks each file is read.
+
+    By all where all have it in memory and a CPU; else by one: from node memory first, then who has the least to read.
+    """
     load: dict[int, int] = {}
-    plan = {}
+    plan: Plan = {}
     for file in sorted(files, key=lambda file: (-files[file].size_bytes, file)):
-        options = [
-            (place.is_storage, load.get(rank, 0), rank, index)
-            for index, place in enumerate(places)
-            if place.label not in refused.get(file, {})
-            for rank in place.ranks
-        ]
-        if options:
-            _, _, rank, index = min(options)
+        options = [place for place in places if place.label not in refused.get(file, {})]
+        at_hand = {rank: place for place in options if not place.is_storage for rank in place.ranks}
+        if len(at_hand) == world.size and world.device.type == "cpu":
+            plan[file] = at_hand
+        elif options:
+            ranked = [(place.is_storage, load.get(rank, 0), rank, place) for place in options for rank in place.ranks]
+            _, _, rank, place = min(ranked, key=lambda option: option[:3])
             load[rank] = load.get(rank, 0) + files[file].size_bytes
-            plan[file] = places[index], rank
+            plan[file] = {rank: place}
     return plan
 
 
 def _read_mine(
-    plan: dict[str, tuple[Place, int]],
+    plan: Plan,
     records: dict[str, FileRecord],
     tensors: dict[str, Tensor],
     world: World,
     store: CheckpointStore,
     from_storage_bytes: list[int],
-) -> dict[str, str]:
-    """Read this rank's files into the live tensors; return what went wrong on any rank: file -> why."""
+) -> dict[str, dict[str, str]]:
+    """Read this rank's files into the live tensors; return what went wrong on any rank: file -> place -> why."""
 
     def place_of(name: str, dtype: torch.dtype, shape: list[int]) -> Tensor:
         live = tensors.get(name)
@@ -224,15 +234,18 @@ def _read_mine(
             if tensor is not tensors[name]:
                 tensors[name].copy_(tensor)
 
-    errors = {}
-    for file, (place, rank) in plan.items():
-        if rank != world.rank:
-            continue
-        try:
-            patiently_read(partial(read, file, place), store)
-        except CheckpointError as error:
-            errors[file] = str(error)
-    return {file: why for found in world.gather_json(errors) for file, why in found.items()}
+    mine = {}
+    for file, readers in plan.items():
+        if place := readers.get(world.rank):
+            try:
+                patiently_read(partial(read, file, place), store)
+            except CheckpointError as error:
+                mine[file] = [place.label, str(error)]
+    errors: dict[str, dict[str, str]] = {}
+    for found in world.gather_json(mine):
+        for file, (label, why) in found.items():
+            errors.setdefault(file, {}).setdefault(label, why)
+    return errors
 
 
 def _live_tensors(state: TrainState, wanted: set[str]) -> dict[str, Tensor]:
@@ -251,9 +264,16 @@ def _live_tensors(state: TrainState, wanted: set[str]) -> dict[str, Tensor]:
 
 
 def _spread(state: TrainState, tensors: dict[str, Tensor], source: dict[str, int], world: World) -> None:
-    """Send every tensor from the rank that has it (source: tensor -> rank) to all others."""
+    """Send tensors from the rank that has them (source: tensor -> rank) to all others."""
+    for name in source:
+        if source[name] != world.rank:
+            tensors[name].zero_()  # receiving into memory that nobody has touched takes three times as long as this
     for rank in range(world.size):
-        world.broadcast([tensors[name] for name in sorted(tensors) if source[name] == rank], rank)
+        sent = [tensors[name] for name in sorted(source) if source[name] == rank]
+        for tensor in sent:
+            if tensor.nbytes >= _LARGE_BYTES:  # alone: to put large ones together takes longer than to send them
+                world.broadcast([tensor], rank)
+        world.broadcast([tensor for tensor in sent if tensor.nbytes < _LARGE_BYTES], rank)
     if "step" in tensors:
         for slots in state.optimizer.state.values():
             slots["step"].copy_(tensors["step"])
@@ -273,11 +293,12 @@ def _import(config: TrainConfig, world: World) -> TrainState:
     snapshot = world.together(lambda: read_start(config) if world.is_main else None)
     mine = {**snapshot.model, **snapshot.optimizer} if snapshot else {}
     description, names = world.broadcast_json([describe(snapshot), sorted(mine)] if snapshot else None)
+    del snapshot  # so that every tensor goes as soon as it is copied
     saved = undescribe(description, {}, {})
     state = _build(config, {**saved.model_args, "dropout": config.dropout}, world)
     tensors = _live_tensors(state, set(names))
-    for name in mine:
-        tensors[name].copy_(mine[name])
+    for name in names if world.is_main else ():
+        tensors[name].copy_(mine.pop(name))
     _spread(state, tensors, dict.fromkeys(names, 0), world)
     _adopt(state, saved, world)
     return state

@@ -83,14 +83,14 @@ def forecast(state: TrainState) -> Snapshot:
 
 
 def make_slots(optimizer: torch.optim.Optimizer) -> None:
-    """Give every parameter its AdamW slots, as the first step would, so that a snapshot can be filled in."""
+    """Give every parameter its AdamW slots, as the first step would; what is in them has to be filled in."""
     for group in optimizer.param_groups:
         on_device = group.get("fused") or group.get("capturable")
         for parameter in group["params"]:
             slots = optimizer.state[parameter]
             slots["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device if on_device else "cpu")
             for moment in _MOMENTS:
-                slots[moment] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
+                slots[moment] = torch.empty_like(parameter, memory_format=torch.preserve_format)
 
 
 def adopt_groups(optimizer: torch.optim.Optimizer, groups: tuple[ParamGroup, ...]) -> list[str]:

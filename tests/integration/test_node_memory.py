@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -15,7 +16,8 @@ import pytest
 from fsspec.implementations.local import LocalFileSystem
 
 from orchestrator import loop
-from orchestrator.checkpoint.files import read_tensors
+from orchestrator.checkpoint import restore
+from orchestrator.checkpoint.files import FileRecord, read_tensors
 from orchestrator.checkpoint.memory import run_path, share_path, states_in
 from orchestrator.checkpoint.snapshot import Snapshot, tensors_equal
 from orchestrator.checkpoint.store import Checkpoint, CheckpointStore, newest_name_first, parse_state, state_text
@@ -33,8 +35,6 @@ from tests.tmpfs import small_tmpfs
 
 Record = dict[str, Any]
 GIVEN_UP = "a later attempt of this run writes here now, this one was given up"
-
-pytestmark = pytest.mark.slow
 
 
 @dataclass(frozen=True)
@@ -190,6 +190,7 @@ def test_after_the_death_of_all_processes_memory_has_it(
 
 
 @pytest.mark.parametrize("node", ["0", "1"])
+@pytest.mark.slow
 def test_the_memory_of_one_node_is_lost(
     left: Callable[[str, str], Scene], tiny: TrainConfig, undisturbed: Undisturbed, node: str
 ) -> None:
@@ -203,6 +204,7 @@ def test_the_memory_of_one_node_is_lost(
     assert tensors_equal(final_state(scene.config.out_dir), undisturbed(tiny, 3))
 
 
+@pytest.mark.slow
 def test_a_node_whose_last_share_was_not_finished_is_left_out(
     left: Callable[[str, str], Scene], tiny: TrainConfig, undisturbed: Undisturbed
 ) -> None:
@@ -218,6 +220,7 @@ def test_a_node_whose_last_share_was_not_finished_is_left_out(
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 4])
+@pytest.mark.slow
 def test_without_any_memory_storage_is_read_once(left: Callable[[str, str], Scene], world_size: int) -> None:
     scene = left("001", "same")
     scene.lose("0", "1")
@@ -265,13 +268,14 @@ def damage(scene: Scene, node: str, how: Callable[[Path, str], None]) -> tuple[s
 
 
 @pytest.mark.parametrize("how", [flip_a_bit, truncate, remove, damage_description])
+@pytest.mark.slow
 def test_damage_in_the_memory_of_one_node(
     left: Callable[[str, str], Scene],
     tiny: TrainConfig,
     undisturbed: Undisturbed,
     how: Callable[[Path, str], None],
 ) -> None:
-    """The largest file is read first, by the first rank: from its own node, which is the one that is damaged."""
+    """The two ranks of that node find it, and all take the file from the other node."""
     scene = left("001", "ahead")
     name = scene.newest("0")
     file, path = damage(scene, "0", how)
@@ -289,7 +293,63 @@ def test_damage_in_the_memory_of_one_node(
         assert WHY[how] in again.said
 
 
+def tell_what_is_read_and_sent(rank: int) -> None:
+    """Let a process say which files it reads at the beginning, and what it sends or receives."""
+    read, send = restore.stream_tensors, World.broadcast
+
+    def reading(fs: Any, path: str, *rest: Any) -> Any:
+        print(f"rank {rank} reads {path}", flush=True)
+        return read(fs, path, *rest)
+
+    def sending(world: World, tensors: list[Any], source: int) -> None:
+        if tensors:
+            print(f"rank {rank} hears of rank {source}: {sum(tensor.nbytes for tensor in tensors)} bytes", flush=True)
+        send(world, tensors, source)
+
+    restore.stream_tensors, World.broadcast = reading, sending  # type: ignore[assignment,method-assign]
+
+
+@pytest.mark.parametrize("what", ["both nodes have it", "one node has it", "one file is damaged on one node"])
+def test_who_has_the_state_in_memory_reads_it_and_only_the_rest_is_sent(
+    left: Callable[[str, str], Scene], tiny: TrainConfig, undisturbed: Undisturbed, what: str
+) -> None:
+    scene = left("001", "ahead")
+    name = scene.newest("0")
+    size_bytes = {file: record.size_bytes for path in scene.shares("0", name) for file, record in records(path).items()}
+    file = ""
+    if what == "one node has it":
+        scene.lose("1")
+    elif what == "one file is damaged on one node":
+        file, _ = damage(scene, "0", flip_a_bit)
+    again = scene.train("001", "again", prepare=tell_what_is_read_and_sent)
+    assert again.is_done, again.said
+    read = [(int(rank), file) for rank, file in re.findall(r"rank (\d) reads .*/(\S+)", again.said)]
+    heard_bytes = dict.fromkeys(range(3), 0)
+    for rank, count in re.findall(r"rank (\d) hears of rank \d: (\d+) bytes", again.said):
+        heard_bytes[int(rank)] += int(count)
+    everything = sorted((rank, each) for rank in range(3) for each in size_bytes)
+    match what:
+        case "both nodes have it":
+            assert sorted(read) == everything, "each rank in its own node's memory"
+            assert set(heard_bytes.values()) == {0}
+        case "one node has it":
+            assert sorted(each for _, each in read) == sorted(size_bytes), "once, by one of two ranks"
+            assert {rank for rank, _ in read} == {0, 1}
+            assert min(heard_bytes.values()) > 0.9 * sum(size_bytes.values()), "all but the headers"
+        case _:
+            assert sorted(read) == sorted([*everything, (2, file)]), "the good copy again, to be sent"
+            assert 0.9 * size_bytes[file] < min(heard_bytes.values()) <= max(heard_bytes.values()) < size_bytes[file]
+    begin = scene.begin_record()
+    assert (begin["from"], begin["from_storage_bytes"]) == (name, 0)
+    assert tensors_equal(final_state(scene.config.out_dir), undisturbed(tiny, 3))
+
+
+def records(share: Path) -> dict[str, FileRecord]:
+    return Checkpoint("", parse_state((share / "state.json").read_bytes(), str(share))).files
+
+
 @pytest.mark.parametrize("how", [flip_a_bit, remove, damage_description])
+@pytest.mark.slow
 def test_damage_everywhere_in_memory_and_storage_has_the_same_state(
     left: Callable[[str, str], Scene],
     tiny: TrainConfig,
@@ -314,6 +374,7 @@ def test_damage_everywhere_in_memory_and_storage_has_the_same_state(
 
 
 @pytest.mark.parametrize("how", [truncate, damage_description])
+@pytest.mark.slow
 def test_damage_everywhere_falls_back_to_the_state_before(
     left: Callable[[str, str], Scene],
     tiny: TrainConfig,
@@ -333,6 +394,7 @@ def test_damage_everywhere_falls_back_to_the_state_before(
         assert str(path) in again.said
 
 
+@pytest.mark.slow
 def test_a_first_state_that_is_damaged_is_as_good_as_none(left: Callable[[str, str], Scene]) -> None:
     """Nothing of the run is in storage: it begins again, and needs nobody for that."""
     scene = left("001", "same")
@@ -350,6 +412,7 @@ def test_a_first_state_that_is_damaged_is_as_good_as_none(left: Callable[[str, s
 @pytest.mark.parametrize(
     ("before", "after"), [("001", "01"), ("001", "1"), ("001", "210"), ("01", "001"), ("0", "012")]
 )
+@pytest.mark.slow
 def test_the_ranks_and_their_nodes_change(left: Callable[[str, str], Scene], before: str, after: str) -> None:
     scene = left(before, "ahead")
     expected = scene.state("0")
@@ -364,6 +427,7 @@ def test_the_ranks_and_their_nodes_change(left: Callable[[str, str], Scene], bef
     assert scene.is_clean(after)
 
 
+@pytest.mark.slow
 def test_the_loss_goes_on_where_it_was_with_fewer_ranks(
     left: Callable[[str, str], Scene], tiny: TrainConfig, undisturbed: Undisturbed
 ) -> None:
@@ -382,6 +446,7 @@ def saved_at(scene: Scene) -> list[int]:
     return [record["iter"] for record in scene._records("checkpoint")]
 
 
+@pytest.mark.slow
 def test_a_full_memory_on_one_node(tiny: TrainConfig, folder: Path, tmp_path: Path, undisturbed: Undisturbed) -> None:
     scene = new(tiny, folder)
     with small_tmpfs(tmp_path / "small", "512k") as small:
@@ -397,6 +462,7 @@ def test_a_full_memory_on_one_node(tiny: TrainConfig, folder: Path, tmp_path: Pa
 
 
 @pytest.mark.parametrize("where", ["nowhere", "missing on one node"])
+@pytest.mark.slow
 def test_without_node_memory(tiny: TrainConfig, folder: Path, undisturbed: Undisturbed, where: str) -> None:
     scene = new(tiny, folder)
     missing = str(folder / "missing")
@@ -415,6 +481,7 @@ def stop_after_nine(_rank: int) -> None:
     loop.train = partial(loop.train, should_stop=lambda: next(calls) >= 9)
 
 
+@pytest.mark.slow
 def test_a_stopped_run_leaves_nothing_in_memory(tiny: TrainConfig, folder: Path, undisturbed: Undisturbed) -> None:
     scene = new(tiny, folder, snapshot_interval=1)
     stopped = scene.train("001", "stopped", prepare=stop_after_nine)
@@ -427,6 +494,7 @@ def test_a_stopped_run_leaves_nothing_in_memory(tiny: TrainConfig, folder: Path,
     assert tensors_equal(final_state(scene.config.out_dir), undisturbed(tiny, 3))
 
 
+@pytest.mark.slow
 def test_a_run_begun_anew_does_not_find_the_states_of_the_old_one(left: Callable[[str, str], Scene]) -> None:
     scene = left("001", "ahead")
     shutil.rmtree(scene.config.out_dir)
@@ -437,6 +505,7 @@ def test_a_run_begun_anew_does_not_find_the_states_of_the_old_one(left: Callable
     assert short.computed(short.begin_record()["attempt"]) == [0, 1]
 
 
+@pytest.mark.slow
 def test_a_state_of_another_model_is_refused(left: Callable[[str, str], Scene]) -> None:
     """Before the first checkpoint in storage, memory alone knows what the run was."""
     scene = left("001", "ahead")
@@ -448,6 +517,7 @@ def test_a_state_of_another_model_is_refused(left: Callable[[str, str], Scene]) 
     assert scene.newest("1") == scene.newest("0"), "it is still there for the right settings"
 
 
+@pytest.mark.slow
 def test_two_runs_on_one_node_do_not_disturb_each_other(tiny: TrainConfig, folder: Path) -> None:
     """One loses power while the other runs and ends; then it goes on from memory. Both are the same run by settings."""
     first, second = new(tiny, folder, snapshot_interval=1), new(tiny, folder / "second", snapshot_interval=1)
@@ -476,6 +546,7 @@ def set_clock(path: Path, time_s: float) -> None:
 
 
 @pytest.mark.parametrize("node", ["0", "1"])
+@pytest.mark.slow
 def test_clocks_do_not_decide(left: Callable[[str, str], Scene], node: str) -> None:
     """One node's clock is years behind, the other's and storage's are years ahead."""
     scene = left("001", "ahead")
@@ -504,6 +575,7 @@ def contents(scene: Scene, attempt: str) -> dict[str, bytes]:
     ("point", "iter_num", "rank"),
     [("during", 8, 1), ("during", 8, 0), ("seal", 11, 2), ("seal", 11, 0), ("sealed", 9, 1)],
 )
+@pytest.mark.slow
 def test_an_attempt_that_was_given_up_and_comes_back_does_no_harm(
     tiny: TrainConfig, folder: Path, undisturbed: Undisturbed, point: str, iter_num: int, rank: int
 ) -> None:
@@ -538,6 +610,7 @@ def whole(scene: Scene) -> set[str]:
     return {checkpoint.name for checkpoint in scene.store.newest_first()}
 
 
+@pytest.mark.slow
 def test_what_killed_attempts_have_begun_in_storage_is_removed(tiny: TrainConfig, folder: Path) -> None:
     scene = new(tiny, folder)
     fault = Fault("during", 7, 0, folder / "fired")
