@@ -12,6 +12,7 @@ import torch
 from orchestrator.checkpoint.schedule import affordable_interval
 
 _STEPS = 20  # of which the median counts
+_BANDWIDTH_FRACTION = 0.3  # by how much a copy on another core slows training down, which needs the same memory
 
 
 class Pace:
@@ -19,8 +20,8 @@ class Pace:
 
     def __init__(self, device: torch.device, processes: int) -> None:
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        # Where training leaves no core free, what is done behind it is taken from it.
-        self._has_spare_core = device.type == "cuda" or cores > processes * torch.get_num_threads()
+        self._is_on_gpu = device.type == "cuda"
+        self._has_spare_core = cores > processes * torch.get_num_threads()
         self._steps_s: deque[float] = deque(maxlen=_STEPS)
         self._began_s = 0.0
         self._pause_s = self._busy_s = self._cpu_s = 0.0  # of the newest state
@@ -52,5 +53,10 @@ class Pace:
         """Return after how many iterations the next state may be taken; 1 before anything is known."""
         if not (self._is_measured and self._steps_s):
             return 1
-        cost_s = self._pause_s + (0.0 if self._has_spare_core else self._cpu_s)
-        return affordable_interval(cost_s, self._busy_s, median(self._steps_s))
+        return affordable_interval(self._pause_s + self._taken_s(), self._busy_s, median(self._steps_s))
+
+    def _taken_s(self) -> float:
+        """Return how much of what is done behind training is taken from it."""
+        if self._is_on_gpu:
+            return 0.0  # it computes elsewhere
+        return _BANDWIDTH_FRACTION * self._busy_s if self._has_spare_core else self._cpu_s

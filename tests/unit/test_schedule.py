@@ -144,10 +144,10 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     return clock
 
 
-def paced(monkeypatch: pytest.MonkeyPatch, cores: int, processes: int) -> Pace:
+def paced(monkeypatch: pytest.MonkeyPatch, cores: int, processes: int, device: str = "cpu") -> Pace:
     monkeypatch.setattr(pace.os, "sched_getaffinity", lambda _pid: set(range(cores)), raising=False)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
-    return Pace(torch.device("cpu"), processes)
+    return Pace(torch.device(device), processes)
 
 
 def take_steps(pace: Pace, clock: Clock, *lengths_s: float) -> None:
@@ -169,7 +169,7 @@ def test_before_anything_is_known_a_state_is_taken(clock: Clock, monkeypatch: py
 
 
 def test_the_pause_and_the_copy_count(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
-    pace = paced(monkeypatch, cores=8, processes=2)
+    pace = paced(monkeypatch, cores=8, processes=2, device="cuda")
     take_steps(pace, clock, 0.1, 0.1, 0.1)
     pace.begins()
     pace.paused(0.002)
@@ -183,13 +183,15 @@ def test_the_pause_and_the_copy_count(clock: Clock, monkeypatch: pytest.MonkeyPa
     assert pace.interval() == 1, "the newest state counts alone"
 
 
-@pytest.mark.parametrize(("cores", "interval"), [(5, 1), (4, 10), (3, 10)])
-def test_without_a_spare_core_the_copy_is_taken_from_training(
-    clock: Clock, monkeypatch: pytest.MonkeyPatch, cores: int, interval: int
+@pytest.mark.parametrize(
+    ("device", "cores", "interval"), [("cpu", 5, 12), ("cpu", 4, 40), ("cpu", 3, 40), ("cuda", 5, 4), ("cuda", 3, 4)]
+)
+def test_the_copy_takes_memory_bandwidth_from_training_and_where_none_is_spare_a_core(
+    clock: Clock, monkeypatch: pytest.MonkeyPatch, device: str, cores: int, interval: int
 ) -> None:
-    pace = paced(monkeypatch, cores, processes=2)  # of two threads each
+    pace = paced(monkeypatch, cores, processes=2, device=device)  # of two threads each
     take_steps(pace, clock, 0.1)
-    pace.copied(busy_s=0.01, cpu_s=0.01)
+    pace.copied(busy_s=0.04, cpu_s=0.04)
     assert pace.interval() == interval
 
 
