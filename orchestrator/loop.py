@@ -62,12 +62,14 @@ def train(
     tell: Callable[[Record], None] = lambda _record: None,
     committed: Callable[[Record], None] = lambda _record: None,
     should_stop: Callable[[], bool] = lambda: False,
+    began: Callable[[Saver], None] = lambda _saver: None,
 ) -> Outcome:
     """Train from the newest state in out_dir, or from init_from, to max_iters; config is resolved for this machine.
 
     tell: receives a record of every evaluation, checkpoint and logged iteration, on rank 0.
     committed: receives, on all ranks, the record of a checkpoint that is announced in storage.
     should_stop: if it answers True on any rank, all ranks save and leave after the iteration.
+    began: receives what can rescue the state, before the first iteration.
 
     Raises:
         UserError: on all ranks alike, if data or checkpoints do not fit.
@@ -83,8 +85,7 @@ def train(
     state = begin(config, world, store, nodes, scratch_args(config, data.vocab_size))
     world.together(lambda: data.check_fits(state.model.config.vocab_size))
     state.config = public(config) | ({"tokenizer": data.tokenizer.to_json()} if data.tokenizer else {})
-    resumed = state.resumed_from
-    resumed_at = state.iter_num if resumed else None
+    began_at = state.iter_num
     surroundings = environment(config, world, data.fingerprint())
     world.together(lambda: check_surroundings(surroundings, world, state))
 
@@ -97,7 +98,7 @@ def train(
     # what keeps the state safe while training goes on
     rhythm = Rhythm(config.iters_per_checkpoint, config.snapshot_interval, config.keep_checkpoints)
     saver = Saver(state, world, store, nodes, surroundings, rhythm)
-    val_loss = resumed.checkpoint.val_loss if resumed else None
+    began(saver)
 
     # the model as it is called: compiled, and wrapped where gradients are averaged over ranks
     net: nn.Module = torch.compile(state.model) if config.compile else state.model  # type: ignore[assignment]
@@ -109,69 +110,73 @@ def train(
 
     vote = world.vote([0, *saver.ballot()])
     running_mfu = -1.0
-    while True:
-        stopping, *answers = vote.result()
-        saver.heard(answers)
-        done = state.iter_num >= config.max_iters
+    with saver.rescuing():
+        while True:
+            stopping, *answers = vote.result()
+            saver.heard(answers)
+            done = state.iter_num >= config.max_iters
 
-        # evaluate the loss on both splits; a state that was resumed has been through this
-        if state.iter_num != resumed_at or config.eval_only:
-            val_loss = None
-            if done or config.eval_only or state.iter_num % config.eval_interval == 0:
-                losses = evaluate(net, data, config, world)
-                val_loss = losses["val"]
-                state.best_val_loss = min(state.best_val_loss, val_loss)
-                lr = learning_rate(config, state.iter_num)
-                say("eval", train_loss=losses["train"], val_loss=val_loss, lr=lr, mfu=running_mfu)
+            # evaluate the loss on both splits; a state that was resumed may have been through this
+            if state.evaluated_at != state.iter_num or config.eval_only:
+                val_loss = None
+                if done or config.eval_only or state.iter_num % config.eval_interval == 0:
+                    losses = evaluate(net, data, config, world)
+                    val_loss = losses["val"]
+                    lr = learning_rate(config, state.iter_num)
+                    say("eval", train_loss=losses["train"], val_loss=val_loss, lr=lr, mfu=running_mfu)
+                    state.best_val_loss = min(state.best_val_loss, val_loss)
+                state.evaluated_at, state.val_loss = state.iter_num, val_loss
 
-        # keep the state in node memory and in storage as they are due; it is copied while the next step runs
-        if not config.eval_only:
-            saver.offer(state, val_loss, is_last=bool(done or stopping))
-        for record in saver.news():
-            say(**record)
-            if record["kind"] == "checkpoint":
-                committed(record)
-        if done or stopping or config.eval_only:
-            saver.close(is_finished=True)
-            return Outcome(state.iter_num, state.best_val_loss, stopped=bool(stopping and not done))
+            # keep the state in node memory and in storage as they are due; it is copied while the next step runs
+            if not config.eval_only:
+                saver.offer(state, state.val_loss, is_last=bool(done or stopping))
+            for record in saver.news():
+                say(**record)
+                if record["kind"] == "checkpoint":
+                    committed(record)
+            if done or stopping or config.eval_only:
+                saver.close(is_finished=True)
+                return Outcome(state.iter_num, state.best_val_loss, stopped=bool(stopping and not done))
 
-        t0 = time.perf_counter()
-        vote = world.vote([int(should_stop()), *saver.ballot()])  # answered while the step runs
-        lr = learning_rate(config, state.iter_num)
-        for group in state.optimizer.param_groups:
-            group["lr"] = lr
+            t0 = time.perf_counter()
+            vote = world.vote([int(should_stop()), *saver.ballot()])  # answered while the step runs
+            lr = learning_rate(config, state.iter_num)
+            for group in state.optimizer.param_groups:
+                group["lr"] = lr
 
-        # forward and backward this rank's micro-steps; gradients are averaged over ranks in the last one
-        loss_sum = torch.zeros((), device=world.device)
-        for micro_step in micro_steps:
-            X, Y = to_device(data.batch("train", state.iter_num, micro_step), world.device)
-            torch.manual_seed(dropout_seed(config.seed, state.iter_num, micro_step))
-            if ddp:
-                ddp.require_backward_grad_sync = micro_step == micro_steps[-1]
-            with autocast(config):
-                _, loss = (ddp or net)(X, Y)
-            loss_sum += loss.detach()
-            state.scaler.scale(loss * weight).backward()
+            # forward and backward this rank's micro-steps; gradients are averaged over ranks in the last one
+            loss_sum = torch.zeros((), device=world.device)
+            for micro_step in micro_steps:
+                X, Y = to_device(data.batch("train", state.iter_num, micro_step), world.device)
+                torch.manual_seed(dropout_seed(config.seed, state.iter_num, micro_step))
+                if ddp:
+                    ddp.require_backward_grad_sync = micro_step == micro_steps[-1]
+                with autocast(config):
+                    _, loss = (ddp or net)(X, Y)
+                loss_sum += loss.detach()
+                state.scaler.scale(loss * weight).backward()
 
-        # clip, step, and flush the gradients as soon as we can: this memory is needed no more
-        if config.grad_clip != 0.0:
-            state.scaler.unscale_(state.optimizer)
-            torch.nn.utils.clip_grad_norm_(state.model.parameters(), config.grad_clip)
-        saver.join()  # from here on the state changes
-        state.scaler.step(state.optimizer)
-        state.scaler.update()
-        state.optimizer.zero_grad(set_to_none=True)
+            # clip, step, and flush the gradients as soon as we can: this memory is needed no more
+            if config.grad_clip != 0.0:
+                state.scaler.unscale_(state.optimizer)
+                torch.nn.utils.clip_grad_norm_(state.model.parameters(), config.grad_clip)
+            saver.join()
+            with saver.changing():
+                state.scaler.step(state.optimizer)
+                state.scaler.update()
+                state.iter_num += 1
+            state.optimizer.zero_grad(set_to_none=True)
 
-        # timing and logging; the loss is the mean over this rank's micro-steps, and .item() waits for the GPU
-        if state.iter_num % config.log_interval == 0:
-            loss_value = loss_sum.item() / len(micro_steps)
-            dt = time.perf_counter() - t0
-            if state.iter_num >= (resumed_at or 0) + 5:  # let the loop settle a bit
-                mfu = state.model.estimate_mfu(config.batch_size * len(micro_steps), dt)
-                running_mfu = mfu if running_mfu == -1.0 else 0.9 * running_mfu + 0.1 * mfu
-            tokens_per_s = tokens_per_iter(config) / dt
-            say("step", loss=loss_value, lr=lr, dt_s=dt, mfu=running_mfu, tokens_per_s=tokens_per_s)
-        state.iter_num += 1
+            # timing and logging; the loss is the mean over this rank's micro-steps, and .item() waits for the GPU
+            it = state.iter_num - 1
+            if it % config.log_interval == 0:
+                loss_value = loss_sum.item() / len(micro_steps)
+                dt = time.perf_counter() - t0
+                if it >= began_at + 5:  # let the loop settle a bit
+                    mfu = state.model.estimate_mfu(config.batch_size * len(micro_steps), dt)
+                    running_mfu = mfu if running_mfu == -1.0 else 0.9 * running_mfu + 0.1 * mfu
+                tokens_per_s = tokens_per_iter(config) / dt
+                say("step", iter=it, loss=loss_value, lr=lr, dt_s=dt, mfu=running_mfu, tokens_per_s=tokens_per_s)
 
 
 def join_run(config: TrainConfig, world: World, store: CheckpointStore) -> Nodes:

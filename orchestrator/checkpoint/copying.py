@@ -21,12 +21,18 @@ _PIECE_BYTES = 64 * 2**20
 
 
 class Copy:
-    """One copy of a state; made and joined by the loop's thread, run by another."""
+    """One copy of a state; made and joined by the loop's thread, run by another.
 
-    def __init__(self, tensors: dict[str, Tensor], device: torch.device) -> None:
+    ready: on a GPU, what to wait for before reading; default: all that is in the current stream's queue.
+    """
+
+    def __init__(
+        self, tensors: dict[str, Tensor], device: torch.device, ready: torch.cuda.Event | None = None
+    ) -> None:
         self._tensors = tensors
         self._is_issued = threading.Event()  # on a CPU: done; on a GPU: everything is in the stream's queue
-        self._ready = torch.cuda.current_stream(device).record_event() if device.type == "cuda" else None
+        is_on_gpu = device.type == "cuda"
+        self._ready = (ready or torch.cuda.current_stream(device).record_event()) if is_on_gpu else None
         self._done: torch.cuda.Event | None = None
 
     def run(self, places: dict[str, memoryview]) -> None:

@@ -51,6 +51,8 @@ class NodeMemory:
         self.root = self.path.parent
         _make_private(self.root)
         self._lock = _entered(self.path)
+        self._alive: int | None = None
+        self._stood_in: list[int] = []  # locks, kept until this process ends
         for path in self.path.glob(".slot-*"):  # half-written by a process that was killed; nobody else is this early
             _delete(path)
         self._older = {path.name for path in _listed(self.path)}
@@ -87,8 +89,38 @@ class NodeMemory:
             if match and path.name in self._older and not match[1].endswith(f"_{attempt}"):
                 yield path
 
+    def sign_in(self, attempt: str, share: int) -> None:
+        """Show that the process that keeps this share is alive: the lock is held until it signs out or ends."""
+        for path in self.path.glob(".alive-*"):
+            if not path.name.startswith(f".alive-{attempt}-"):
+                path.unlink(missing_ok=True)
+        self._alive = _locked(self._alive_path(attempt, share), fcntl.LOCK_EX)
+
+    def sign_out(self) -> None:
+        """Let another process of this node write this share from now on."""
+        if self._alive is not None:
+            os.close(self._alive)
+            self._alive = None
+
+    def take_place_of(self, attempt: str, share: int) -> bool:
+        """Return whether the process that kept a share is gone, and this is the one that stands in for it."""
+        try:
+            self._stood_in.append(_locked(self._alive_path(attempt, share), fcntl.LOCK_EX | fcntl.LOCK_NB))
+        except OSError:
+            return False
+        return True
+
+    def has_newer(self, iter_num: int, attempt: str) -> bool:
+        """Return whether a share of a later state of this attempt is here."""
+        names = (match[1] for path in _listed(self.path) if (match := _SHARE.fullmatch(path.name)))
+        return any(name.endswith(f"_{attempt}") and int(name.split("_")[1]) > iter_num for name in names)
+
+    def _alive_path(self, attempt: str, share: int) -> Path:
+        return self.path / f".alive-{attempt}-{share}"
+
     def close(self, is_finished: bool) -> None:
         """Let go of the run; when it is finished, the last to do so on this node deletes it."""
+        self.sign_out()
         os.close(self._lock)
         if is_finished:
             _delete_unused(self.path)

@@ -39,13 +39,14 @@ class Nodes:
     def shares(self) -> int:
         return len(self.ranks)
 
-    def share_of(self, files: Files) -> Files:
-        """Return the files that this rank keeps in its node's memory.
+    def share_of(self, files: Files, share: int | None = None) -> Files:
+        """Return the files of a share of this node's memory; default: those that this rank keeps there.
 
         Its own, which it uploads from there; those of ranks elsewhere are dealt out among the ranks of the node.
         """
+        share = self.share if share is None else share
         elsewhere = sorted({rank_of(file) for file in files} - set(self.ranks))
-        mine = {self.rank, *elsewhere[self.share :: self.shares]}
+        mine = {self.ranks[share], *elsewhere[share :: self.shares]}
         return {file: tensors for file, tensors in files.items() if rank_of(file) in mine}
 
 

@@ -168,6 +168,8 @@ def _fill_from(state: TrainState, places: list[Place], world: World, store: Chec
     source = {name: sender[file] for name in tensors if (file := checkpoint.state["tensors"][name]["file"]) in sender}
     _spread(state, tensors, source, world)
     _adopt(state, checkpoint.snapshot({}), world)
+    if checkpoint.state.get("is_evaluated", True):
+        state.evaluated_at, state.val_loss = state.iter_num, checkpoint.val_loss
     total_bytes = int(world.sum(torch.tensor(from_storage_bytes)).item())
     is_durable = any(place.is_storage for place in places)
     return Resumed(checkpoint, is_durable, total_bytes, time.perf_counter() - began_s)

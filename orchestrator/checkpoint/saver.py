@@ -12,10 +12,15 @@ node memory has no room, checkpoints are written straight from the live tensors,
 from __future__ import annotations
 
 import logging
+import threading
 import time
+from collections.abc import Iterator
 from concurrent.futures import Future, TimeoutError
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
+
+import torch
 
 from orchestrator.checkpoint.behind import Behind
 from orchestrator.checkpoint.copying import Copy, pin
@@ -28,7 +33,7 @@ from orchestrator.checkpoint.schedule import Rhythm, Schedule
 from orchestrator.checkpoint.snapshot import Snapshot, describe
 from orchestrator.checkpoint.state import TrainState, capture, forecast
 from orchestrator.checkpoint.store import FORMAT_VERSION, CheckpointStore, checkpoint_name
-from orchestrator.errors import CheckpointError, StorageError
+from orchestrator.errors import CheckpointError, StorageError, UserError
 from orchestrator.world import World
 
 logger = logging.getLogger(__name__)
@@ -37,6 +42,7 @@ Record = dict[str, Any]
 _TELL_EVERY_S = 10.0  # while the end of the run waits for an upload
 _SILENCE_S = 600.0  # an upload that moves no byte for so long is given up at the end of the run
 _OTHERS_S = 10.0  # in which the ranks of a node finish their shares of a state
+_STAND_IN_S = 2.0  # after which the share of a process that lives and does nothing is written by another
 
 
 class Saver:
@@ -72,7 +78,14 @@ class Saver:
         self._news: list[Record] = []
         self._moved_bytes, self._moved_at_s = 0, time.monotonic()
         self._agreed = [1, 1, 0, 1, 0]  # until the first vote
+        self._state = state
+        self._change = threading.Lock()  # held while the state changes, and for good once it is rescued
+        self._is_torn = False
+        self._changed: torch.cuda.Event | None = None
+        self._rescue = threading.Lock()
+        self._rescued: tuple[int | None] | None = None
         if nodes.memory:
+            nodes.memory.sign_in(world.attempt, nodes.share)
             nodes.memory.forget_other_than(world.attempt, keep=resumed.checkpoint.name if resumed else "")
             self._copier.submit(partial(self._reserve, self._layouts(files_of(forecast(state), world.size))))
 
@@ -128,6 +141,53 @@ class Saver:
             self._copy = None
             self._paused(time.perf_counter() - began_s)
 
+    @contextmanager
+    def changing(self) -> Iterator[None]:
+        """The time in which the state changes, from one iteration to the next: in it, nothing can be rescued.
+
+        On a GPU it begins when the gradients are there: of a step that waits behind a peer's gradients which never
+        come, nobody could say later whether it was done.
+        """
+        on_gpu = self._world.device.type == "cuda"
+        if on_gpu:
+            torch.cuda.current_stream().synchronize()
+        with self._change:
+            self._is_torn = True
+            yield
+            self._is_torn = False
+            if on_gpu:
+                self._changed = torch.cuda.current_stream().record_event()
+
+    @contextmanager
+    def rescuing(self) -> Iterator[None]:
+        """When what is done here fails, such as a collective whose peer is gone, rescue the state before telling."""
+        try:
+            yield
+        except UserError:
+            raise
+        except Exception:
+            self.rescue()
+            raise
+
+    def rescue(self) -> int | None:
+        """Put the state of the last completed iteration into this node's memory; return its number, or None.
+
+        For the end of an attempt, from whatever thread: the state changes no more after this. Needs no other rank:
+        the shares of those on this node that are gone, or are at another iteration, are written here as well.
+        """
+        with self._rescue:
+            if self._rescued is None:
+                began_s = time.perf_counter()
+                try:
+                    self._rescued = (self._put_aside(),)
+                except Exception as error:  # whatever it is, the attempt ends, and earlier states are there
+                    self._rescued = (None,)
+                    logger.warning("the last iteration could not be rescued: %s: %s", type(error).__name__, error)
+                if self._rescued[0] is not None:
+                    seconds = time.perf_counter() - began_s
+                    logger.info("iteration %d is safe in node memory (%.2f s)", self._rescued[0], seconds)
+            return self._rescued[0]
+
     def close(self, is_finished: bool) -> None:
         """Let go of node memory; where the run is finished, its states there are deleted."""
         self._copier.close()
@@ -137,8 +197,52 @@ class Saver:
                 slot.withdraw()
             self._nodes.memory.close(is_finished)
 
+    def _put_aside(self) -> int | None:
+        memory, state = self._nodes.memory, self._state
+        if not self._change.acquire(timeout=_OTHERS_S) or self._is_torn or memory is None:
+            return None
+        if self._copier.last:
+            self._copier.last.exception(timeout=_OTHERS_S)
+        if self._has_no_memory or not self._slots or not state.optimizer.state:
+            return None
+        is_evaluated = state.evaluated_at == state.iter_num
+        snapshot = capture(state, state.val_loss if is_evaluated else None)
+        name = checkpoint_name(snapshot.iter_num, self._world.attempt)
+        files = files_of(snapshot, self._world.size)
+        described = {**self._description(snapshot, files), "is_evaluated": is_evaluated}
+        if all(slot.iter_num != snapshot.iter_num for slot in self._slots):
+            self._copy_now(snapshot, self._free_slot(), name, self._nodes.share, described)
+        memory.sign_out()
+        missing = [share for share in range(self._nodes.shares) if share != self._nodes.share]
+        began_s = time.monotonic()
+        while missing := [share for share in missing if not self._is_there(name, share)]:
+            waited_s = time.monotonic() - began_s
+            if memory.has_newer(snapshot.iter_num, self._world.attempt):  # of a rank that came further
+                break
+            for share in missing:
+                if memory.take_place_of(self._world.attempt, share) or waited_s > _STAND_IN_S:
+                    slot = Slot(memory, self._layouts(files, share))
+                    self._copy_now(snapshot, slot, name, share, described)
+                    break
+            else:
+                time.sleep(0.01)
+        return snapshot.iter_num
+
+    def _is_there(self, name: str, share: int) -> bool:
+        assert self._nodes.memory
+        return self._nodes.memory.share_path(name, share, self._nodes.shares).exists()
+
+    def _copy_now(self, snapshot: Snapshot, slot: Slot, name: str, share: int, described: dict[str, Any]) -> None:
+        copy = Copy({**snapshot.model, **snapshot.optimizer}, self._world.device, self._changed)
+        copy.run(slot.begin())
+        slot.seal(name, share, self._nodes.shares, described)
+
     def _begin(self, snapshot: Snapshot, to_storage: bool) -> None:
         """Start the copy of a state into node memory and, behind it, the upload."""
+        with self._change:  # or a rescue from another thread would use the same slot
+            self._begin_alone(snapshot, to_storage)
+
+    def _begin_alone(self, snapshot: Snapshot, to_storage: bool) -> None:
         began_s = time.perf_counter()
         self._wait_for(self._copier.last)
         self._pace.begins()
@@ -172,8 +276,8 @@ class Saver:
             "saved_at_s": time.time(),  # for people to read: clocks of two nodes may differ, and decide nothing
         }
 
-    def _layouts(self, files: Files) -> dict[str, Layout]:
-        return {file: layout_of(tensors) for file, tensors in self._nodes.share_of(files).items()}
+    def _layouts(self, files: Files, share: int | None = None) -> dict[str, Layout]:
+        return {file: layout_of(tensors) for file, tensors in self._nodes.share_of(files, share).items()}
 
     def _reserve(self, layouts: dict[str, Layout]) -> None:
         """Reserve room for two states of this rank's share; for one, while older ones are here. On the copier's thread.

@@ -32,7 +32,10 @@ class Resumed:
 
 @dataclass
 class TrainState:
-    """nanoGPT's model, optimizer, iter_num, best_val_loss and config, and the GradScaler (in use with float16 only)."""
+    """nanoGPT's model, optimizer, iter_num, best_val_loss and config, and the GradScaler (in use with float16 only).
+
+    evaluated_at: the iteration whose evaluation, if one was due, is behind it; val_loss: what it gave, if it was due.
+    """
 
     model: GPT
     optimizer: torch.optim.Optimizer
@@ -40,6 +43,8 @@ class TrainState:
     config: dict[str, Any]
     iter_num: int = 0
     best_val_loss: float = 1e9
+    evaluated_at: int = -1
+    val_loss: float | None = None
     resumed_from: Resumed | None = None
 
 
