@@ -202,6 +202,7 @@ def is_transient(error: BaseException) -> bool:
     """Return whether a fault may pass by itself: all but what a storage says of permissions and room, and our bugs.
 
     What is not found may be there in the next attempt: a folder, or a multipart upload that the server has forgotten.
+    Over SFTP a full disk is tried again as well: the protocol says "Failure" to that as to much else.
     """
     root: BaseException | None = error
     while root:

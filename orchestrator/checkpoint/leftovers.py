@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import logging
 import re
+from collections.abc import Iterator
+from typing import Any
 
 from orchestrator.checkpoint.store import CheckpointStore
 
@@ -30,10 +32,22 @@ def _abort_uploads(store: CheckpointStore) -> None:
     """Take back unfinished multipart uploads of this run: of S3 only, other stores drop theirs in time."""
     if not hasattr(store.fs, "call_s3"):
         return
-    bucket, _, folder = store.root.partition("/")
-    where = {"Bucket": bucket, "Prefix": f"{folder.rstrip('/')}/checkpoint_"}
-    uploads = store.fs.call_s3("list_multipart_uploads", **where).get("Uploads", [])
+    bucket = store.root.partition("/")[0]
+    uploads = list(_unfinished(store))
     for upload in uploads:
         store.fs.call_s3("abort_multipart_upload", Bucket=bucket, Key=upload["Key"], UploadId=upload["UploadId"])
     if uploads:
         logger.info("took back %d unfinished upload(s) of earlier attempts in %s", len(uploads), store.out_dir)
+
+
+def _unfinished(store: CheckpointStore) -> Iterator[dict[str, Any]]:
+    """List all, of which an answer has a thousand at most."""
+    bucket, _, folder = store.root.partition("/")
+    where = {"Bucket": bucket, "Prefix": f"{folder.rstrip('/')}/checkpoint_"}
+    after: dict[str, str] = {}
+    while True:
+        page = store.fs.call_s3("list_multipart_uploads", **where, **after)
+        yield from page.get("Uploads", [])
+        before, after = after, {key: page.get(f"Next{key}", "") for key in ("KeyMarker", "UploadIdMarker")}
+        if not page.get("IsTruncated") or after == before:
+            return

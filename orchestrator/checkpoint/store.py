@@ -83,12 +83,18 @@ class CheckpointStore:
             self.fs, self.root = locate(out_dir, storage_options)
         except CheckpointError as error:
             raise CheckpointError(f"out_dir={error}") from None
+        self._is_shared = True  # fsspec hands out one client to all
         self.damaged: dict[str, str] = {}  # checkpoints that were found not to be whole, and why
 
     def reconnect(self) -> None:
         """Open a new connection to file servers, which keep one: it may have been lost with the server."""
-        if not (self.fs.async_impl or isinstance(self.fs, LocalFileSystem)):
-            self.fs, _ = locate(self.out_dir, {**(self.storage_options or {}), "skip_instance_cache": True})
+        if self.fs.async_impl or isinstance(self.fs, LocalFileSystem):
+            return
+        lost = self.fs
+        self.fs, _ = locate(self.out_dir, {**(self.storage_options or {}), "skip_instance_cache": True})
+        if not self._is_shared and hasattr(lost, "client"):
+            lost.client.close()  # of SSH: nobody else has it
+        self._is_shared = False
 
     def path(self, *parts: str) -> str:
         return "/".join((self.root.rstrip("/"), *parts))
@@ -271,8 +277,8 @@ class CheckpointStore:
     def prune(self, keep: int) -> list[str]:
         """Delete all but the newest `keep` committed checkpoints and the best one; return what was deleted.
 
-        What was begun before the newest committed one and never announced goes too. Newer beginnings stay, for somebody
-        may be writing them; and so does what could not be read, for the storage may have been at fault.
+        What was begun up to the iteration of the newest committed one and never announced goes too. Beginnings of later
+        ones stay, for somebody may be writing them; and what could not be read, for the storage may have been at fault.
         """
         found = self._whole()
         if not found:
@@ -280,8 +286,8 @@ class CheckpointStore:
         stay = {checkpoint.name for checkpoint in found[:keep]}
         if top := best(found):
             stay.add(top.name)
-        names = self.names()
-        doomed = [name for name in names[names.index(found[0].name) :] if name not in stay | self.damaged.keys()]
+        stay |= self.damaged.keys()
+        doomed = [name for name in self.names() if _iter_num(name) <= found[0].iter_num and name not in stay]
         for name in doomed:
             self._delete(name)
         return doomed
@@ -347,9 +353,11 @@ def newest_name_first(names: Iterable[str]) -> list[str]:
 
 
 def _age(name: str) -> tuple[int, str]:
-    match = _NAME.fullmatch(name)
-    assert match
-    return -int(match[1]), match[2]
+    return -_iter_num(name), name
+
+
+def _iter_num(name: str) -> int:
+    return int(name.split("_")[1])
 
 
 def _checksum(state: dict[str, Any]) -> str:

@@ -452,6 +452,29 @@ def test_unfinished_uploads_of_this_run_are_taken_back_and_no_others(
     check_whole(config, calm(config))
 
 
+def test_unfinished_uploads_are_taken_back_however_many_an_answer_lists(
+    s3: Storage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = CheckpointStore(f"{s3.url}/run")
+    bucket, _, folder = store.root.partition("/")
+    for number in range(5):
+        key = f"{folder}/checkpoint_00000008_x/model-{number // 2}"  # two of one key
+        store.fs.call_s3("create_multipart_upload", Bucket=bucket, Key=key)
+    call, pages = store.fs.call_s3, []
+
+    def two_at_a_time(method: str, **arguments: Any) -> Any:
+        if method != "list_multipart_uploads":
+            return call(method, **arguments)
+        pages.append(call(method, **arguments, MaxUploads=2))
+        return pages[-1]
+
+    monkeypatch.setattr(store.fs, "call_s3", two_at_a_time)
+    clear_leftovers(store)
+    assert [len(page["Uploads"]) for page in pages] == [2, 2, 1]
+    monkeypatch.undo()
+    assert not store.fs.call_s3("list_multipart_uploads", Bucket=bucket, Prefix=folder).get("Uploads")
+
+
 def test_leftovers_that_cannot_be_listed_hold_up_nobody(on_s3: TrainConfig, proxy: FaultyProxy) -> None:
     refused = proxy.answer(501, "NotImplemented", lambda method, path: method == "GET" and "uploads" in path, 9)
     clear_leftovers(store_of(on_s3))

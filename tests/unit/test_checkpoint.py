@@ -168,9 +168,9 @@ def test_the_newest_and_the_best_are_kept(store: CheckpointStore) -> None:
 
 def test_pruning_removes_what_was_abandoned_but_not_what_may_be_being_written(store: CheckpointStore) -> None:
     saved(store, 4)
-    for name in ("checkpoint_00000003_b", "checkpoint_00000009_b"):
+    for name in ("checkpoint_00000003_b", "checkpoint_00000004_0", "checkpoint_00000004_b", "checkpoint_00000009_b"):
         store.fs.makedirs(store.path(name))
-    assert store.prune(keep=1) == ["checkpoint_00000003_b"]
+    assert store.prune(keep=1) == ["checkpoint_00000004_0", "checkpoint_00000004_b", "checkpoint_00000003_b"]
     assert store.names() == ["checkpoint_00000009_b", "checkpoint_00000004_a"]
 
 
