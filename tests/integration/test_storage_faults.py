@@ -23,6 +23,7 @@ from typing import Any
 
 import pytest
 from fsspec.implementations.local import LocalFileSystem
+from s3fs import S3FileSystem
 
 from orchestrator.checkpoint import durable, transfer
 from orchestrator.checkpoint.files import write_file
@@ -194,6 +195,12 @@ def on_s3(config: TrainConfig, faulty_s3: Storage, monkeypatch: pytest.MonkeyPat
 
 
 @pytest.fixture(autouse=True)
+def short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Try again soon: a server of the tests' own is back in a second."""
+    monkeypatch.setattr(durable, "_LONGEST_PAUSE_S", 1.0)
+
+
+@pytest.fixture(autouse=True)
 def no_secret(
     caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str], tmp_path: Path, request: pytest.FixtureRequest
 ) -> Iterator[None]:
@@ -228,13 +235,21 @@ def fault_of(kind: str, proxy: FaultyProxy, matches: Callable[[str, str], bool],
     return proxy.hang(matches, times)
 
 
-KINDS = pytest.mark.parametrize(
-    ("kind", "reason"),
-    [("500", "OSError"), ("503", "OSError"), ("reset", "EndpointConnectionError"), ("hang", "ReadTimeoutError")],
-)
+def kinds(*fast: str) -> Any:
+    """Let a test run with each kind of fault, by default with these."""
+    reasons = {"500": "OSError", "503": "OSError", "reset": "EndpointConnectionError", "hang": "ReadTimeoutError"}
+    slow = {kind: () if kind in fast else pytest.mark.slow for kind in reasons}
+    return pytest.mark.parametrize(
+        ("kind", "reason"), [pytest.param(kind, reason, marks=slow[kind]) for kind, reason in reasons.items()]
+    )
 
 
-@KINDS
+def slow(*values: object) -> Any:
+    """One more case of the same, which is not among those that run by default."""
+    return pytest.param(*values, marks=pytest.mark.slow)
+
+
+@kinds("503", "reset")
 def test_a_fault_that_passes_is_outlasted(
     kind: str, reason: str, on_s3: TrainConfig, proxy: FaultyProxy, calm: Calm, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -248,7 +263,7 @@ def test_a_fault_that_passes_is_outlasted(
     check_whole(on_s3, calm(on_s3))
 
 
-@KINDS
+@kinds("500")
 def test_a_fault_that_lasts_costs_a_checkpoint(
     kind: str, reason: str, on_s3: TrainConfig, proxy: FaultyProxy, calm: Calm, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -308,7 +323,7 @@ def test_slow_storage_gets_the_newest_states_and_steps_do_not_wait(
     check_whole(config, calm(config))
 
 
-@pytest.mark.parametrize("in_parts", [False, True], ids=["one put", "multipart"])
+@pytest.mark.parametrize("in_parts", [slow(False), True], ids=["one put", "multipart"])
 def test_s3_is_killed_in_mid_upload_and_comes_back(
     in_parts: bool, large: TrainConfig, faulty_s3: Storage, proxy: FaultyProxy, s3_server: S3Server, calm: Calm
 ) -> None:
@@ -566,7 +581,7 @@ def flip_bit(path: Path) -> None:
         file.write(bytes([byte ^ 1]))
 
 
-@pytest.mark.parametrize("kind", ["500", "503", "reset"])
+@pytest.mark.parametrize("kind", [slow("500"), slow("503"), "reset"])
 def test_a_restore_outlasts_what_its_client_does(
     kind: str, config: TrainConfig, faulty_s3: Storage, proxy: FaultyProxy, calm: Calm
 ) -> None:
@@ -583,7 +598,8 @@ def test_a_restore_outlasts_what_its_client_does(
 
 
 @pytest.mark.parametrize(
-    ("file", "kind"), [("model-", "500"), ("model-", "reset"), ("state.json", "503"), ("state.json", "reset")]
+    ("file", "kind"),
+    [("model-", "500"), slow("model-", "reset"), slow("state.json", "503"), ("state.json", "reset")],
 )
 def test_a_restore_tries_again_before_it_takes_an_older_state(
     file: str, kind: str, on_s3: TrainConfig, proxy: FaultyProxy, calm: Calm
@@ -597,7 +613,7 @@ def test_a_restore_tries_again_before_it_takes_an_older_state(
     check_whole(on_s3, calm(on_s3))
 
 
-@pytest.mark.parametrize("kind", ["500", "reset", "hang"])
+@pytest.mark.parametrize("kind", [slow("500"), "reset", slow("hang")])
 def test_a_file_that_cannot_be_read_is_named_and_an_older_state_used(
     kind: str,
     on_s3: TrainConfig,
@@ -621,6 +637,7 @@ def test_a_file_that_cannot_be_read_is_named_and_an_older_state_used(
 
 def set_patience(_rank: int) -> None:
     durable.RETRY_FOR_S = 0.2
+    S3FileSystem.retries = 1
 
 
 def test_a_fault_of_one_rank_is_told_by_all_and_the_next_checkpoint_is_whole(
@@ -658,7 +675,7 @@ main()
 """
 
 
-@pytest.mark.parametrize("kind", ["500", "hang"])
+@pytest.mark.parametrize("kind", ["500", slow("hang")])
 def test_the_process_ends_after_failed_uploads(
     kind: str, config: TrainConfig, faulty_s3: Storage, proxy: FaultyProxy
 ) -> None:
