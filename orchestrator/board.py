@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import time
 from collections import deque
+from contextlib import suppress
 from typing import Any
 
 import ray
@@ -25,6 +26,14 @@ class _Board:
     def __init__(self) -> None:
         self._records: deque[Record] = deque(maxlen=_KEPT_RECORDS)
         self._stopping = False
+        self._words: list[Record] = []
+
+    def say_last(self, word: Record) -> None:
+        self._words.append(word)
+
+    def last_words(self) -> list[Record]:
+        words, self._words = self._words, []
+        return words
 
     def post(self, records: list[Record]) -> bool:
         self._records.extend(records)
@@ -76,6 +85,11 @@ class Poster:
                 self._answer = self._board.post.remote(self._waiting)
                 self._waiting = []
         return self._stopping
+
+    def say_last(self, word: Record) -> None:
+        """Leave word of why this process ends, before it does: whoever finds it gone will ask for it."""
+        with suppress(ray.exceptions.RayError):
+            ray.get(self._board.say_last.remote(word), timeout=2)
 
     def close(self) -> None:
         """Send the rest and wait for it to arrive."""

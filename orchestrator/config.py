@@ -71,7 +71,9 @@ class TrainConfig:
     num_workers: int = 1  # DDP workers, one per GPU; at most gradient_accumulation_steps
     cpus_per_worker: float = 1.0  # CPUs reserved for each worker, and its number of threads
     gpus_per_worker: float | None = None  # GPUs reserved for each worker; None: 1 where the cluster has GPUs
-    max_failures: int = 8  # restarts after a lost worker or an error before the run gives up, -1 = no limit
+    max_failures: int = 8  # failures of one cause, without a checkpoint's progress in between; -1 = no limit
+    max_preemptions: int = -1  # the same for machines that were taken away with notice
+    hang_timeout_s: float = 600.0  # seconds without progress (or 20 median steps, if longer) after which it restarts
     # the order of the data
     seed: int = 1337  # of the initial weights, the batches and dropout
     data_dir: str = "data"  # where datasets lie, on every node
@@ -102,8 +104,8 @@ _BOUNDS: dict[str, tuple[str, Callable[[Any], bool]]] = {
     **dict.fromkeys(("grad_clip", "seed", "gpus_per_worker"), _AT_LEAST_0),
     **dict.fromkeys(("checkpoint_interval", "snapshot_interval"), _AT_LEAST_0),
     **dict.fromkeys(("dropout", "beta1", "beta2"), _FRACTION),
-    **dict.fromkeys(("learning_rate", "cpus_per_worker"), _POSITIVE),
-    "max_failures": ("-1 (no limit) or more", lambda x: x >= -1),
+    **dict.fromkeys(("learning_rate", "cpus_per_worker", "hang_timeout_s"), _POSITIVE),
+    **dict.fromkeys(("max_failures", "max_preemptions"), ("-1 (no limit) or more", lambda x: x >= -1)),
     "out_dir": ("a path or URL with a last part to name the run", lambda x: bool(x.split("://")[-1].strip("/. "))),
     "dataset": ("the name of a folder under data_dir", lambda x: bool(x.strip("/. "))),
     "device": ("cuda, cuda:<index> or cpu", lambda x: bool(re.fullmatch(r"cpu|cuda(:\d+)?", x))),

@@ -11,6 +11,7 @@ import os
 import signal
 import socket
 import threading
+import time
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -26,7 +27,7 @@ os.environ.setdefault("RAY_DEDUP_LOGS_SKIP_REGEX", "State API may be temporarily
 
 import ray
 from fsspec.implementations.local import LocalFileSystem as LocalStorage
-from ray.train import CheckpointConfig, FailureConfig, LoggingConfig, RunConfig, ScalingConfig, UserCallback
+from ray.train import CheckpointConfig, FailureConfig, LoggingConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 
 from orchestrator import preflight
@@ -38,8 +39,11 @@ from orchestrator.lease import Lease
 from orchestrator.loop import Outcome
 from orchestrator.preflight import Plan
 from orchestrator.process import process_group_backend
-from orchestrator.storage_options import public
+from orchestrator.recovery.causes import Budgets, GivenUpError
+from orchestrator.recovery.overseer import Overseer
+from orchestrator.storage_options import public, storage_options_of
 from orchestrator.telemetry.display import Display
+from orchestrator.telemetry.metrics import MetricsLog
 from orchestrator.worker import job_of, run_worker
 
 logger = logging.getLogger(__name__)
@@ -47,6 +51,7 @@ logger = logging.getLogger(__name__)
 REGISTRY_FILE = "checkpoint_manager_snapshot.json"  # Ray's list of checkpoints; ours is what lies in storage whole
 EVALUATION_FOLDER = ".evaluation"  # where Ray puts what it needs of a folder when eval_only is set: an empty file
 _KNOCK_TIMEOUT_S = 10.0
+_EVENTS_FLUSH_S = 5.0  # on an object store
 _LOCAL_OBJECT_STORE_BYTES = 100 * 2**20  # nothing of ours passes through Ray's object store
 
 
@@ -222,20 +227,6 @@ def _prepare_out_dir(config: TrainConfig, store: CheckpointStore, lease: Lease |
     return ids
 
 
-class _LostAttempts(UserCallback):  # type: ignore[misc]
-    """Runs in Ray's controller: posts a line whenever workers were lost. It must never raise."""
-
-    def __init__(self, board: Any, max_failures: int) -> None:
-        self._board, self._max_failures, self._count = board, max_failures, 0
-
-    def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:  # noqa: ARG002
-        self._count += 1
-        limit = "no limit" if self._max_failures < 0 else f"{self._max_failures} allowed"
-        lost = "; ".join(f"rank {rank}: {_first_line(error)}" for rank, error in sorted(worker_exceptions.items()))
-        text = f"attempt lost ({self._count}, {limit}): {lost}"
-        self._board.post.remote([{"kind": "note", "level": "WARNING", "text": text}])
-
-
 def _first_line(error: BaseException) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[-1]
 
@@ -245,6 +236,7 @@ def _trainer(
 ) -> TorchTrainer:
     from pyarrow.fs import FSSpecHandler, LocalFileSystem, PyFileSystem
 
+    budgets = Budgets(config.max_failures, config.max_preemptions, config.iters_per_checkpoint)
     parent, _, name = store.root.rstrip("/").rpartition("/")
     if config.eval_only:  # it reads no registry: that one may be another driver's, and names what is gone
         parent, name = store.root, EVALUATION_FOLDER
@@ -263,10 +255,11 @@ def _trainer(
             storage_filesystem=LocalFileSystem()
             if isinstance(store.fs, LocalStorage)
             else PyFileSystem(FSSpecHandler(store.fs)),
-            failure_config=FailureConfig(max_failures=config.max_failures),
+            # Ray restarts without end; what is worth a restart is the overseer's to decide
+            failure_config=FailureConfig(max_failures=-1, max_preemption_failures=-1, controller_failure_limit=-1),
             checkpoint_config=CheckpointConfig(),  # what is kept is decided where it is written (CheckpointStore.prune)
             logging_config=LoggingConfig(log_level="WARNING"),
-            callbacks=[_LostAttempts(job["board"], config.max_failures)],
+            callbacks=[Overseer(job["board"], budgets)],
         ),
     )
 
@@ -291,6 +284,7 @@ def _fit(
     thread = threading.Thread(target=fit, name="fit", daemon=True)
     thread.start()
     told = False
+    events = _open_events(config, lease) if lease else None
     with Display(config.max_iters) as display:
         while thread.is_alive():
             thread.join(timeout=0.2)
@@ -300,15 +294,43 @@ def _fit(
             if stop.is_set() and not told:
                 told = True
                 display.show(_note("stopping: the iteration is finished and saved (Ctrl-C again: stop at once)"))
-            for record in take_from(board, stop.is_set()):
-                display.show(record)
-        for record in take_from(board, stop.is_set()):
-            display.show(record)
+            _pass_on(take_from(board, stop.is_set()), display, events)
+        _pass_on(take_from(board, stop.is_set()), display, events)
+    if events:
+        _tell(events, "driver_ended", outcome="failed" if "error" in ended else "stopped" if told else "finished")
+        events.close()
     if lease and lease.check():  # whatever has become of the workers since
         raise RunFailedError(lease.cut_off)
+    if isinstance(given_up := getattr(ended.get("error"), "controller_failure", None), GivenUpError):
+        raise RunFailedError(f"the run is given up: {given_up}")
     if "error" in ended:
         raise RunFailedError(f"the run failed: {ended['error']}") from ended["error"]
     return dict(ended["value"])
+
+
+def _open_events(config: TrainConfig, lease: Lease) -> MetricsLog:
+    events = MetricsLog(
+        config.out_dir,
+        lease.start_id,
+        storage_options=storage_options_of(config),
+        flush_interval_s=_EVENTS_FLUSH_S,
+        stem="events",
+    )
+    _tell(events, "driver_started", start_id=lease.start_id)
+    return events
+
+
+def _tell(events: MetricsLog, kind: str, **values: Any) -> None:
+    events.write({"kind": kind, "iter": 0, "time": time.time(), **values})
+
+
+def _pass_on(records: list[dict[str, Any]], display: Display, events: MetricsLog | None) -> None:
+    """Show what the workers posted, and keep what the overseer has told."""
+    for record in records:
+        if "event" not in record:
+            display.show(record)
+        elif events:
+            _tell(events, **record["event"])
 
 
 def _note(text: str) -> dict[str, Any]:

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import logging
 import os
+import threading
+import time
 from contextlib import suppress
 from dataclasses import asdict, replace
+from functools import partial
 from typing import Any
 
 import ray.train
@@ -14,14 +17,19 @@ from ray.train import Checkpoint, CheckpointUploadMode
 
 from orchestrator.board import Poster
 from orchestrator.checkpoint.durable import patiently_read
+from orchestrator.checkpoint.saver import Saver
 from orchestrator.checkpoint.store import CheckpointStore
 from orchestrator.config import TrainConfig
-from orchestrator.errors import CheckpointError, UserError
+from orchestrator.errors import CheckpointError, UnreadableError, UserError
 from orchestrator.loop import train
 from orchestrator.process import local_device, new_attempt, resolve
+from orchestrator.recovery.causes import AttemptFailedError, Cause, Ending, ending_of
+from orchestrator.recovery.watchdog import Watchdog, stacks
 from orchestrator.storage_options import Hidden, public, storage_options_of
 from orchestrator.telemetry.tell import PostingHandler, open_telemetry
 from orchestrator.world import World
+
+_PEER_LOST_S = 10.0  # in which the controller notices who is gone: longer than a node's silence lasts unnoticed
 
 
 def run_worker(job: dict[str, Any]) -> dict[str, Any]:
@@ -35,15 +43,68 @@ def run_worker(job: dict[str, Any]) -> dict[str, Any]:
     _log_through(poster)
     config = resolve(config_of(job))
     world = _world(config)
+    watchdog = Watchdog(config.hang_timeout_s, partial(_hangs, config, world, poster))
+
+    def should_stop() -> bool:
+        watchdog.beat()
+        return poster.should_stop()
+
     try:
         world.together(lambda: _check_shared(config, job["start_id"]))
         with open_telemetry(config, world, poster.post) as tell:
-            outcome = train(config, world, tell, _register, poster.should_stop)
+            outcome = train(config, world, tell, _register, should_stop, _savers.append)
         return asdict(outcome)
-    except UserError as error:
-        return {"error": str(error)}
+    except Exception as error:
+        if isinstance(error, UserError) and not isinstance(error, UnreadableError):
+            return {"error": str(error)}
+        ending = ending_of(error, world.rank, _rescue())
+        if ending.cause is Cause.PEER_LOST:  # who is gone is for the controller to see, and it ends this process then
+            time.sleep(_PEER_LOST_S)
+        raise AttemptFailedError(ending.to_json()) from None
     finally:
+        watchdog.close()
         poster.close()
+
+
+_savers: list[Saver] = []  # of this process: one, once training has begun
+_rescuing: list[threading.Thread] = []
+
+
+def begin_rescue() -> None:
+    """Put the state into node memory, behind. The controller calls this before the group ends, by another thread."""
+    _rescuing.append(threading.Thread(target=_rescue, name="rescue", daemon=True))
+    _rescuing[-1].start()
+
+
+def end_rescue() -> int | None:
+    """Wait until that is done; return the iteration that is safe, None if there is none."""
+    _rescuing[-1].join()
+    return _rescue()
+
+
+def _rescue() -> int | None:
+    return _savers[-1].rescue() if _savers else None
+
+
+def _hangs(config: TrainConfig, world: World, poster: Poster, silence_s: float) -> bool:
+    """End this process: training has stood still for too long. Its state and the stacks of its threads are kept."""
+    if _savers and _savers[-1].is_finishing:  # an upload is waited for, which has limits of its own
+        return False
+    found = stacks()
+    name = f"hang-{world.attempt}-rank{world.rank}.txt"
+    text = f"no progress for {silence_s:.0f} s; the stacks are in {name} in out_dir"
+    iter_num = _rescue()
+    writer = threading.Thread(target=_write_text, args=(config, name, found), daemon=True)
+    writer.start()
+    poster.say_last(Ending(world.rank, Cause.HANG, text, iter_num).to_json())
+    writer.join(timeout=5)  # storage may be what hangs
+    os._exit(1)
+
+
+def _write_text(config: TrainConfig, name: str, text: str) -> None:
+    store = CheckpointStore(config.out_dir, storage_options_of(config))
+    with suppress(Exception):  # this process ends, whatever becomes of it
+        store.fs.pipe_file(store.path(name), text.encode())
 
 
 def job_of(config: TrainConfig) -> dict[str, Any]:

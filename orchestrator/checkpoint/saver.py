@@ -80,7 +80,7 @@ class Saver:
         self._agreed = [1, 1, 0, 1, 0]  # until the first vote
         self._state = state
         self._change = threading.Lock()  # held while the state changes, and for good once it is rescued
-        self._is_torn = False
+        self._is_torn = self._is_finishing = False
         self._changed: torch.cuda.Event | None = None
         self._rescue = threading.Lock()
         self._rescued: tuple[int | None] | None = None
@@ -117,6 +117,7 @@ class Saver:
             StorageError: the last state could not be saved.
         """
         if is_last:
+            self._is_finishing = True
             self._finish(state, val_loss)
             return
         if not state.optimizer.state:  # nothing was stepped: this is what the run began with
@@ -140,6 +141,11 @@ class Saver:
             self._copy.join()
             self._copy = None
             self._paused(time.perf_counter() - began_s)
+
+    @property
+    def is_finishing(self) -> bool:
+        """Whether the last state is on its way to storage, and training waits for it."""
+        return self._is_finishing
 
     @contextmanager
     def changing(self) -> Iterator[None]:

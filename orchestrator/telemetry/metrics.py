@@ -2,6 +2,7 @@
 
     <out_dir>/metrics.jsonl                        on a disk: appended to, a line per record
              /metrics-<iter>-<attempt>.jsonl       on an object store, which cannot append: parts
+             /events.jsonl, events-*.jsonl         the same, of the driver: attempts, failures and recoveries
 
 A record has a `kind` (step, eval, checkpoint, ...), its `iter`, the `attempt` that computed it and its `time` (seconds
 since 1970). Losing metrics must never end or hold up a training run. Knows no model and no other sink (`sinks.py`).
@@ -28,7 +29,6 @@ logger = logging.getLogger(__name__)
 
 Record = dict[str, Any]
 
-_NAME = re.compile(r"metrics(-.+)?\.jsonl")
 _COMPUTED = ("step", "eval")  # kinds of which an iteration has one record, however often it was computed
 _PART_BYTES = 256 * 1024  # a part grows to about this size, so that weeks of training are hundreds of parts
 _KEPT_LINES = 100_000  # while storage does not answer: about 20 MB
@@ -38,6 +38,7 @@ class MetricsLog:
     """A sink that keeps every record in the run's folder. Where that fails it warns once, keeps lines and tries again.
 
     attempt: the name of this start of the run; no two share one.
+    stem: what the file's name begins with. The driver keeps `events` (attempts, failures), a file of its own.
     flush_interval_s: on an object store, how many seconds of records a crash may lose.
     """
 
@@ -50,10 +51,11 @@ class MetricsLog:
         flush_interval_s: float = 30.0,
         close_timeout_s: float = 10.0,
         clock: Callable[[], float] = time.time,
+        stem: str = "metrics",
     ) -> None:
         self._fs, self._root = locate(out_dir, storage_options)
         self._is_local = isinstance(self._fs, LocalFileSystem)
-        self._attempt = attempt
+        self._attempt, self._stem = attempt, stem
         self._flush_interval_s, self._close_timeout_s = flush_interval_s, close_timeout_s
         self._clock = clock
         self._flushed_at = clock()
@@ -113,7 +115,7 @@ class MetricsLog:
         self._is_failing = False
 
     def _append(self, lines: list[tuple[int, str]]) -> None:
-        path = Path(self._root, "metrics.jsonl")
+        path = Path(self._root, f"{self._stem}.jsonl")
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("ab+") as file:
             text = "".join(line for _, line in lines)
@@ -130,7 +132,7 @@ class MetricsLog:
         self._part_names.add(self._part_name)
 
     def _new_name(self, iter_num: int) -> str:
-        names = (f"metrics-{iter_num:08d}-{self._attempt}{suffix}.jsonl" for suffix in _suffixes())
+        names = (f"{self._stem}-{iter_num:08d}-{self._attempt}{suffix}.jsonl" for suffix in _suffixes())
         return next(name for name in names if name not in self._part_names)
 
     def _keep_for_later(self, error: Exception) -> None:
@@ -153,7 +155,7 @@ def read_metrics(out_dir: str, storage_options: dict[str, Any] | None = None) ->
     fs, root = locate(out_dir, storage_options)
     found: dict[Any, Record] = {}
     try:
-        records = sorted(_read_lines(fs, root), key=lambda record: record["time"])
+        records = sorted(_read_lines(fs, root, "metrics"), key=lambda record: record["time"])
     except Exception as error:  # every storage library has exceptions of its own
         raise CheckpointError(f"metrics in {out_dir} cannot be read: {type(error).__name__}: {error}") from error
     for record in records:
@@ -164,10 +166,23 @@ def read_metrics(out_dir: str, storage_options: dict[str, Any] | None = None) ->
     return sorted(found.values(), key=lambda record: record["iter"])
 
 
-def _read_lines(fs: Any, root: str) -> Iterator[Record]:
+def read_events(out_dir: str, storage_options: dict[str, Any] | None = None) -> list[Record]:
+    """Return what the drivers of a run have told of its attempts, by time.
+
+    Raises:
+        CheckpointError: the storage cannot be read.
+    """
+    fs, root = locate(out_dir, storage_options)
+    try:
+        return sorted(_read_lines(fs, root, "events"), key=lambda record: record["time"])
+    except Exception as error:  # as above
+        raise CheckpointError(f"events in {out_dir} cannot be read: {type(error).__name__}: {error}") from error
+
+
+def _read_lines(fs: Any, root: str, stem: str) -> Iterator[Record]:
     fs.invalidate_cache()
     try:
-        names = sorted(path for path in fs.ls(root, detail=False) if _NAME.fullmatch(path.rsplit("/", 1)[-1]))
+        names = sorted(path for path in fs.ls(root, detail=False) if _is_part(path, stem))
     except FileNotFoundError:
         return
     for name in names:
@@ -179,6 +194,10 @@ def _read_lines(fs: Any, root: str) -> Iterator[Record]:
             damaged += bool(line.strip()) and record is None
         if damaged:
             logger.warning("%s: left out %d cut off or damaged line(s)", name, damaged)
+
+
+def _is_part(path: str, stem: str) -> bool:
+    return bool(re.fullmatch(rf"{stem}(-.+)?\.jsonl", path.rsplit("/", 1)[-1]))
 
 
 def _parse(line: str) -> Record | None:

@@ -1,0 +1,1 @@
+"""What a run does about everything that goes wrong: causes and budgets, hangs, the overseer of all attempts."""

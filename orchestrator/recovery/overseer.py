@@ -1,0 +1,159 @@
+"""Overseer: sits in Ray Train's controller and sees every attempt begin and end.
+
+    a worker fails -> the survivors put their state into node memory -> the cause is found and charged to its budget
+                   -> Ray ends the group and starts the next one, or the run is given up
+
+The hooks are Ray Train's own (`RunConfig(callbacks=...)`), but not all of their types are public: those stand here
+alone, and a test pins the version that they were read in. A hook must never raise, but to give the run up.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from typing import Any
+
+import ray
+from ray.exceptions import RayActorError
+from ray.train import ControllerError
+from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError
+from ray.train.v2._internal.execution.callback import WorkerGroupCallback
+
+from orchestrator.recovery.causes import AttemptFailedError, Budgets, Cause, Ending, GivenUpError, ending_of, explain
+
+logger = logging.getLogger(__name__)
+
+_ANSWER_S = 2.0  # in which a worker that lives begins to rescue its state
+_RESCUE_S = 60.0  # in which it is done
+_BOARD_S = 2.0
+
+
+class Overseer(WorkerGroupCallback):  # type: ignore[misc]
+    """One for all attempts of a driver; board: where it tells of them."""
+
+    def __init__(self, board: Any, budgets: Budgets) -> None:
+        self._board, self._budgets = board, budgets
+        self._group: Any = None
+        self._number = 0
+        self._is_over = True  # of this attempt: it has ended by itself, and what could be rescued is
+        self._iter: int | None = None
+        self._back_off_s = 0.0
+
+    def before_worker_group_start(self, worker_group_context: Any) -> None:
+        if self._back_off_s:
+            self._note("INFO", f"waiting {self._back_off_s:.0f} s before the next attempt")
+            time.sleep(self._back_off_s)
+            self._back_off_s = 0.0
+        self._number += 1
+        self._tell("attempt_starting", num_workers=worker_group_context.num_workers)
+
+    def after_worker_group_start(self, worker_group: Any) -> None:
+        self._group, self._is_over = worker_group, False
+        self._tell("attempt_placed", num_workers=len(worker_group.get_workers()))
+
+    def after_worker_group_training_start(self, worker_group: Any) -> None:
+        self._tell("attempt_running", num_workers=len(worker_group.get_workers()))
+
+    def after_worker_group_poll_status(self, worker_group_status: Any) -> None:
+        if worker_group_status.finished and not worker_group_status.errors:
+            self._is_over = True
+        if not worker_group_status.errors or self._is_over:
+            return
+        self._is_over = True
+        try:
+            errors = {rank: status.error for rank, status in worker_group_status.worker_statuses.items()}
+            self._failed({rank: error for rank, error in errors.items() if error})
+        except GivenUpError as given_up:
+            raise ControllerError(given_up) from None
+        except Exception:
+            logger.exception("the end of an attempt could not be examined; it is restarted")
+
+    def before_worker_group_shutdown(self, worker_group: Any) -> None:  # noqa: ARG002
+        if self._is_over:
+            return
+        self._is_over = True  # Ray ends a group that is well: another number of workers can run now
+        try:
+            self._tell("failure", cause="resized", ranks=[], text="the number of machines has changed")
+            self._rescue(lost=set())
+        except Exception:
+            logger.exception("the state could not be rescued before the group ends")
+
+    def after_worker_group_shutdown(self, worker_group_context: Any) -> None:  # noqa: ARG002
+        self._tell("attempt_ended")
+
+    def _failed(self, errors: dict[int, Exception]) -> None:
+        seen_s = time.time()
+        self._rescue(lost=set(errors))
+        words = {ending.rank: ending for ending in self._last_words()}
+        first = explain([words.get(rank) or self._ending(rank, error) for rank, error in errors.items()])
+        node = self._group.get_workers()[first.rank].metadata.hostname
+        self._tell(
+            "failure",
+            time=seen_s,
+            cause=str(first.cause),
+            ranks=sorted(errors),
+            node=node,
+            text=first.text,
+            traceback=first.traceback,
+        )
+        self._back_off_s = self._budgets.charge(first, self._iter)
+        spent, limit = self._budgets.spent[first.cause], self._budgets.limit_of(first.cause)
+        of = "" if limit < 0 else f" of {limit}"
+        self._note("WARNING", f"attempt lost ({first.cause}, {spent}{of}): rank {first.rank} on {node}: {first.text}")
+
+    def _ending(self, rank: int, error: Exception) -> Ending:
+        error = getattr(error, "_base_exc", error)  # of the train function, with its traceback as text
+        if isinstance(error, AttemptFailedError):
+            return Ending.from_json(error.ending)
+        if isinstance(error, WorkerHealthCheckFailedError):
+            error = error.health_check_failure
+        text = " ".join(str(error).split())[-500:]
+        if isinstance(error, RayActorError):
+            return Ending(rank, self._cause_of_death(rank, error, text), text, self._iter)
+        return ending_of(error, rank, self._iter)
+
+    def _cause_of_death(self, rank: int, error: RayActorError, text: str) -> Cause:
+        if error.preempted:
+            return Cause.PREEMPTED
+        if "OOM" in text or "out of memory" in text.lower():
+            return Cause.OUT_OF_MEMORY
+        node_id = self._group.get_workers()[rank].metadata.node_id
+        lives = any(node["Alive"] for node in ray.nodes() if node["NodeID"] == node_id)
+        return Cause.WORKER_LOST if lives and "node died" not in text else Cause.NODE_LOST
+
+    def _rescue(self, lost: set[int]) -> None:
+        """Have the workers that live put their state into node memory, and wait for that."""
+        from orchestrator.worker import begin_rescue, end_rescue
+
+        began_s = time.monotonic()
+        workers = [worker for rank, worker in enumerate(self._group.get_workers()) if rank not in lost]
+        asked = {worker.execute_async(begin_rescue): worker for worker in workers}
+        answered, _ = ray.wait(list(asked), num_returns=len(asked), timeout=_ANSWER_S) if asked else ([], [])
+        waited = [asked[answer].execute_async(end_rescue) for answer in answered]
+        done, _ = ray.wait(waited, num_returns=len(waited), timeout=_RESCUE_S) if waited else ([], [])
+        iters = [iter_num for iter_num in map(_value, done) if iter_num is not None]
+        if iters:
+            self._iter = max(iters)
+            seconds = time.monotonic() - began_s
+            self._tell("rescued", iter=self._iter, seconds=seconds, ranks=len(iters))
+
+    def _last_words(self) -> list[Ending]:
+        try:
+            words = ray.get(self._board.last_words.remote(), timeout=_BOARD_S)
+        except ray.exceptions.RayError:
+            return []
+        return [Ending.from_json(word) for word in words]
+
+    def _tell(self, kind: str, **values: Any) -> None:
+        record = {"kind": kind, "number": self._number, "time": time.time(), **values}
+        self._board.post.remote([{"event": record}])
+
+    def _note(self, level: str, text: str) -> None:
+        self._board.post.remote([{"kind": "note", "level": level, "text": text}])
+
+
+def _value(answer: Any) -> int | None:
+    try:
+        return ray.get(answer)  # type: ignore[no-any-return]
+    except ray.exceptions.RayError:
+        return None

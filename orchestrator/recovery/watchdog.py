@@ -1,0 +1,62 @@
+"""Watchdog: ends this process when training makes no progress, so that recovery starts. Knows no Ray."""
+
+from __future__ import annotations
+
+import faulthandler
+import tempfile
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from statistics import median
+
+_TIMES_THE_MEDIAN = 20.0
+_STEPS = 50  # of which the median counts
+
+
+class Watchdog:
+    """A thread that waits for beats, one per iteration.
+
+    timeout_s: the longest silence; for models whose steps are slow, 20 times the median step if that is longer.
+    on_hang: is called once, with the seconds of silence; if it returns False, something else is being waited for.
+    """
+
+    def __init__(self, timeout_s: float, on_hang: Callable[[float], bool]) -> None:
+        self._timeout_s, self._on_hang = timeout_s, on_hang
+        self._steps_s: deque[float] = deque(maxlen=_STEPS)
+        self._beat_s = time.monotonic()
+        self._has_begun = False
+        self._closed = threading.Event()
+        threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
+
+    def beat(self) -> None:
+        """Note that training has come an iteration further."""
+        now_s = time.monotonic()
+        if self._has_begun:  # what came before was the start
+            self._steps_s.append(now_s - self._beat_s)
+        self._has_begun = True
+        self._beat_s = now_s
+
+    def close(self) -> None:
+        """Stop watching."""
+        self._closed.set()
+
+    def limit_s(self) -> float:
+        """Return how much silence is too much now."""
+        return max(self._timeout_s, _TIMES_THE_MEDIAN * median(self._steps_s) if self._steps_s else 0.0)
+
+    def _watch(self) -> None:
+        while not self._closed.wait(min(1.0, self._timeout_s / 4)):
+            silence_s = time.monotonic() - self._beat_s
+            if silence_s > self.limit_s():
+                if self._on_hang(silence_s):
+                    return
+                self._beat_s = time.monotonic()
+
+
+def stacks() -> str:
+    """Return the stack of every thread of this process."""
+    with tempfile.TemporaryFile("w+") as file:
+        faulthandler.dump_traceback(file, all_threads=True)
+        file.seek(0)
+        return file.read()
