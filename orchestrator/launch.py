@@ -39,6 +39,7 @@ from orchestrator.lease import Lease
 from orchestrator.loop import Outcome
 from orchestrator.preflight import Plan
 from orchestrator.process import process_group_backend
+from orchestrator.recovery import spares
 from orchestrator.recovery.causes import Budgets, GivenUpError
 from orchestrator.recovery.overseer import Overseer
 from orchestrator.storage_options import public, storage_options_of
@@ -258,8 +259,9 @@ def _trainer(
             # Ray restarts without end; what is worth a restart is the overseer's to decide
             failure_config=FailureConfig(max_failures=-1, max_preemption_failures=-1, controller_failure_limit=-1),
             checkpoint_config=CheckpointConfig(),  # what is kept is decided where it is written (CheckpointStore.prune)
+            worker_runtime_env=spares.runtime_env() if config.warm_spares else {},
             logging_config=LoggingConfig(log_level="WARNING"),
-            callbacks=[Overseer(job["board"], budgets)],
+            callbacks=[Overseer(job["board"], budgets, config.warm_spares)],
         ),
     )
 

@@ -10,6 +10,7 @@ alone, and a test pins the version that they were read in. A hook must never rai
 from __future__ import annotations
 
 import logging
+import threading
 import time
 from typing import Any
 
@@ -19,6 +20,7 @@ from ray.train import ControllerError
 from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError
 from ray.train.v2._internal.execution.callback import WorkerGroupCallback
 
+from orchestrator.recovery import spares
 from orchestrator.recovery.causes import AttemptFailedError, Budgets, Cause, Ending, GivenUpError, ending_of, explain
 
 logger = logging.getLogger(__name__)
@@ -26,13 +28,14 @@ logger = logging.getLogger(__name__)
 _ANSWER_S = 2.0  # in which a worker that lives begins to rescue its state
 _RESCUE_S = 60.0  # in which it is done
 _BOARD_S = 2.0
+_SPARES_AFTER_S = 3.0  # once training is under way: starting them takes cores for a moment
 
 
 class Overseer(WorkerGroupCallback):  # type: ignore[misc]
     """One for all attempts of a driver; board: where it tells of them."""
 
-    def __init__(self, board: Any, budgets: Budgets) -> None:
-        self._board, self._budgets = board, budgets
+    def __init__(self, board: Any, budgets: Budgets, keeps_spares: bool) -> None:
+        self._board, self._budgets, self._keeps_spares = board, budgets, keeps_spares
         self._group: Any = None
         self._number = 0
         self._is_over = True  # of this attempt: it has ended by itself, and what could be rescued is
@@ -53,6 +56,10 @@ class Overseer(WorkerGroupCallback):  # type: ignore[misc]
 
     def after_worker_group_training_start(self, worker_group: Any) -> None:
         self._tell("attempt_running", num_workers=len(worker_group.get_workers()))
+        if self._keeps_spares:
+            later = threading.Timer(_SPARES_AFTER_S, spares.prestart, (worker_group,))
+            later.daemon = True
+            later.start()
 
     def after_worker_group_poll_status(self, worker_group_status: Any) -> None:
         if worker_group_status.finished and not worker_group_status.errors:
@@ -107,7 +114,7 @@ class Overseer(WorkerGroupCallback):  # type: ignore[misc]
             return Ending.from_json(error.ending)
         if isinstance(error, WorkerHealthCheckFailedError):
             error = error.health_check_failure
-        text = " ".join(str(error).split())[-500:]
+        text = _in_short(str(error))
         if isinstance(error, RayActorError):
             return Ending(rank, self._cause_of_death(rank, error, text), text, self._iter)
         return ending_of(error, rank, self._iter)
@@ -115,7 +122,7 @@ class Overseer(WorkerGroupCallback):  # type: ignore[misc]
     def _cause_of_death(self, rank: int, error: RayActorError, text: str) -> Cause:
         if error.preempted:
             return Cause.PREEMPTED
-        if "OOM" in text or "out of memory" in text.lower():
+        if "NODE_OUT_OF_MEMORY" in text or "running low on memory" in text:
             return Cause.OUT_OF_MEMORY
         node_id = self._group.get_workers()[rank].metadata.node_id
         lives = any(node["Alive"] for node in ray.nodes() if node["NodeID"] == node_id)
@@ -150,6 +157,12 @@ class Overseer(WorkerGroupCallback):  # type: ignore[misc]
 
     def _note(self, level: str, text: str) -> None:
         self._board.post.remote([{"kind": "note", "level": level, "text": text}])
+
+
+def _in_short(text: str) -> str:
+    """Return what Ray says of a death without the actor's ids and what it guesses."""
+    text = " ".join(text.split()).partition(" Some common causes")[0]
+    return text[max(0, text.find("The actor is dead because")) :][:500]
 
 
 def _value(answer: Any) -> int | None:

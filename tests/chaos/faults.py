@@ -27,6 +27,8 @@ class Fault:
     pid: whom to kill, None for the process itself.
     marker: a file that is written when the fault fires; while it exists, the fault does not fire again.
     nth: fire when the point is reached for the n-th time, such as after the second file.
+    kind: the signal; None for an exception instead, as of a bug in the user's code.
+    times: how often it fires in all.
     """
 
     point: str
@@ -35,11 +37,16 @@ class Fault:
     marker: Path
     pid: int | None = None
     nth: int = 1
+    kind: signal.Signals | None = signal.SIGKILL
+    times: int = 1
 
     def fire(self) -> None:
-        if not self.marker.exists():
-            self.marker.write_text(f"{self.point} {self.iter_num} {self.rank}")
-            os.kill(self.pid or os.getpid(), signal.SIGKILL)
+        fired = self.marker.read_text() if self.marker.exists() else ""
+        if len(fired.splitlines()) < self.times:
+            self.marker.write_text(f"{fired}{self.point} {self.iter_num} {self.rank}\n")
+            if self.kind is None:
+                raise ZeroDivisionError("the bug")
+            os.kill(self.pid or os.getpid(), self.kind)
             time.sleep(60)  # a worker whose driver was killed does no further step: Ray ends it within a second
 
 

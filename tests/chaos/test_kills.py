@@ -20,8 +20,8 @@ import ray
 from orchestrator.checkpoint.snapshot import tensors_equal
 from orchestrator.checkpoint.store import CheckpointStore
 from orchestrator.config import TrainConfig
-from orchestrator.launch import launch
-from orchestrator.telemetry.metrics import read_metrics
+from orchestrator.launch import RunFailedError, launch
+from orchestrator.telemetry.metrics import read_events, read_metrics
 from tests.chaos.faults import Fault, worker_with
 from tests.conftest import Undisturbed, final_state
 
@@ -43,6 +43,18 @@ def attempts(out_dir: str) -> int:
     return len({record["attempt"] for record in read_metrics(out_dir)})
 
 
+def steps_repeated(out_dir: str) -> int:
+    """Return how many iterations of the first attempt the second one computed again, as far as rank 0 told of them."""
+    records = [json.loads(line) for line in Path(out_dir, "metrics.jsonl").read_text().splitlines()]
+    first, second = (record for record in records if record["kind"] == "begin")
+    last = max((r["iter"] for r in records if r["kind"] == "step" and r["attempt"] == first["attempt"]), default=-1)
+    return max(0, last + 1 - int(second["iter"]))
+
+
+def causes(out_dir: str) -> list[str]:
+    return [record["cause"] for record in read_events(out_dir) if record["kind"] == "failure"]
+
+
 @pytest.mark.usefixtures("cluster")
 @pytest.mark.parametrize(
     ("world_size", "point", "rank", "iter_num"),
@@ -51,6 +63,7 @@ def attempts(out_dir: str) -> int:
         (3, "optimizer", 0, 13),
         (3, "write", 2, 16),
         (2, "commit", 0, 12),
+        (3, "evaluate", 1, 16),
         (3, "forward", random.Random().randrange(3), random.Random().randrange(24)),
     ],
 )
@@ -63,7 +76,46 @@ def test_killed_worker_changes_no_bit(
     assert fault.marker.exists(), "the fault did not fire"
     assert outcome.iter_num == config.max_iters
     assert attempts(config.out_dir) == 2
-    assert tensors_equal(final_state(config.out_dir), undisturbed(tiny, world_size))
+    assert causes(config.out_dir) == ["worker_lost"]
+    assert steps_repeated(config.out_dir) == 0
+    expected = undisturbed(tiny, world_size)
+    assert tensors_equal(final_state(config.out_dir), expected)
+    assert final_state(config.out_dir).best_val_loss == expected.best_val_loss
+
+
+@pytest.mark.usefixtures("cluster")
+def test_a_worker_that_stands_still_is_found_and_replaced(
+    tiny: TrainConfig, tmp_path: Path, undisturbed: Undisturbed
+) -> None:
+    fault = Fault("forward", 13, 1, tmp_path / "fired", kind=signal.SIGSTOP)
+    config = replace(tiny, num_workers=2, hang_timeout_s=3.0)
+    launch(config, worker_with(fault))
+    assert fault.marker.exists(), "the fault did not fire"
+    assert causes(config.out_dir) == ["hang"]
+    assert steps_repeated(config.out_dir) == 0
+    stacks = [path.read_text() for path in Path(config.out_dir).glob("hang-*-rank0.txt")]
+    assert len(stacks) == 1
+    assert "loop.py" in stacks[0]
+    assert tensors_equal(final_state(config.out_dir), undisturbed(tiny, 2))
+
+
+@pytest.mark.usefixtures("cluster")
+def test_a_bug_stops_the_run_when_it_shows_twice(tiny: TrainConfig, tmp_path: Path) -> None:
+    fault = Fault("forward", 9, 1, tmp_path / "fired", kind=None, times=99)
+    config = replace(tiny, num_workers=2)
+    with pytest.raises(RunFailedError, match=r"(?s)same iteration \(9\), twice.*Rank 1.*ZeroDivisionError: the bug"):
+        launch(config, worker_with(fault))
+    assert causes(config.out_dir) == ["user_error", "user_error"]
+
+
+@pytest.mark.usefixtures("cluster")
+def test_an_error_that_passes_costs_no_step(tiny: TrainConfig, tmp_path: Path, undisturbed: Undisturbed) -> None:
+    fault = Fault("forward", 9, 0, tmp_path / "fired", kind=None)
+    config = replace(tiny, num_workers=2)
+    launch(config, worker_with(fault))
+    assert causes(config.out_dir) == ["user_error"]
+    assert steps_repeated(config.out_dir) == 0
+    assert tensors_equal(final_state(config.out_dir), undisturbed(tiny, 2))
 
 
 def test_killed_driver_continues_when_started_again(

@@ -1,0 +1,90 @@
+from __future__ import annotations
+
+import pickle
+
+import pytest
+import torch
+
+from orchestrator.errors import StorageError, UnreadableError
+from orchestrator.recovery.causes import AttemptFailedError, Budgets, Cause, Ending, GivenUpError, ending_of, explain
+
+
+def lost(cause: Cause = Cause.WORKER_LOST, rank: int = 0, text: str = "gone", iter_num: int | None = 7) -> Ending:
+    return Ending(rank, cause, text, iter_num)
+
+
+@pytest.mark.parametrize(
+    ("error", "cause"),
+    [
+        (
+            RuntimeError("[/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:534] Connection closed by peer"),
+            "peer_lost",
+        ),
+        (torch.distributed.DistNetworkError("reset"), "peer_lost"),
+        (MemoryError(), "out_of_memory"),
+        (StorageError("down"), "storage"),
+        (UnreadableError("no answer"), "storage"),
+        (RuntimeError("shapes do not match"), "user_error"),
+        (ZeroDivisionError("x"), "user_error"),
+    ],
+)
+def test_an_exception_has_a_cause(error: Exception, cause: str) -> None:
+    assert ending_of(error, 0, 3).cause == cause
+
+
+def test_what_explains_the_others_is_told() -> None:
+    assert explain([lost(Cause.PEER_LOST, 0), lost(Cause.NODE_LOST, 2), lost(Cause.WORKER_LOST, 1)]).rank == 2
+    assert explain([lost(Cause.PEER_LOST, 1)]).cause is Cause.WORKER_LOST
+    assert explain([lost(rank=2), lost(rank=1)]).rank == 1
+
+
+def test_an_ending_survives_its_way_to_the_controller() -> None:
+    ending = ending_of(ValueError("nan in batch 3"), 2, 5)
+    back = pickle.loads(pickle.dumps(AttemptFailedError(ending.to_json())))
+    assert Ending.from_json(back.ending) == ending
+    assert "ValueError: nan in batch 3" in str(back)
+
+
+def test_a_budget_is_full_again_after_progress() -> None:
+    budgets = Budgets(max_failures=2, max_preemptions=-1, refill_iters=10)
+    for iter_num in (5, 6, 16, 17, 27):
+        budgets.charge(lost(), iter_num)
+    budgets.charge(lost(), 27)
+    with pytest.raises(GivenUpError, match=r"worker_lost: 3 times within 10 iterations.*max_failures"):
+        budgets.charge(lost(), 28)
+
+
+def test_causes_have_budgets_of_their_own() -> None:
+    budgets = Budgets(max_failures=1, max_preemptions=-1, refill_iters=10)
+    for _ in range(20):
+        budgets.charge(lost(Cause.PREEMPTED), 5)
+    budgets.charge(lost(Cause.WORKER_LOST), 5)
+    budgets.charge(lost(Cause.NODE_LOST), 5)
+    with pytest.raises(GivenUpError):
+        budgets.charge(lost(Cause.NODE_LOST), 5)
+
+
+def test_no_limit_is_no_limit() -> None:
+    budgets = Budgets(max_failures=-1, max_preemptions=-1, refill_iters=10)
+    for _ in range(50):
+        budgets.charge(lost(Cause.HANG), None)
+
+
+def test_the_same_bug_at_the_same_place_stops_the_run_with_its_traceback() -> None:
+    budgets = Budgets(max_failures=8, max_preemptions=-1, refill_iters=10)
+    bug = Ending(1, Cause.USER_ERROR, "ValueError: x", 9, "Traceback: train.py, line 3")
+    budgets.charge(bug, 9)
+    with pytest.raises(GivenUpError, match=r"(?s)same iteration \(9\), twice.*line 3"):
+        budgets.charge(bug, 9)
+
+
+def test_another_bug_or_another_place_may_pass() -> None:
+    budgets = Budgets(max_failures=8, max_preemptions=-1, refill_iters=10)
+    for text, iter_num in (("a", 1), ("b", 1), ("b", 2), ("a", 2)):
+        budgets.charge(lost(Cause.USER_ERROR, text=text, iter_num=iter_num), iter_num)
+
+
+def test_what_fails_at_once_again_waits_longer_each_time() -> None:
+    budgets = Budgets(max_failures=-1, max_preemptions=-1, refill_iters=10)
+    waits = [budgets.charge(lost(), 3) for _ in range(9)]
+    assert waits == [0, 1, 2, 4, 8, 16, 32, 60, 60]

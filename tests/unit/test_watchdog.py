@@ -1,0 +1,60 @@
+from __future__ import annotations
+
+import threading
+import time
+
+from orchestrator.recovery.watchdog import Watchdog, stacks
+
+
+def test_silence_is_noticed_once() -> None:
+    calls: list[float] = []
+    rang = threading.Event()
+
+    def on_hang(silence_s: float) -> bool:
+        calls.append(silence_s)
+        rang.set()
+        return True
+
+    watchdog = Watchdog(0.3, on_hang)
+    for _ in range(6):
+        time.sleep(0.1)
+        watchdog.beat()
+    assert not calls
+    assert rang.wait(5)
+    time.sleep(0.5)
+    assert len(calls) == 1
+    assert calls[0] > 0.3
+
+
+def test_slow_steps_have_more_time() -> None:
+    watchdog = Watchdog(0.1, lambda _silence_s: False)
+    watchdog.close()
+    watchdog.beat()
+    assert watchdog.limit_s() == 0.1
+    for _ in range(3):
+        time.sleep(0.05)
+        watchdog.beat()
+    assert watchdog.limit_s() >= 20 * 0.05
+
+
+def test_what_is_waited_for_rightly_is_no_hang() -> None:
+    calls: list[float] = []
+    watchdog = Watchdog(0.1, lambda silence_s: bool(calls.append(silence_s)))
+    time.sleep(0.7)
+    watchdog.close()
+    assert len(calls) > 1
+
+
+def test_stacks_name_the_function_of_every_thread() -> None:
+    released = threading.Event()
+
+    def stands_still() -> None:
+        released.wait()
+
+    thread = threading.Thread(target=stands_still)
+    thread.start()
+    found = stacks()
+    released.set()
+    thread.join()
+    assert "stands_still" in found
+    assert "test_stacks_name" in found
