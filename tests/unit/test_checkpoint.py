@@ -150,12 +150,20 @@ def test_a_damaged_checkpoint_falls_back_to_the_one_before(
     assert never_announced or "checkpoint_00000008_a" in caplog.text
 
 
-def test_a_checkpoint_of_a_newer_program_is_not_guessed_at(store: CheckpointStore) -> None:
+@pytest.mark.parametrize(
+    ("version", "remedy"), [(99, "update this program"), (0, "read it with the program that wrote it")]
+)
+def test_a_checkpoint_of_another_format_is_not_guessed_at(
+    store: CheckpointStore, version: int, remedy: str, caplog: pytest.LogCaptureFixture
+) -> None:
     saved(store, 4)
-    path = Path(store.path("checkpoint_00000004_a", "state.json"))
-    path.write_text(json.dumps({**json.loads(path.read_text()), "format_version": 99}))
-    with pytest.raises(CheckpointError, match="update this program"):
-        store.load("checkpoint_00000004_a")
+    saved(store, 8)
+    path = Path(store.path("checkpoint_00000008_a", "state.json"))
+    path.write_text(json.dumps({**json.loads(path.read_text()), "format_version": version}))
+    with pytest.raises(CheckpointError, match=remedy):
+        store.load("checkpoint_00000008_a")
+    assert store.select("latest").iter_num == 4
+    assert remedy in caplog.text
 
 
 def test_the_newest_and_the_best_are_kept(store: CheckpointStore) -> None:
