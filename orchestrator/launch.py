@@ -20,6 +20,7 @@ from typing import Any
 
 # Ray reads these when it is imported or started; what the user has set stays.
 os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.25")  # a lost worker is noticed within this
+os.environ.setdefault("RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S", "1")  # and a node that is drained within this
 os.environ.setdefault("RAY_CHDIR_TO_TRIAL_DIR", "0")  # relative paths keep their meaning in workers
 os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
 # Without a dashboard, as in a cluster that is started here, two of Ray's actors complain about it every second.

@@ -49,11 +49,15 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a call of `train` ended."""
+    """How a call of `train` ended: at max_iters, or stopped before. preempted: because a machine is taken away."""
 
     iter_num: int
     best_val_loss: float
     stopped: bool = False
+    preempted: bool = False
+
+
+GO_ON, STOP, LEAVE = range(3)  # answers to whether the loop goes on; the highest of all ranks' counts
 
 
 def train(
@@ -61,14 +65,15 @@ def train(
     world: World,
     tell: Callable[[Record], None] = lambda _record: None,
     committed: Callable[[Record], None] = lambda _record: None,
-    should_stop: Callable[[], bool] = lambda: False,
+    should_stop: Callable[[], int] = lambda: GO_ON,
     began: Callable[[Saver], None] = lambda _saver: None,
 ) -> Outcome:
     """Train from the newest state in out_dir, or from init_from, to max_iters; config is resolved for this machine.
 
     tell: receives a record of every evaluation, checkpoint and logged iteration, on rank 0.
     committed: receives, on all ranks, the record of a checkpoint that is announced in storage.
-    should_stop: if it answers True on any rank, all ranks save and leave after the iteration.
+    should_stop: if it answers STOP, or LEAVE (a machine is taken away), on any rank, all save and leave after the
+        iteration.
     began: receives what can rescue the state, before the first iteration.
 
     Raises:
@@ -135,11 +140,12 @@ def train(
                 if record["kind"] == "checkpoint":
                     committed(record)
             if done or stopping or config.eval_only:
-                saver.close(is_finished=True)
-                return Outcome(state.iter_num, state.best_val_loss, stopped=bool(stopping and not done))
+                is_preempted = stopping == LEAVE and not done
+                saver.close(is_finished=not is_preempted)
+                return Outcome(state.iter_num, state.best_val_loss, bool(stopping and not done), is_preempted)
 
             t0 = time.perf_counter()
-            vote = world.vote([int(should_stop()), *saver.ballot()])  # answered while the step runs
+            vote = world.vote([should_stop(), *saver.ballot()])  # answered while the step runs
             lr = learning_rate(config, state.iter_num)
             for group in state.optimizer.param_groups:
                 group["lr"] = lr

@@ -21,9 +21,10 @@ from orchestrator.checkpoint.saver import Saver
 from orchestrator.checkpoint.store import CheckpointStore
 from orchestrator.config import TrainConfig
 from orchestrator.errors import CheckpointError, UnreadableError, UserError
-from orchestrator.loop import train
+from orchestrator.loop import GO_ON, LEAVE, STOP, train
 from orchestrator.process import local_device, new_attempt, resolve
 from orchestrator.recovery.causes import AttemptFailedError, Cause, Ending, ending_of
+from orchestrator.recovery.drain import notice
 from orchestrator.recovery.watchdog import Watchdog, stacks
 from orchestrator.storage_options import Hidden, public, storage_options_of
 from orchestrator.telemetry.tell import PostingHandler, open_telemetry
@@ -45,15 +46,22 @@ def run_worker(job: dict[str, Any]) -> dict[str, Any]:
     world = _world(config)
     watchdog = Watchdog(config.hang_timeout_s, partial(_hangs, config, world, poster))
 
-    def should_stop() -> bool:
+    def should_stop() -> int:
         watchdog.beat()
-        return poster.should_stop()
+        if poster.should_stop():
+            return STOP
+        return LEAVE if notice() else GO_ON
 
     try:
         world.together(lambda: _check_shared(config, job["start_id"]))
         with open_telemetry(config, world, poster.post) as tell:
             outcome = train(config, world, tell, _register, should_stop, _savers.append)
+        if outcome.preempted:
+            text = notice() or "another rank's machine is taken away"
+            raise AttemptFailedError(Ending(world.rank, Cause.PREEMPTED, text, outcome.iter_num).to_json())
         return asdict(outcome)
+    except AttemptFailedError:
+        raise
     except Exception as error:
         if isinstance(error, UserError) and not isinstance(error, UnreadableError):
             return {"error": str(error)}

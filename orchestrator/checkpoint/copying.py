@@ -26,9 +26,7 @@ class Copy:
     ready: on a GPU, what to wait for before reading; default: all that is in the current stream's queue.
     """
 
-    def __init__(
-        self, tensors: dict[str, Tensor], device: torch.device, ready: torch.cuda.Event | None = None
-    ) -> None:
+    def __init__(self, tensors: dict[str, Tensor], device: torch.device, ready: torch.cuda.Event | None = None) -> None:
         self._tensors = tensors
         self._is_issued = threading.Event()  # on a CPU: done; on a GPU: everything is in the stream's queue
         is_on_gpu = device.type == "cuda"

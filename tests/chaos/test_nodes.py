@@ -1,0 +1,98 @@
+"""Nodes that go, on a cluster of several raylets on this machine: with notice, and without."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import psutil
+import pytest
+import ray
+from ray.cluster_utils import Cluster
+
+from orchestrator.config import TrainConfig
+from orchestrator.launch import launch
+from orchestrator.telemetry.metrics import read_events
+from tests.chaos.faults import Fault, worker_with
+from tests.chaos.test_kills import causes, steps_repeated
+from tests.conftest import Undisturbed, final_state
+from tests.golden import tensors_equal
+
+pytestmark = pytest.mark.filterwarnings("default")  # Ray starts in this process and its parts warn of themselves
+
+
+@pytest.fixture
+def cluster() -> Iterator[Cluster]:
+    """A head that trains nothing, and three nodes of one worker each."""
+    small = {"object_store_memory": 80 * 2**20, "include_dashboard": False}
+    cluster = Cluster(initialize_head=True, head_node_args={**small, "num_cpus": 0})
+    for _ in range(3):
+        cluster.add_node(num_cpus=1, object_store_memory=80 * 2**20)
+    cluster.wait_for_nodes()
+    ray.init(address=cluster.address, logging_level="ERROR")
+    yield cluster
+    ray.shutdown()
+    cluster.shutdown()
+
+
+class Drained(Fault):
+    """Not killed: Ray is told that this rank's node will be taken away, as by a cloud's notice."""
+
+    def fire(self) -> None:
+        if self.marker.exists():
+            return
+        node_id = ray.get_runtime_context().get_node_id()
+        self.marker.write_text(node_id)
+        words = ["drain-node", "--address", ray.get_runtime_context().gcs_address, "--node-id", node_id]
+        reason = [
+            "--reason",
+            "DRAIN_NODE_REASON_PREEMPTION",
+            "--reason-message",
+            "spot",
+            "--deadline-remaining-seconds",
+        ]
+        subprocess.run([sys.executable, "-m", "ray.scripts.scripts", *words, *reason, "30"], check=True, timeout=60)
+
+
+class RayletKilled(Fault):
+    """The node's raylet is killed, and with it all that runs on the node."""
+
+    def fire(self) -> None:
+        raylet = next(parent for parent in psutil.Process().parents() if parent.name() == "raylet")
+        Fault.fire(Fault(**{**vars(self), "pid": raylet.pid}))
+
+
+def settings(tiny: TrainConfig) -> TrainConfig:
+    return replace(tiny, num_workers=2, cpus_per_worker=1.0, max_iters=400, eval_interval=100, checkpoint_interval=100)
+
+
+def test_a_drained_node_is_left_without_a_lost_step(
+    cluster: Cluster,  # noqa: ARG001
+    tiny: TrainConfig,
+    tmp_path: Path,
+    undisturbed: Undisturbed,
+) -> None:
+    fault = Drained("forward", 33, 1, tmp_path / "fired")
+    config = replace(settings(tiny), max_failures=0)
+    launch(config, worker_with(fault))
+    assert causes(config.out_dir) == ["preempted"]
+    assert steps_repeated(config.out_dir) == 0
+    assert tensors_equal(final_state(config.out_dir), undisturbed(settings(tiny), 2))
+
+
+def test_a_lost_node_is_replaced_by_another(
+    cluster: Cluster,  # noqa: ARG001
+    tiny: TrainConfig,
+    tmp_path: Path,
+    undisturbed: Undisturbed,
+) -> None:
+    fault = RayletKilled("forward", 33, 1, tmp_path / "fired")
+    config = settings(tiny)
+    launch(config, worker_with(fault))
+    assert causes(config.out_dir) == ["node_lost"]
+    assert [record["iter"] for record in read_events(config.out_dir) if record["kind"] == "rescued"] == [33]
+    assert steps_repeated(config.out_dir) == 0
+    assert tensors_equal(final_state(config.out_dir), undisturbed(settings(tiny), 2))
