@@ -1,0 +1,42 @@
+"""What we use of Ray that is not public: where one of these fails, read the module that uses it again."""
+
+from __future__ import annotations
+
+import inspect
+
+import ray
+from ray._private.ray_constants import WORKER_PROCESS_SETUP_HOOK_ENV_VAR
+from ray.core.generated.node_manager_pb2 import PrestartWorkersRequest
+from ray.train.v2._internal.execution.callback import WorkerGroupCallback
+from ray.train.v2._internal.execution.preemption import PreemptionContext
+from ray.train.v2._internal.execution.worker_group import Worker, WorkerGroup
+
+from orchestrator.recovery.overseer import Overseer
+
+
+def test_the_version_is_the_one_that_was_read() -> None:
+    assert ray.__version__.startswith("2.60.")
+
+
+def test_the_hooks_of_the_overseer_are_called() -> None:
+    hooks = [name for name in vars(Overseer) if name.startswith(("before_", "after_"))]
+    assert len(hooks) == 6
+    for name in hooks:
+        assert list(inspect.signature(getattr(WorkerGroupCallback, name)).parameters) == list(
+            inspect.signature(getattr(Overseer, name)).parameters
+        )
+        assert f"callback.{name}(" in inspect.getsource(WorkerGroup)
+
+
+def test_a_worker_can_be_asked_to_call_something() -> None:
+    assert list(inspect.signature(Worker.execute_async).parameters)[:2] == ["self", "fn"]
+
+
+def test_the_drain_notice_is_kept_where_it_is_read() -> None:
+    assert PreemptionContext().preemption_info is None
+
+
+def test_spares_can_be_asked_for() -> None:
+    fields = {field.name for field in PrestartWorkersRequest.DESCRIPTOR.fields}
+    assert fields == {"language", "job_id", "runtime_env_info", "keep_alive_duration_secs", "num_workers"}
+    assert WORKER_PROCESS_SETUP_HOOK_ENV_VAR
