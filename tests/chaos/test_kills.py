@@ -61,10 +61,10 @@ def causes(out_dir: str) -> list[str]:
     [
         (2, "forward", 1, 10),
         (3, "optimizer", 0, 13),
-        (3, "write", 2, 16),
-        (2, "commit", 0, 12),
+        pytest.param(3, "write", 2, 16, marks=pytest.mark.slow),
+        pytest.param(2, "commit", 0, 12, marks=pytest.mark.slow),
         (3, "evaluate", 1, 16),
-        (3, "forward", random.Random().randrange(3), random.Random().randrange(24)),
+        pytest.param(3, "forward", random.Random().randrange(3), random.Random().randrange(24), marks=pytest.mark.slow),
     ],
 )
 def test_killed_worker_changes_no_bit(
