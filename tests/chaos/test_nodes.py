@@ -13,15 +13,18 @@ import pytest
 import ray
 from ray.cluster_utils import Cluster
 
+from orchestrator.checkpoint.snapshot import tensors_equal
 from orchestrator.config import TrainConfig
 from orchestrator.launch import launch
 from orchestrator.telemetry.metrics import read_events
 from tests.chaos.faults import Fault, worker_with
 from tests.chaos.test_kills import causes, steps_repeated
 from tests.conftest import Undisturbed, final_state
-from tests.golden import tensors_equal
 
-pytestmark = pytest.mark.filterwarnings("default")  # Ray starts in this process and its parts warn of themselves
+pytestmark = [
+    pytest.mark.slow,  # several raylets share two cores
+    pytest.mark.filterwarnings("default"),  # Ray starts in this process and its parts warn of themselves
+]
 
 
 @pytest.fixture
