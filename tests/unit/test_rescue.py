@@ -1,0 +1,140 @@
+"""Rescue of the state by the survivors of a node, each of which knows only what lies in the node's memory."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from fsspec.implementations.local import LocalFileSystem
+
+from orchestrator.checkpoint.files import read_tensors
+from orchestrator.checkpoint.memory import NodeMemory, states_in
+from orchestrator.checkpoint.nodes import Nodes
+from orchestrator.checkpoint.restore import _build
+from orchestrator.checkpoint.saver import Saver
+from orchestrator.checkpoint.schedule import Rhythm
+from orchestrator.checkpoint.start import scratch_args
+from orchestrator.checkpoint.state import TrainState, capture
+from orchestrator.checkpoint.store import CheckpointStore, checkpoint_name
+from orchestrator.config import TrainConfig
+from orchestrator.world import World
+
+ATTEMPT = "abc"
+Start = Callable[[int, int], Saver]
+
+
+@pytest.fixture
+def start(tiny: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Start:
+    """Start a rank of a node of `shares` ranks: its state is at the iteration that is given."""
+    monkeypatch.setattr(World, "beside", lambda self: self)  # nothing is sent in a rescue
+
+    def start(rank: int, iter_num: int, shares: int = 2) -> Saver:
+        world = World(rank, shares, attempt=ATTEMPT)
+        state = _build(tiny, scratch_args(tiny, 64), world)
+        step(state)
+        state.iter_num = iter_num
+        nodes = Nodes(NodeMemory(str(tmp_path), "run"), ("here",) * shares, rank)
+        saver = Saver(state, world, CheckpointStore(tiny.out_dir), nodes, {}, Rhythm(100))
+        assert saver._copier.last
+        saver._copier.last.result(10)  # room for states is there
+        return saver
+
+    return start
+
+
+def step(state: TrainState) -> None:
+    torch.manual_seed(1)
+    for parameter in state.model.parameters():
+        parameter.grad = torch.randn_like(parameter)
+    state.optimizer.step()
+
+
+def whole(saver: Saver) -> list[str]:
+    """Return the states that are whole on this node."""
+    assert saver._nodes.memory
+    return sorted(states_in(saver._nodes.memory.path))
+
+
+def end(saver: Saver) -> None:
+    """The process is gone: the kernel takes its locks."""
+    assert saver._nodes.memory
+    saver._nodes.memory.sign_out()
+
+
+def test_ranks_of_one_iteration_write_a_share_each(start: Start) -> None:
+    savers = [start(0, 7), start(1, 7)]
+    threads = [threading.Thread(target=saver.rescue) for saver in savers]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(10)
+    assert whole(savers[0]) == [checkpoint_name(7, ATTEMPT)]
+    assert not any(saver._nodes.memory._stood_in for saver in savers if saver._nodes.memory)
+
+
+def test_a_survivor_writes_the_share_of_one_that_is_gone_at_once(start: Start) -> None:
+    gone, survivor = start(0, 7), start(1, 7)
+    end(gone)
+    began_s = time.monotonic()
+    assert survivor.rescue() == 7
+    assert time.monotonic() - began_s < 1.5, "it waited"
+    assert whole(survivor) == [checkpoint_name(7, ATTEMPT)]
+
+
+def test_a_survivor_waits_a_moment_for_one_that_stands_still(start: Start) -> None:
+    start(0, 7)
+    survivor = start(1, 7)
+    assert survivor.rescue() == 7
+    assert whole(survivor) == [checkpoint_name(7, ATTEMPT)]
+
+
+def test_of_two_iterations_the_later_one_becomes_whole(start: Start) -> None:
+    behind, ahead = start(0, 7), start(1, 8)
+    threads = [threading.Thread(target=saver.rescue) for saver in (behind, ahead)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(10)
+    assert whole(ahead)[-1] == checkpoint_name(8, ATTEMPT)
+
+
+def test_what_was_rescued_are_the_bits_of_the_state(start: Start) -> None:
+    gone, survivor = start(0, 7), start(1, 7)
+    end(gone)
+    survivor.rescue()
+    assert survivor._nodes.memory
+    expected = capture(survivor._state)
+    shares = states_in(survivor._nodes.memory.path)[checkpoint_name(7, ATTEMPT)]
+    found = {}
+    for share, checkpoint in shares.items():
+        folder = str(survivor._nodes.memory.share_path(checkpoint.name, share, 2))
+        for file, record in checkpoint.files.items():
+            found |= read_tensors(LocalFileSystem(), f"{folder}/{file}", record)
+    assert found.keys() == {**expected.model, **expected.optimizer}.keys()
+    assert all(torch.equal(found[name], x) for name, x in {**expected.model, **expected.optimizer}.items())
+
+
+def test_inside_a_step_nothing_is_rescued(start: Start) -> None:
+    saver = start(0, 7)
+    with pytest.raises(ZeroDivisionError), saver.changing():
+        raise ZeroDivisionError
+    assert saver.rescue() is None
+
+
+def test_after_a_rescue_the_state_changes_no_more(start: Start) -> None:
+    gone, saver = start(0, 7), start(1, 7)
+    end(gone)
+    saver.rescue()
+    changed = threading.Event()
+
+    def change() -> None:
+        with saver.changing():
+            changed.set()
+
+    threading.Thread(target=change, daemon=True).start()
+    assert not changed.wait(0.3)
+    assert saver.rescue() == 7, "asked again, it answers the same"
