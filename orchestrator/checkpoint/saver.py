@@ -26,7 +26,7 @@ from orchestrator.checkpoint.behind import Behind
 from orchestrator.checkpoint.copying import Copy, pin
 from orchestrator.checkpoint.durable import Files, Pieces, announce, files_of, rank_of, tensor_index, upload
 from orchestrator.checkpoint.files import Layout, layout_of, pieces_of, tensor_pieces
-from orchestrator.checkpoint.memory import Slot
+from orchestrator.checkpoint.memory import Slot, spare_memory_bytes
 from orchestrator.checkpoint.nodes import Nodes
 from orchestrator.checkpoint.pace import Pace
 from orchestrator.checkpoint.schedule import Rhythm, Schedule
@@ -227,7 +227,10 @@ class Saver:
                 break
             for share in missing:
                 if memory.take_place_of(self._world.attempt, share) or waited_s > _STAND_IN_S:
-                    slot = Slot(memory, self._layouts(files, share))
+                    layouts = self._layouts(files, share)
+                    if sum(layout.size_bytes for layout in layouts.values()) > spare_memory_bytes():
+                        raise CheckpointError("memory has no room for the share of a rank that is gone")
+                    slot = Slot(memory, layouts)
                     self._copy_now(snapshot, slot, name, share, described)
                     break
             else:

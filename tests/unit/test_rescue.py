@@ -11,6 +11,7 @@ import pytest
 import torch
 from fsspec.implementations.local import LocalFileSystem
 
+from orchestrator.checkpoint import saver
 from orchestrator.checkpoint.files import read_tensors
 from orchestrator.checkpoint.memory import NodeMemory, states_in
 from orchestrator.checkpoint.nodes import Nodes
@@ -118,23 +119,31 @@ def test_what_was_rescued_are_the_bits_of_the_state(start: Start) -> None:
     assert all(torch.equal(found[name], x) for name, x in {**expected.model, **expected.optimizer}.items())
 
 
+def test_a_share_that_has_no_room_is_not_written(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+    gone, survivor = start(0, 7), start(1, 7)
+    end(gone)
+    monkeypatch.setattr(saver, "spare_memory_bytes", lambda: 1000)
+    assert survivor.rescue() is None
+    assert whole(survivor) == []
+
+
 def test_inside_a_step_nothing_is_rescued(start: Start) -> None:
-    saver = start(0, 7)
-    with pytest.raises(ZeroDivisionError), saver.changing():
+    rank = start(0, 7)
+    with pytest.raises(ZeroDivisionError), rank.changing():
         raise ZeroDivisionError
-    assert saver.rescue() is None
+    assert rank.rescue() is None
 
 
 def test_after_a_rescue_the_state_changes_no_more(start: Start) -> None:
-    gone, saver = start(0, 7), start(1, 7)
+    gone, survivor = start(0, 7), start(1, 7)
     end(gone)
-    saver.rescue()
+    survivor.rescue()
     changed = threading.Event()
 
     def change() -> None:
-        with saver.changing():
+        with survivor.changing():
             changed.set()
 
     threading.Thread(target=change, daemon=True).start()
     assert not changed.wait(0.3)
-    assert saver.rescue() == 7, "asked again, it answers the same"
+    assert survivor.rescue() == 7, "asked again, it answers the same"
