@@ -13,7 +13,6 @@ from typing import Any
 
 os.environ.setdefault("RAY_AUTH_MODE", "disabled")  # or a local cluster writes a token into the home folder
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-os.environ.setdefault("RAY_API_SERVER_ADDRESS", "http://127.0.0.1:9")  # no dashboard runs: Ray need not wait for one
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest

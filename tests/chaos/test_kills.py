@@ -32,11 +32,13 @@ OWN_CLUSTER = {**os.environ, "RAY_ADDRESS": "local"}  # not the one of the tests
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[None]:
-    ray.init(
-        address="local", num_cpus=2, include_dashboard=False, object_store_memory=80 * 2**20, logging_level="ERROR"
-    )
-    yield
-    ray.shutdown()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RAY_API_SERVER_ADDRESS", "http://127.0.0.1:9")  # no dashboard runs: Ray need not wait for one
+        ray.init(
+            address="local", num_cpus=2, include_dashboard=False, object_store_memory=80 * 2**20, logging_level="ERROR"
+        )
+        yield
+        ray.shutdown()
 
 
 def attempts(out_dir: str) -> int:
