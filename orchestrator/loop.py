@@ -166,8 +166,7 @@ def train(
             if config.grad_clip != 0.0:
                 state.scaler.unscale_(state.optimizer)
                 torch.nn.utils.clip_grad_norm_(state.model.parameters(), config.grad_clip)
-            saver.join()
-            with saver.changing():
+            with saver.changing():  # once what was offered is copied
                 state.scaler.step(state.optimizer)
                 state.scaler.update()
                 state.iter_num += 1

@@ -21,6 +21,7 @@ from orchestrator.errors import UserError
 
 T = TypeVar("T")
 _BUCKET_BYTES = 32 * 2**20
+_LARGE_BYTES = 2**20
 
 
 class Vote:
@@ -125,9 +126,15 @@ class World:
 
 
 def _buckets(tensors: list[Tensor]) -> Iterator[list[Tensor]]:
-    """Cut a list into runs that fit into one message: of one type and device, and not large."""
+    """Yield what travels in one message: small tensors together, of one type and device; each large one alone.
+
+    To put large ones together takes longer than to send them.
+    """
     bucket: list[Tensor] = []
     for tensor in tensors:
+        if tensor.nbytes >= _LARGE_BYTES:
+            yield [tensor]
+            continue
         is_alike = bucket and (tensor.dtype, tensor.device) == (bucket[0].dtype, bucket[0].device)
         if bucket and not (is_alike and sum(each.nbytes for each in bucket) + tensor.nbytes <= _BUCKET_BYTES):
             yield bucket

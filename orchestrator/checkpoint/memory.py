@@ -25,7 +25,7 @@ from typing import Any
 import xxhash
 
 from orchestrator.checkpoint.files import FileRecord, Layout
-from orchestrator.checkpoint.store import Checkpoint, parse_state, state_text
+from orchestrator.checkpoint.store import Checkpoint, iter_num_of, parse_state, state_text
 from orchestrator.errors import CheckpointError
 
 logger = logging.getLogger(__name__)
@@ -113,7 +113,7 @@ class NodeMemory:
     def has_newer(self, iter_num: int, attempt: str) -> bool:
         """Return whether a share of a later state of this attempt is here."""
         names = (match[1] for path in _listed(self.path) if (match := _SHARE.fullmatch(path.name)))
-        return any(name.endswith(f"_{attempt}") and int(name.split("_")[1]) > iter_num for name in names)
+        return any(name.endswith(f"_{attempt}") and iter_num_of(name) > iter_num for name in names)
 
     def _alive_path(self, attempt: str, share: int) -> Path:
         return self.path / f".alive-{attempt}-{share}"

@@ -33,7 +33,6 @@ from orchestrator.world import World
 
 logger = logging.getLogger(__name__)
 
-_LARGE_BYTES = 2**20
 
 # file -> which ranks read it, and where; where it is one alone, that one sends it to the others
 Plan = dict[str, dict[int, "Place"]]
@@ -271,11 +270,7 @@ def _spread(state: TrainState, tensors: dict[str, Tensor], source: dict[str, int
         if source[name] != world.rank:
             tensors[name].zero_()  # receiving into memory that nobody has touched takes three times as long as this
     for rank in range(world.size):
-        sent = [tensors[name] for name in sorted(source) if source[name] == rank]
-        for tensor in sent:
-            if tensor.nbytes >= _LARGE_BYTES:  # alone: to put large ones together takes longer than to send them
-                world.broadcast([tensor], rank)
-        world.broadcast([tensor for tensor in sent if tensor.nbytes < _LARGE_BYTES], rank)
+        world.broadcast([tensors[name] for name in sorted(source) if source[name] == rank], rank)
     if "step" in tensors:
         for slots in state.optimizer.state.values():
             slots["step"].copy_(tensors["step"])

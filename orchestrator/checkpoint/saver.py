@@ -49,6 +49,7 @@ class Saver:
     """One rank's part. All methods but `close` are called on all ranks at the same iteration.
 
     environment: what decides the bits besides the state, to be stored with it.
+    is_finishing: the last state is on its way to storage, and training waits for it.
     """
 
     def __init__(
@@ -80,7 +81,8 @@ class Saver:
         self._agreed = [1, 1, 0, 1, 0]  # until the first vote
         self._state = state
         self._change = threading.Lock()  # held while the state changes, and for good once it is rescued
-        self._is_torn = self._is_finishing = False
+        self._is_torn = False
+        self.is_finishing = False
         self._changed: torch.cuda.Event | None = None
         self._rescue = threading.Lock()
         self._rescued: tuple[int | None] | None = None
@@ -117,7 +119,7 @@ class Saver:
             StorageError: the last state could not be saved.
         """
         if is_last:
-            self._is_finishing = True
+            self.is_finishing = True
             self._finish(state, val_loss)
             return
         if not state.optimizer.state:  # nothing was stepped: this is what the run began with
@@ -142,18 +144,14 @@ class Saver:
             self._copy = None
             self._paused(time.perf_counter() - began_s)
 
-    @property
-    def is_finishing(self) -> bool:
-        """Whether the last state is on its way to storage, and training waits for it."""
-        return self._is_finishing
-
     @contextmanager
     def changing(self) -> Iterator[None]:
         """The time in which the state changes, from one iteration to the next: in it, nothing can be rescued.
 
-        On a GPU it begins when the gradients are there: of a step that waits behind a peer's gradients which never
-        come, nobody could say later whether it was done.
+        It begins when what was offered is copied; on a GPU, also when the gradients are there: of a step that waits
+        behind a peer's gradients which never come, nobody could say later whether it was done.
         """
+        self.join()
         on_gpu = self._world.device.type == "cuda"
         if on_gpu:
             torch.cuda.current_stream().synchronize()

@@ -287,7 +287,7 @@ class CheckpointStore:
         if top := best(found):
             stay.add(top.name)
         stay |= self.damaged.keys()
-        doomed = [name for name in self.names() if _iter_num(name) <= found[0].iter_num and name not in stay]
+        doomed = [name for name in self.names() if iter_num_of(name) <= found[0].iter_num and name not in stay]
         for name in doomed:
             self._delete(name)
         return doomed
@@ -353,10 +353,11 @@ def newest_name_first(names: Iterable[str]) -> list[str]:
 
 
 def _age(name: str) -> tuple[int, str]:
-    return -_iter_num(name), name
+    return -iter_num_of(name), name
 
 
-def _iter_num(name: str) -> int:
+def iter_num_of(name: str) -> int:
+    """Return the iteration in the name of a checkpoint."""
     return int(name.split("_")[1])
 
 

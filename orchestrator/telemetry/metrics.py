@@ -152,13 +152,8 @@ def read_metrics(out_dir: str, storage_options: dict[str, Any] | None = None) ->
     Raises:
         CheckpointError: the storage cannot be read.
     """
-    fs, root = locate(out_dir, storage_options)
     found: dict[Any, Record] = {}
-    try:
-        records = sorted(_read_lines(fs, root, "metrics"), key=lambda record: record["time"])
-    except Exception as error:  # every storage library has exceptions of its own
-        raise CheckpointError(f"metrics in {out_dir} cannot be read: {type(error).__name__}: {error}") from error
-    for record in records:
+    for record in _read_records(out_dir, storage_options, "metrics"):
         is_computed = record["kind"] in _COMPUTED
         key = (record["kind"], record["iter"]) if is_computed else json.dumps(record, sort_keys=True)
         found.pop(key, None)  # the last one takes its own place in time
@@ -172,11 +167,15 @@ def read_events(out_dir: str, storage_options: dict[str, Any] | None = None) -> 
     Raises:
         CheckpointError: the storage cannot be read.
     """
+    return _read_records(out_dir, storage_options, "events")
+
+
+def _read_records(out_dir: str, storage_options: dict[str, Any] | None, stem: str) -> list[Record]:
     fs, root = locate(out_dir, storage_options)
     try:
-        return sorted(_read_lines(fs, root, "events"), key=lambda record: record["time"])
-    except Exception as error:  # as above
-        raise CheckpointError(f"events in {out_dir} cannot be read: {type(error).__name__}: {error}") from error
+        return sorted(_read_lines(fs, root, stem), key=lambda record: record["time"])
+    except Exception as error:  # every storage library has exceptions of its own
+        raise CheckpointError(f"{stem} in {out_dir} cannot be read: {type(error).__name__}: {error}") from error
 
 
 def _read_lines(fs: Any, root: str, stem: str) -> Iterator[Record]:

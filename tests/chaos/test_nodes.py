@@ -73,30 +73,24 @@ def settings(tiny: TrainConfig) -> TrainConfig:
     return replace(tiny, num_workers=2, cpus_per_worker=1.0, max_iters=400, eval_interval=100, checkpoint_interval=100)
 
 
+def check_that_nothing_shows(config: TrainConfig, fault: Fault, cause: str, undisturbed: Undisturbed) -> None:
+    launch(config, worker_with(fault))
+    assert fault.marker.exists(), "the fault did not fire"
+    assert causes(config.out_dir) == [cause]
+    assert steps_repeated(config.out_dir) == 0
+    assert tensors_equal(final_state(config.out_dir), undisturbed(config, config.num_workers))
+
+
+@pytest.mark.usefixtures("cluster")
 def test_a_drained_node_is_left_without_a_lost_step(
-    cluster: Cluster,  # noqa: ARG001
-    tiny: TrainConfig,
-    tmp_path: Path,
-    undisturbed: Undisturbed,
+    tiny: TrainConfig, tmp_path: Path, undisturbed: Undisturbed
 ) -> None:
-    fault = Drained("forward", 33, 1, tmp_path / "fired")
     config = replace(settings(tiny), max_failures=0)
-    launch(config, worker_with(fault))
-    assert causes(config.out_dir) == ["preempted"]
-    assert steps_repeated(config.out_dir) == 0
-    assert tensors_equal(final_state(config.out_dir), undisturbed(settings(tiny), 2))
+    check_that_nothing_shows(config, Drained("forward", 33, 1, tmp_path / "fired"), "preempted", undisturbed)
 
 
-def test_a_lost_node_is_replaced_by_another(
-    cluster: Cluster,  # noqa: ARG001
-    tiny: TrainConfig,
-    tmp_path: Path,
-    undisturbed: Undisturbed,
-) -> None:
-    fault = RayletKilled("forward", 33, 1, tmp_path / "fired")
+@pytest.mark.usefixtures("cluster")
+def test_a_lost_node_is_replaced_by_another(tiny: TrainConfig, tmp_path: Path, undisturbed: Undisturbed) -> None:
     config = settings(tiny)
-    launch(config, worker_with(fault))
-    assert causes(config.out_dir) == ["node_lost"]
+    check_that_nothing_shows(config, RayletKilled("forward", 33, 1, tmp_path / "fired"), "node_lost", undisturbed)
     assert [record["iter"] for record in read_events(config.out_dir) if record["kind"] == "rescued"] == [33]
-    assert steps_repeated(config.out_dir) == 0
-    assert tensors_equal(final_state(config.out_dir), undisturbed(settings(tiny), 2))
