@@ -30,6 +30,7 @@ orchestrator: train nanoGPT models on Ray, on machines that come and go.
   orchestrator export --out_dir=RUN --format=nanogpt --to=ckpt.pt
                                                      write a run for nanoGPT or Hugging Face
   orchestrator inspect --out_dir=RUN                 list what a run holds
+  orchestrator report --out_dir=RUN                  where its time went: goodput, and every failure by phase
 
 `orchestrator COMMAND --help` lists a command's settings. Settings files and --key=value may come in any order and
 number; the later one wins."""
@@ -67,6 +68,11 @@ List the checkpoints that a run holds: iteration, validation loss, size, and whi
 
   orchestrator inspect --out_dir=out/quickstart
   orchestrator inspect --out_dir=s3://bucket/run --verify=True""",
+    "report": """\
+Tell where the time of a run went: goodput, what the rest was lost to, and every failure by phase.
+
+  orchestrator report --out_dir=out/quickstart
+  orchestrator report --out_dir=s3://bucket/run --json=True""",
 }
 
 
@@ -153,6 +159,14 @@ def inspect(argv: Sequence[str]) -> int:
     return 0
 
 
+def report(argv: Sequence[str]) -> int:
+    """Tell where the time of a run went."""
+    from orchestrator import report as reporting
+
+    print(reporting.report(_parse(reporting.ReportConfig, argv, "report")))
+    return 0
+
+
 def _parse(kind: type[C], argv: Sequence[str], command: str) -> C:
     return parse(kind, argv, f"orchestrator {command}", HELP[command])
 
@@ -163,6 +177,7 @@ COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
     "sample": sample,
     "export": export,
     "inspect": inspect,
+    "report": report,
 }
 
 

@@ -42,6 +42,7 @@ from orchestrator.preflight import Plan
 from orchestrator.process import process_group_backend
 from orchestrator.recovery import spares
 from orchestrator.recovery.causes import Budgets, GivenUpError
+from orchestrator.recovery.ledger import Ledger, summary_of
 from orchestrator.recovery.overseer import Overseer
 from orchestrator.storage_options import public, storage_options_of
 from orchestrator.telemetry.display import Display
@@ -287,7 +288,7 @@ def _fit(
     thread = threading.Thread(target=fit, name="fit", daemon=True)
     thread.start()
     told = False
-    events = _open_events(config, lease) if lease else None
+    events = _Events(config, lease) if lease else None
     with Display(config.max_iters) as display:
         while thread.is_alive():
             thread.join(timeout=0.2)
@@ -300,7 +301,7 @@ def _fit(
             _pass_on(take_from(board, stop.is_set()), display, events)
         _pass_on(take_from(board, stop.is_set()), display, events)
     if events:
-        _tell(events, "driver_ended", outcome="failed" if "error" in ended else "stopped" if told else "finished")
+        events.tell("driver_ended", outcome="failed" if "error" in ended else "stopped" if told else "finished")
         events.close()
     if lease and lease.check():  # whatever has become of the workers since
         raise RunFailedError(lease.cut_off)
@@ -311,29 +312,47 @@ def _fit(
     return dict(ended["value"])
 
 
-def _open_events(config: TrainConfig, lease: Lease) -> MetricsLog:
-    events = MetricsLog(
-        config.out_dir,
-        lease.start_id,
-        storage_options=storage_options_of(config),
-        flush_interval_s=_EVENTS_FLUSH_S,
-        stem="events",
-    )
-    _tell(events, "driver_started", start_id=lease.start_id)
-    return events
+class _Events:
+    """What happens to this driver's attempts: kept in events.jsonl, and summed up."""
+
+    def __init__(self, config: TrainConfig, lease: Lease) -> None:
+        self._ledger = Ledger()
+        self._log = MetricsLog(
+            config.out_dir,
+            lease.start_id,
+            storage_options=storage_options_of(config),
+            flush_interval_s=_EVENTS_FLUSH_S,
+            stem="events",
+        )
+        self.tell("driver_started", start_id=lease.start_id)
+
+    def tell(self, kind: str, **values: Any) -> None:
+        """Keep an event."""
+        event = {"kind": kind, "iter": 0, "time": time.time(), **values}
+        self._log.write(event)
+        self._ledger.add(event)
+
+    def heard(self, record: dict[str, Any]) -> None:
+        """Sum up what a worker has told, which keeps its metrics itself."""
+        if "time" in record:
+            self._ledger.add(record)
+
+    def close(self) -> None:
+        """Write what is left, and say where the time went."""
+        self._log.close()
+        if self._ledger.attempts:
+            logger.info("%s", summary_of(self._ledger))
 
 
-def _tell(events: MetricsLog, kind: str, **values: Any) -> None:
-    events.write({"kind": kind, "iter": 0, "time": time.time(), **values})
-
-
-def _pass_on(records: list[dict[str, Any]], display: Display, events: MetricsLog | None) -> None:
+def _pass_on(records: list[dict[str, Any]], display: Display, events: _Events | None) -> None:
     """Show what the workers posted, and keep what the overseer has told."""
     for record in records:
         if "event" not in record:
             display.show(record)
+            if events:
+                events.heard(record)
         elif events:
-            _tell(events, **record["event"])
+            events.tell(**record["event"])
 
 
 def _note(text: str) -> dict[str, Any]:

@@ -40,6 +40,7 @@ from orchestrator.errors import DataError
 from orchestrator.process import environment, pin, plain_world, resolve
 from orchestrator.storage_options import public, storage_options_of
 from orchestrator.telemetry.lines import print_record
+from orchestrator.telemetry.stopwatch import Stopwatch
 from orchestrator.telemetry.tell import open_telemetry
 from orchestrator.world import World
 
@@ -115,6 +116,7 @@ def train(
 
     vote = world.vote([0, *saver.ballot()])
     running_mfu = -1.0
+    watch = Stopwatch()
     with saver.rescuing():
         while True:
             stopping, *answers = vote.result()
@@ -130,6 +132,7 @@ def train(
                     lr = learning_rate(config, state.iter_num)
                     say("eval", train_loss=losses["train"], val_loss=val_loss, lr=lr, mfu=running_mfu)
                     state.best_val_loss = min(state.best_val_loss, val_loss)
+                    watch.evaluated()
                 state.evaluated_at, state.val_loss = state.iter_num, val_loss
 
             # keep the state in node memory and in storage as they are due; it is copied while the next step runs
@@ -141,6 +144,8 @@ def train(
                     committed(record)
             if done or stopping or config.eval_only:
                 is_preempted = stopping == LEAVE and not done
+                if not config.eval_only:
+                    say("steps", **watch.window(saver.paused_s))
                 saver.close(is_finished=not is_preempted)
                 return Outcome(state.iter_num, state.best_val_loss, bool(stopping and not done), is_preempted)
 
@@ -171,6 +176,8 @@ def train(
                 state.scaler.update()
                 state.iter_num += 1
             state.optimizer.zero_grad(set_to_none=True)
+            if window := watch.stepped(saver.paused_s):
+                say("steps", **window)
 
             # timing and logging; the loss is the mean over this rank's micro-steps, and .item() waits for the GPU
             it = state.iter_num - 1

@@ -84,10 +84,11 @@ def begin_rescue() -> None:
     _rescuing[-1].start()
 
 
-def end_rescue() -> int | None:
-    """Wait until that is done; return the iteration that is safe, None if there is none."""
+def end_rescue() -> tuple[int, float] | None:
+    """Wait until that is done; return the iteration that is safe and when it was completed (seconds since 1970)."""
     _rescuing[-1].join()
-    return _rescue()
+    iter_num = _rescue()
+    return None if iter_num is None else (iter_num, _savers[-1].changed_at_s)
 
 
 def _rescue() -> int | None:

@@ -50,6 +50,8 @@ class Saver:
 
     environment: what decides the bits besides the state, to be stored with it.
     is_finishing: the last state is on its way to storage, and training waits for it.
+    paused_s: how long training has waited for states to be saved, in all.
+    changed_at_s: when the last iteration was completed, in seconds since 1970.
     """
 
     def __init__(
@@ -83,6 +85,7 @@ class Saver:
         self._change = threading.Lock()  # held while the state changes, and for good once it is rescued
         self._is_torn = False
         self.is_finishing = False
+        self.paused_s, self.changed_at_s = 0.0, time.time()
         self._changed: torch.cuda.Event | None = None
         self._rescue = threading.Lock()
         self._rescued: tuple[int | None] | None = None
@@ -120,7 +123,9 @@ class Saver:
         """
         if is_last:
             self.is_finishing = True
+            began_s, paused_s = time.perf_counter(), self.paused_s
             self._finish(state, val_loss)
+            self.paused_s = paused_s + time.perf_counter() - began_s
             return
         if not state.optimizer.state:  # nothing was stepped: this is what the run began with
             return
@@ -159,6 +164,7 @@ class Saver:
             self._is_torn = True
             yield
             self._is_torn = False
+            self.changed_at_s = time.time()
             if on_gpu:
                 self._changed = torch.cuda.current_stream().record_event()
 
@@ -266,6 +272,7 @@ class Saver:
         self._paused(time.perf_counter() - began_s)
 
     def _paused(self, seconds: float) -> None:
+        self.paused_s += seconds
         self._pace.paused(seconds)
         if self._is_copy_for_storage:
             self._storage_pause_s += seconds
@@ -370,6 +377,7 @@ class Saver:
         why_not = announce(self._world, self._store, name, part, state, self._rhythm.keep)
         self._durable_iter = snapshot.iter_num
         self._storage_pause_s = time.perf_counter() - began_s
+        self.paused_s += self._storage_pause_s
         self._ended.append(_record(name, state, self._storage_pause_s, why_not))
         self._tell(len(self._ended))
 

@@ -80,8 +80,11 @@ class Overseer(WorkerGroupCallback):  # type: ignore[misc]
             return
         self._is_over = True  # Ray ends a group that is well: another number of workers can run now
         try:
-            self._tell("failure", cause="resized", ranks=[], text="the number of machines has changed")
-            self._rescue(lost=set())
+            seen_s = time.time()
+            saved = self._rescue(lost=set())
+            self._tell(
+                "failure", time=seen_s, cause="resized", ranks=[], text="the number of machines has changed", **saved
+            )
         except Exception:
             logger.exception("the state could not be rescued before the group ends")
 
@@ -90,7 +93,7 @@ class Overseer(WorkerGroupCallback):  # type: ignore[misc]
 
     def _failed(self, errors: dict[int, Exception]) -> None:
         seen_s = time.time()
-        self._rescue(lost=set(errors))
+        saved = self._rescue(lost=set(errors))
         words = {ending.rank: ending for ending in self._last_words()}
         first = explain([words.get(rank) or self._ending(rank, error) for rank, error in errors.items()])
         node = self._group.get_workers()[first.rank].metadata.hostname
@@ -102,6 +105,7 @@ class Overseer(WorkerGroupCallback):  # type: ignore[misc]
             node=node,
             text=first.text,
             traceback=first.traceback,
+            **saved,
         )
         self._back_off_s = self._budgets.charge(first, self._iter)
         spent, limit = self._budgets.spent[first.cause], self._budgets.limit_of(first.cause)
@@ -128,8 +132,11 @@ class Overseer(WorkerGroupCallback):  # type: ignore[misc]
         lives = any(node["Alive"] for node in ray.nodes() if node["NodeID"] == node_id)
         return Cause.WORKER_LOST if lives and "node died" not in text else Cause.NODE_LOST
 
-    def _rescue(self, lost: set[int]) -> None:
-        """Have the workers that live put their state into node memory, and wait for that."""
+    def _rescue(self, lost: set[int]) -> dict[str, Any]:
+        """Have the workers that live put their state into node memory, and wait for that; return what came of it.
+
+        reached_iter, reached_at_s: the iteration that is safe, and when it was completed (where any is).
+        """
         from orchestrator.worker import begin_rescue, end_rescue
 
         began_s = time.monotonic()
@@ -138,11 +145,12 @@ class Overseer(WorkerGroupCallback):  # type: ignore[misc]
         answered, _ = ray.wait(list(asked), num_returns=len(asked), timeout=_ANSWER_S) if asked else ([], [])
         waited = [asked[answer].execute_async(end_rescue) for answer in answered]
         done, _ = ray.wait(waited, num_returns=len(waited), timeout=_RESCUE_S) if waited else ([], [])
-        iters = [iter_num for iter_num in map(_value, done) if iter_num is not None]
-        if iters:
-            self._iter = max(iters)
-            seconds = time.monotonic() - began_s
-            self._tell("rescued", iter=self._iter, seconds=seconds, ranks=len(iters))
+        safe = [answer for answer in map(_value, done) if answer is not None]
+        saved: dict[str, Any] = {"rescue_s": time.monotonic() - began_s, "ranks_rescued": len(safe)}
+        if safe:
+            self._iter, reached_at_s = max(safe)
+            saved |= {"reached_iter": self._iter, "reached_at_s": reached_at_s}
+        return saved
 
     def _last_words(self) -> list[Ending]:
         try:
@@ -165,7 +173,7 @@ def _in_short(text: str) -> str:
     return text[max(0, text.find("The actor is dead because")) :][:500]
 
 
-def _value(answer: Any) -> int | None:
+def _value(answer: Any) -> tuple[int, float] | None:
     try:
         return ray.get(answer)  # type: ignore[no-any-return]
     except ray.exceptions.RayError:

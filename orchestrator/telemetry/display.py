@@ -38,7 +38,8 @@ class Display:
     def show(self, record: Record) -> None:
         """Print a record's line and move the bar."""
         style = {"WARNING": "yellow", "ERROR": "red"}.get(record.get("level", ""))
-        self._console.print(line_of(record), style=style, markup=False)
+        if line := line_of(record):
+            self._console.print(line, style=style, markup=False)
         if self._progress and "iter" in record:
             loss = {"step": "loss", "eval": "val_loss"}.get(record["kind"])
             self._progress.update(self._task, completed=record["iter"])

@@ -8,14 +8,16 @@ from typing import Any
 Record = dict[str, Any]
 
 
-def line_of(record: Record) -> str:
-    """Return the line of a record."""
-    return _LINES[record["kind"]](record)
+def line_of(record: Record) -> str | None:
+    """Return the line of a record, None for one that is for machines only."""
+    line = _LINES.get(record["kind"])
+    return line(record) if line else None
 
 
 def print_record(record: Record) -> None:
     """Print the line of a record to stdout."""
-    print(line_of(record), flush=True)
+    if line := line_of(record):
+        print(line, flush=True)
 
 
 def _step(r: Record) -> str:

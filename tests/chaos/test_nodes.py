@@ -93,4 +93,4 @@ def test_a_drained_node_is_left_without_a_lost_step(
 def test_a_lost_node_is_replaced_by_another(tiny: TrainConfig, tmp_path: Path, undisturbed: Undisturbed) -> None:
     config = settings(tiny)
     check_that_nothing_shows(config, RayletKilled("forward", 33, 1, tmp_path / "fired"), "node_lost", undisturbed)
-    assert [record["iter"] for record in read_events(config.out_dir) if record["kind"] == "rescued"] == [33]
+    assert [record["reached_iter"] for record in read_events(config.out_dir) if record["kind"] == "failure"] == [33]

@@ -1,0 +1,207 @@
+"""Ledger: where the time of a run went, by what its drivers and workers have told. Knows no Ray and no storage.
+
+Every second between the first driver's start and the last word belongs to one entry:
+
+    productive   iterations that count, and their evaluations
+    pause        training waited for a state to be saved
+    start_up     from a driver's start to its first iteration, and after the last one until it ended
+    detection    from the last iteration that was completed before a failure until it was noticed
+    recovery     from there until the next attempt's first iteration
+    waiting      no machines to run on, or no driver
+    lost         iterations that were computed again
+
+Goodput is the productive part. A run that was stopped on purpose is not waiting: that time does not count at all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+Record = dict[str, Any]
+
+ENTRIES = ("productive", "pause", "start_up", "detection", "recovery", "waiting", "lost")
+# of an incident, in order: what each one lasts until
+PHASES = ("detect", "rescue", "tear_down", "wait", "place", "start", "set_up", "restore", "first_step")
+
+
+@dataclass
+class Incident:
+    """A failure and what followed; phases: seconds, by the names in PHASES as far as the run came."""
+
+    time: float
+    cause: str
+    where: str
+    iter_num: int
+    phases: dict[str, float] = field(default_factory=dict)
+    steps_repeated: int = 0
+
+    @property
+    def total_s(self) -> float:
+        """Return the time from the last iteration before it to the first one after."""
+        return sum(self.phases.values())
+
+
+class Ledger:
+    """Takes records in the order of their time, those of events.jsonl and of metrics.jsonl together."""
+
+    def __init__(self) -> None:
+        self.seconds = dict.fromkeys(ENTRIES, 0.0)
+        self.incidents: list[Incident] = []
+        self.drivers = self.attempts = 0
+        self.iter_num = 0  # completed
+        self.median_s: float | None = None
+        self._now_s: float | None = None
+        self._entry = "start_up"  # what the time that passes counts as
+        self._before = "start_up"  # what counted before the first iteration of this attempt
+        self._told_s = 0.0  # when the workers were last heard of
+        self._first_s: float | None = None  # the first iteration of an attempt, until a median is known
+        self._is_driven = self._is_placing = False
+        self._open: Incident | None = None
+        self._mark_s = 0.0
+
+    @property
+    def wall_s(self) -> float:
+        return sum(self.seconds.values())
+
+    @property
+    def goodput(self) -> float:
+        """Return the productive part of the time, 0 before any passed."""
+        return self.seconds["productive"] / self.wall_s if self.wall_s else 0.0
+
+    def add(self, record: Record) -> None:
+        """Take a record; those of kinds that say nothing about time are welcome too."""
+        handle = getattr(self, f"_on_{record['kind']}", None)
+        if handle:
+            handle(record, float(record["time"]))
+        if record["kind"] in ("step", "steps", "eval", "checkpoint"):
+            self._told_s = float(record["time"])
+        if record["kind"] == "step":
+            self.iter_num = max(self.iter_num, record["iter"] + 1)
+
+    def _pass(self, until_s: float, entry: str | None = None) -> None:
+        """Book the time up to a moment; clocks of two machines differ a little, and nothing passes twice."""
+        if self._now_s is not None:
+            self.seconds[entry or self._entry] += max(0.0, until_s - self._now_s)
+        self._now_s = max(until_s, self._now_s or until_s)
+
+    def _move(self, seconds: float, source: str, target: str) -> None:
+        seconds = max(0.0, min(seconds, self.seconds[source]))
+        self.seconds[source] -= seconds
+        self.seconds[target] += seconds
+
+    def _phase(self, name: str, until_s: float) -> None:
+        if self._open:
+            self._open.phases[name] = self._open.phases.get(name, 0.0) + max(0.0, until_s - self._mark_s)
+            self._mark_s = until_s
+
+    def _on_driver_started(self, record: Record, time_s: float) -> None:  # noqa: ARG002
+        if self._is_driven:  # the one before ended without a word
+            self._pass(max(self._told_s, self._now_s or 0.0))
+            self._incident("driver_lost", "the driver's", self._told_s or time_s)
+            self._pass(time_s, "waiting")
+            self._phase("wait", time_s)
+        self._now_s = time_s  # between two drivers, the first of which ended: not counted
+        self.drivers += 1
+        self._is_driven, self._is_placing = True, False
+        self._entry = self._before = "recovery" if self._open else "start_up"
+
+    def _on_attempt_starting(self, record: Record, time_s: float) -> None:  # noqa: ARG002
+        self._pass(time_s, "waiting" if self._is_placing else None)  # asked before, and got no machines
+        self._phase("wait" if self._is_placing else "tear_down", time_s)
+        self._is_placing = True
+
+    def _on_attempt_placed(self, record: Record, time_s: float) -> None:  # noqa: ARG002
+        self._pass(time_s)
+        self._phase("place", time_s)
+        self._is_placing = False
+
+    def _on_attempt_running(self, record: Record, time_s: float) -> None:  # noqa: ARG002
+        self._pass(time_s)
+        self._phase("start", time_s)
+
+    def _on_begin(self, record: Record, time_s: float) -> None:
+        self._pass(time_s)
+        self.attempts += 1
+        repeated = max(0, self.iter_num - record["iter"])
+        if repeated:
+            self._move(repeated * (self.median_s or 0.0), "productive", "lost")
+        if self._open:
+            restore_s = float(record.get("restore_s", 0.0))
+            self._phase("set_up", time_s - restore_s)
+            self._phase("restore", time_s)
+            self._open.steps_repeated = repeated
+        self.iter_num = record["iter"]
+        self._first_s, self._told_s = None, time_s
+
+    def _on_steps(self, record: Record, time_s: float) -> None:
+        worked_s = record["step_s"] + record["eval_s"]
+        if self._entry != "productive":  # the first window of an attempt
+            self._pass(time_s - worked_s)
+            self._entry = "productive"
+            self._first_s = record["step_s"] if record["count"] == 1 else None
+            self._phase("first_step", time_s)
+            self._open = None
+        elif self._first_s is not None and record["median_s"] is not None:  # it compiled, or filled caches
+            self._move(self._first_s - record["median_s"], "productive", self._before)
+            self._first_s = None
+        self._pass(time_s)
+        self._move(record["pause_s"], "productive", "pause")
+        self.iter_num = max(self.iter_num, record["iter"])
+        if record["median_s"] is not None and record["count"] > 1:
+            self.median_s = record["median_s"]
+
+    def _on_failure(self, record: Record, time_s: float) -> None:
+        reached_s = min(float(record.get("reached_at_s", self._told_s or time_s)), time_s)
+        if self._entry == "productive":
+            self._pass(reached_s)
+            self._pass(time_s, "detection")
+        else:  # it failed before it had done an iteration
+            self._pass(time_s)
+            reached_s = time_s
+        self.iter_num = max(self.iter_num, record.get("reached_iter", 0))
+        self._incident(record["cause"], record.get("node", ""), reached_s)
+        self._phase("detect", time_s)
+        self._phase("rescue", time_s + record.get("rescue_s", 0.0))
+        self._entry = self._before = "recovery"
+
+    def _on_attempt_ended(self, record: Record, time_s: float) -> None:  # noqa: ARG002
+        self._pass(time_s, "start_up" if self._entry == "productive" else None)
+        self._phase("tear_down", time_s)
+
+    def _on_driver_ended(self, record: Record, time_s: float) -> None:
+        self._on_attempt_ended(record, time_s)
+        self._is_driven, self._is_placing = False, False
+        self._open = None
+        self._entry = "start_up"
+
+    def _incident(self, cause: str, where: str, reached_s: float) -> None:
+        self._open = Incident(reached_s, cause, where, self.iter_num)
+        self.incidents.append(self._open)
+        self._mark_s = reached_s
+
+
+def account(records: Iterable[Record]) -> Ledger:
+    """Return the ledger of a run's events and metrics, in whatever order they are given."""
+    ledger = Ledger()
+    for record in sorted(records, key=lambda record: float(record["time"])):
+        ledger.add(record)
+    return ledger
+
+
+def summary_of(ledger: Ledger) -> str:
+    """Return a line about where the time went."""
+    wall_s = ledger.wall_s or 1.0
+    parts = [f"{name.replace('_', '-')} {s / wall_s:.1%}" for name, s in ledger.seconds.items() if s / wall_s >= 0.0005]
+    return f"goodput {ledger.goodput:.3f} of {duration(ledger.wall_s)}: {', '.join(parts)}"
+
+
+def duration(seconds: float) -> str:
+    """Return seconds as people read them: 12.3 s, 4 min 05 s, 3 h 20 min, 2 d 4 h."""
+    if seconds < 100:
+        return f"{seconds:.1f} s"
+    for unit, below, name, below_name in ((86400, 3600, "d", "h"), (3600, 60, "h", "min"), (60, 1, "min", "s")):
+        if seconds >= unit:
+            return f"{int(seconds // unit)} {name} {int(seconds % unit // below):02d} {below_name}"
+    return f"{seconds:.0f} s"

@@ -1,0 +1,54 @@
+"""Stopwatch: how long iterations take, summed up over windows, so that weeks of them stay readable."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from statistics import median
+from typing import Any
+
+_WINDOW_S = 10.0
+
+
+class Stopwatch:
+    """Started before the first iteration; that one is a window of its own, since compilers and caches make it long."""
+
+    def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
+        self._clock = clock
+        self._lap_s = clock()
+        self._steps_s: list[float] = []
+        self._eval_s = self._paused_s = 0.0
+        self._is_first = True
+
+    def evaluated(self) -> None:
+        """Note the end of an evaluation."""
+        self._eval_s += self._lap()
+
+    def stepped(self, paused_s: float) -> dict[str, Any] | None:
+        """Note the end of an iteration; return the window that ends with it, if one does.
+
+        paused_s: how long training has waited for states to be saved, since the start of this attempt.
+        """
+        self._steps_s.append(self._lap())
+        if self._is_first or sum(self._steps_s) + self._eval_s >= _WINDOW_S:
+            return self.window(paused_s)
+        return None
+
+    def window(self, paused_s: float) -> dict[str, Any]:
+        """Return what has come since the last window: iterations, their seconds, and how long evaluation took."""
+        steps_s, self._steps_s = self._steps_s, []
+        eval_s, self._eval_s = self._eval_s, 0.0
+        pause_s, self._paused_s = paused_s - self._paused_s, paused_s
+        self._is_first = False
+        return {
+            "count": len(steps_s),
+            "step_s": sum(steps_s),
+            "median_s": median(steps_s) if steps_s else None,
+            "longest_s": max(steps_s, default=None),
+            "eval_s": eval_s,
+            "pause_s": pause_s,
+        }
+
+    def _lap(self) -> float:
+        before_s, self._lap_s = self._lap_s, self._clock()
+        return self._lap_s - before_s
