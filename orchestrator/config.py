@@ -74,6 +74,11 @@ class TrainConfig:
     max_failures: int = 8  # failures of one cause, without a checkpoint's progress in between; -1 = no limit
     max_preemptions: int = -1  # the same for machines that were taken away with notice
     hang_timeout_s: float = 600.0  # seconds without progress (or 20 median steps, if longer) after which it restarts
+    max_bad_steps: int = 10  # bad steps in a row (they are skipped) after which it goes back a checkpoint; 0 = never
+    loss_spike_z: float = (
+        0.0  # robust z-score from which a loss makes a bad step (6 is a lot), 0 = only NaN and infinity
+    )
+    replica_check_interval: int = 0  # iterations between comparisons of all workers' weights, 0 = never
     warm_spares: bool = True  # keep idle processes ready on every node, for quick restarts (0.4 GB each)
     # the order of the data
     seed: int = 1337  # of the initial weights, the batches and dropout
@@ -104,6 +109,7 @@ _BOUNDS: dict[str, tuple[str, Callable[[Any], bool]]] = {
     **dict.fromkeys(("max_iters", "warmup_iters", "lr_decay_iters", "min_lr", "weight_decay"), _AT_LEAST_0),
     **dict.fromkeys(("grad_clip", "seed", "gpus_per_worker"), _AT_LEAST_0),
     **dict.fromkeys(("checkpoint_interval", "snapshot_interval"), _AT_LEAST_0),
+    **dict.fromkeys(("max_bad_steps", "loss_spike_z", "replica_check_interval"), _AT_LEAST_0),
     **dict.fromkeys(("dropout", "beta1", "beta2"), _FRACTION),
     **dict.fromkeys(("learning_rate", "cpus_per_worker", "hang_timeout_s"), _POSITIVE),
     **dict.fromkeys(("max_failures", "max_preemptions"), ("-1 (no limit) or more", lambda x: x >= -1)),

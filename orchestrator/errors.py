@@ -23,3 +23,7 @@ class UnreadableError(CheckpointError):
 
 class StorageError(Exception):
     """Storage failed where the run cannot go on without it: no mistake of the user's, a restart may help."""
+
+
+class GoneBackError(Exception):
+    """A stretch of training was undone, on all ranks alike: the next attempt begins before it."""

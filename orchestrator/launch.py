@@ -226,7 +226,7 @@ def _prepare_out_dir(config: TrainConfig, store: CheckpointStore, lease: Lease |
     lease.confirm()
     ids = {"run_id": before.get("run_id") or uuid.uuid4().hex, "start_id": lease.start_id}
     store.write_json("run.json", {**ids, "config": public(config), "ray": ray.__version__})
-    store.delete(REGISTRY_FILE)  # it may name what is gone, and Ray would not start then
+    store.delete_file(REGISTRY_FILE)  # it may name what is gone, and Ray would not start then
     return ids
 
 

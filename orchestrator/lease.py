@@ -244,7 +244,7 @@ class Lease:
             holder = _parse(self._read(LEASE_FILE))
             if holder and holder.driver == self._me.driver:
                 self._store.fs.invalidate_cache()  # a listing from before would hide the file
-                self._store.delete(LEASE_FILE)
+                self._store.delete_file(LEASE_FILE)
         except CheckpointError as error:  # the run has ended all the same
             logger.warning("%s stays behind, the next driver may wait %g s: %s", LEASE_FILE, self._me.patience_s, error)
 

@@ -15,7 +15,7 @@ import sys
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -28,6 +28,14 @@ from orchestrator.checkpoint.durable import patiently
 from orchestrator.checkpoint.leftovers import clear_leftovers
 from orchestrator.checkpoint.nodes import Nodes, meet
 from orchestrator.checkpoint.restore import begin
+from orchestrator.checkpoint.rollbacks import (
+    Rollback,
+    data_iter,
+    delete_undone,
+    read_rollbacks,
+    same_rollbacks,
+    write_rollbacks,
+)
 from orchestrator.checkpoint.saver import Saver
 from orchestrator.checkpoint.schedule import Rhythm
 from orchestrator.checkpoint.start import scratch_args
@@ -36,8 +44,9 @@ from orchestrator.checkpoint.store import CheckpointStore
 from orchestrator.config import TrainConfig, check, parse
 from orchestrator.data.dataset import Dataset, open_dataset
 from orchestrator.data.sampling import Sampling
-from orchestrator.errors import DataError
-from orchestrator.process import environment, pin, plain_world, resolve
+from orchestrator.errors import DataError, GoneBackError
+from orchestrator.process import environment, new_attempt, pin, plain_world, resolve
+from orchestrator.recovery.guard import Guard
 from orchestrator.storage_options import public, storage_options_of
 from orchestrator.telemetry.lines import print_record
 from orchestrator.telemetry.stopwatch import Stopwatch
@@ -80,6 +89,26 @@ def train(
     Raises:
         UserError: on all ranks alike, if data or checkpoints do not fit.
     """
+    while True:
+        try:
+            return train_on(config, world, tell, committed, should_stop, began)
+        except GoneBackError:  # on all ranks alike
+            world = replace(world, attempt=world.broadcast_json(new_attempt()))
+
+
+def train_on(
+    config: TrainConfig,
+    world: World,
+    tell: Callable[[Record], None],
+    committed: Callable[[Record], None],
+    should_stop: Callable[[], int],
+    began: Callable[[Saver], None],
+) -> Outcome:
+    """Train as `train` does, until a stretch turns out to have gone wrong.
+
+    Raises:
+        GoneBackError: on all ranks alike; the next call begins before that stretch, with other data.
+    """
     pin(config)
 
     # the data: a batch is a pure function of (seed, split, iter_num, micro_step), so there is no loader state
@@ -88,7 +117,8 @@ def train(
 
     # the state: the newest that is whole in a node's memory or in storage, or what init_from names
     nodes = join_run(config, world, store)
-    state = begin(config, world, store, nodes, scratch_args(config, data.vocab_size))
+    rollbacks = same_rollbacks(store, world)
+    state = begin(config, world, store, nodes, scratch_args(config, data.vocab_size), rollbacks)
     world.together(lambda: data.check_fits(state.model.config.vocab_size))
     state.config = public(config) | ({"tokenizer": data.tokenizer.to_json()} if data.tokenizer else {})
     began_at = state.iter_num
@@ -105,6 +135,14 @@ def train(
     rhythm = Rhythm(config.iters_per_checkpoint, config.snapshot_interval, config.keep_checkpoints)
     saver = Saver(state, world, store, nodes, surroundings, rhythm)
     began(saver)
+    guard = Guard(config, world, state, rollbacks)
+
+    def go_back(rollback: Rollback) -> None:
+        say("rollback", **asdict(rollback))
+        undone = [*rollbacks, rollback]
+        world.together(lambda: patiently(lambda: write_rollbacks(store, undone), store) if world.is_main else None)
+        saver.close(is_finished=False)
+        raise GoneBackError(rollback.why)
 
     # the model as it is called: compiled, and wrapped where gradients are averaged over ranks
     net: nn.Module = torch.compile(state.model) if config.compile else state.model  # type: ignore[assignment]
@@ -135,6 +173,10 @@ def train(
                     watch.evaluated()
                 state.evaluated_at, state.val_loss = state.iter_num, val_loss
 
+            # weights that differ between ranks were damaged: no state that has them may be kept
+            if back := guard.compare_replicas():
+                go_back(back)
+
             # keep the state in node memory and in storage as they are due; it is copied while the next step runs
             if not config.eval_only:
                 saver.offer(state, state.val_loss, is_last=bool(done or stopping))
@@ -158,7 +200,7 @@ def train(
             # forward and backward this rank's micro-steps; gradients are averaged over ranks in the last one
             loss_sum = torch.zeros((), device=world.device)
             for micro_step in micro_steps:
-                X, Y = to_device(data.batch("train", state.iter_num, micro_step), world.device)
+                X, Y = to_device(data.batch("train", data_iter(state.iter_num, rollbacks), micro_step), world.device)
                 torch.manual_seed(dropout_seed(config.seed, state.iter_num, micro_step))
                 if ddp:
                     ddp.require_backward_grad_sync = micro_step == micro_steps[-1]
@@ -168,14 +210,18 @@ def train(
                 state.scaler.scale(loss * weight).backward()
 
             # clip, step, and flush the gradients as soon as we can: this memory is needed no more
-            if config.grad_clip != 0.0:
-                state.scaler.unscale_(state.optimizer)
-                torch.nn.utils.clip_grad_norm_(state.model.parameters(), config.grad_clip)
+            verdict = guard.judge(clip(state, config.grad_clip), loss_sum)
             with saver.changing():  # once what was offered is copied
-                state.scaler.step(state.optimizer)
-                state.scaler.update()
+                if verdict.is_good:
+                    state.scaler.step(state.optimizer)
+                    state.scaler.update()
+                guard.note(verdict)
                 state.iter_num += 1
             state.optimizer.zero_grad(set_to_none=True)
+            if not verdict.is_good:
+                say("step_skipped", iter=state.iter_num - 1, why=verdict.why, **guard.counts())
+                if back := guard.after(verdict):
+                    go_back(back)
             if window := watch.stepped(saver.paused_s):
                 say("steps", **window)
 
@@ -199,6 +245,7 @@ def join_run(config: TrainConfig, world: World, store: CheckpointStore) -> Nodes
     def join() -> str:
         store.take_over(world.attempt)
         clear_leftovers(store)
+        delete_undone(store, read_rollbacks(store))
         return store.identify()
 
     run_id = world.together(lambda: patiently(join, store) if world.is_main else "")
@@ -250,6 +297,14 @@ def warm_up(ddp: DistributedDataParallel, data: Dataset, config: TrainConfig, wo
         _, loss = ddp(X, Y)
     loss.backward()
     ddp.zero_grad(set_to_none=True)
+
+
+def clip(state: TrainState, grad_clip: float) -> Tensor:
+    """Scale the gradients down to the norm grad_clip, unless that is 0; return the norm that they had."""
+    if grad_clip == 0.0:
+        return torch.nn.utils.get_total_norm([p.grad for p in state.model.parameters() if p.grad is not None])
+    state.scaler.unscale_(state.optimizer)
+    return torch.nn.utils.clip_grad_norm_(state.model.parameters(), grad_clip)
 
 
 @torch.no_grad()

@@ -55,7 +55,7 @@ def run_worker(job: dict[str, Any]) -> dict[str, Any]:
     try:
         world.together(lambda: _check_shared(config, job["start_id"]))
         with open_telemetry(config, world, poster.post) as tell:
-            outcome = train(config, world, tell, _register, should_stop, _savers.append)
+            outcome = train(config, world, tell, _register, should_stop, _keep)
         if outcome.preempted:
             text = notice() or "another rank's machine is taken away"
             raise AttemptFailedError(Ending(world.rank, Cause.PREEMPTED, text, outcome.iter_num).to_json())
@@ -76,6 +76,10 @@ def run_worker(job: dict[str, Any]) -> dict[str, Any]:
 
 _savers: list[Saver] = []  # of this process: one, once training has begun
 _rescuing: list[threading.Thread] = []
+
+
+def _keep(saver: Saver) -> None:
+    _savers[:] = [saver]
 
 
 def begin_rescue() -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -23,6 +23,7 @@ from model import GPT, GPTConfig
 from orchestrator.checkpoint.durable import patiently_read
 from orchestrator.checkpoint.files import FileRecord, stream_tensors
 from orchestrator.checkpoint.nodes import Nodes
+from orchestrator.checkpoint.rollbacks import Rollback, is_undone
 from orchestrator.checkpoint.snapshot import Snapshot, describe, undescribe
 from orchestrator.checkpoint.start import check_same_run, read_start
 from orchestrator.checkpoint.state import Resumed, TrainState, adopt_groups, capture, make_slots
@@ -50,15 +51,24 @@ class Place:
 
 
 def begin(
-    config: TrainConfig, world: World, store: CheckpointStore, nodes: Nodes, scratch_args: dict[str, Any]
+    config: TrainConfig,
+    world: World,
+    store: CheckpointStore,
+    nodes: Nodes,
+    scratch_args: dict[str, Any],
+    rollbacks: Sequence[Rollback] = (),
 ) -> TrainState:
     """Build model and optimizer and fill them with the state to go on from; scratch_args are GPTConfig's.
+
+    rollbacks: states that they undo are passed over.
 
     Raises:
         CheckpointError, ConfigError: on every rank alike, if init_from's file cannot be read or does not fit.
     """
     for places in _offered(world, store, nodes):
         saved = places[0].checkpoint
+        if is_undone(saved.state, rollbacks):
+            continue
         check_same_run(config, saved.state, scratch_args["vocab_size"])
         state = _build(config, {**saved.state["model_args"], "dropout": config.dropout}, world)
         if resumed := _fill_from(state, places, world, store):
@@ -282,7 +292,7 @@ def _adopt(state: TrainState, saved: Snapshot, world: World) -> None:
         logger.warning("the optimizer goes on as saved, as in nanoGPT: %s", ", ".join(changed))
     if state.scaler.is_enabled() and saved.scaler:
         state.scaler.load_state_dict(saved.scaler)
-    state.iter_num, state.best_val_loss = saved.iter_num, saved.best_val_loss
+    state.iter_num, state.best_val_loss, state.guard = saved.iter_num, saved.best_val_loss, saved.guard
 
 
 def _import(config: TrainConfig, world: World) -> TrainState:

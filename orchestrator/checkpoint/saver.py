@@ -33,7 +33,7 @@ from orchestrator.checkpoint.schedule import Rhythm, Schedule
 from orchestrator.checkpoint.snapshot import Snapshot, describe
 from orchestrator.checkpoint.state import TrainState, capture, forecast
 from orchestrator.checkpoint.store import FORMAT_VERSION, CheckpointStore, checkpoint_name
-from orchestrator.errors import CheckpointError, StorageError, UserError
+from orchestrator.errors import CheckpointError, GoneBackError, StorageError, UserError
 from orchestrator.world import World
 
 logger = logging.getLogger(__name__)
@@ -173,7 +173,7 @@ class Saver:
         """When what is done here fails, such as a collective whose peer is gone, rescue the state before telling."""
         try:
             yield
-        except UserError:
+        except (UserError, GoneBackError):
             raise
         except Exception:
             self.rescue()

@@ -33,6 +33,7 @@ class Snapshot:
         model was read, or when nothing was stepped yet.
     param_groups: empty where the source has no optimizer.
     val_loss: the validation loss of exactly this state, None where it was not evaluated.
+    guard: what was seen of the numbers so far (recovery/guard.py), and how many rollbacks the state knows of.
     """
 
     model: dict[str, Tensor]
@@ -44,6 +45,7 @@ class Snapshot:
     val_loss: float | None = None
     config: dict[str, Any] = field(default_factory=dict)
     scaler: dict[str, Any] = field(default_factory=dict)
+    guard: dict[str, Any] = field(default_factory=dict)
 
 
 def describe(snapshot: Snapshot) -> dict[str, Any]:
@@ -56,6 +58,7 @@ def describe(snapshot: Snapshot) -> dict[str, Any]:
         "config": snapshot.config,
         "param_groups": [asdict(group) for group in snapshot.param_groups],
         "scaler": snapshot.scaler,
+        "guard": snapshot.guard,
     }
 
 
@@ -68,7 +71,8 @@ def undescribe(description: dict[str, Any], model: dict[str, Tensor], optimizer:
     plain = {
         key: description[key] for key in ("model_args", "iter_num", "best_val_loss", "val_loss", "config", "scaler")
     }
-    return Snapshot(model=model, optimizer=optimizer, param_groups=groups, **plain)
+    guard = description.get("guard", {})
+    return Snapshot(model=model, optimizer=optimizer, param_groups=groups, guard=guard, **plain)
 
 
 def tensors_equal(a: Snapshot, b: Snapshot) -> bool:

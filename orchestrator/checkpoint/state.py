@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass, replace
+from copy import deepcopy
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
@@ -35,6 +36,7 @@ class TrainState:
     """nanoGPT's model, optimizer, iter_num, best_val_loss and config, and the GradScaler (in use with float16 only).
 
     evaluated_at: the iteration whose evaluation, if one was due, is behind it; val_loss: what it gave, if it was due.
+    guard: what is remembered of the numbers so far, as JSON values (recovery/guard.py).
     """
 
     model: GPT
@@ -45,6 +47,7 @@ class TrainState:
     best_val_loss: float = 1e9
     evaluated_at: int = -1
     val_loss: float | None = None
+    guard: dict[str, Any] = field(default_factory=dict)
     resumed_from: Resumed | None = None
 
 
@@ -75,6 +78,7 @@ def capture(state: TrainState, val_loss: float | None = None) -> Snapshot:
         val_loss=val_loss if val_loss is not None and math.isfinite(val_loss) else None,  # JSON knows no NaN
         config=state.config,
         scaler=state.scaler.state_dict(),
+        guard=deepcopy(state.guard),
     )
 
 

@@ -289,10 +289,10 @@ class CheckpointStore:
         stay |= self.damaged.keys()
         doomed = [name for name in self.names() if iter_num_of(name) <= found[0].iter_num and name not in stay]
         for name in doomed:
-            self._delete(name)
+            self.delete_checkpoint(name)
         return doomed
 
-    def delete(self, name: str) -> None:
+    def delete_file(self, name: str) -> None:
         """Delete a file of the run, where it is there.
 
         Raises:
@@ -304,7 +304,7 @@ class CheckpointStore:
         except Exception as error:  # every storage has exceptions of its own
             raise CheckpointError(f"{self.path(name)} cannot be deleted: {type(error).__name__}: {error}") from None
 
-    def _delete(self, name: str) -> None:
+    def delete_checkpoint(self, name: str) -> None:
         """Delete state.json first, so that at no moment half a checkpoint looks whole."""
         announced = self.path(name, "state.json")
         if self.fs.exists(announced):

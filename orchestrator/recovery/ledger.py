@@ -166,6 +166,11 @@ class Ledger:
         self._phase("rescue", time_s + record.get("rescue_s", 0.0))
         self._entry = self._before = "recovery"
 
+    def _on_rollback(self, record: Record, time_s: float) -> None:  # noqa: ARG002
+        self._pass(time_s)
+        self._incident("bad_numbers", "", time_s)
+        self._entry = self._before = "recovery"
+
     def _on_attempt_ended(self, record: Record, time_s: float) -> None:  # noqa: ARG002
         self._pass(time_s, "start_up" if self._entry == "productive" else None)
         self._phase("tear_down", time_s)

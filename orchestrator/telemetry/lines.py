@@ -54,5 +54,11 @@ _LINES: dict[str, Callable[[Record], str]] = {
     "checkpoint": _checkpoint,
     "checkpoint_skipped": lambda r: f"skipped {r['name']}: {r['why']}",
     "checkpoint_failed": lambda r: f"{r['name']} was not saved: {r['why']}",
+    "step_skipped": lambda r: (
+        f"iter {r['iter']}: step skipped, {r['why']} ({r['in_a_row']} in a row, {r['skipped']} in all)"
+    ),
+    "rollback": lambda r: (
+        f"going back to iteration {r['to_iter']}, skipping the data of {r['skipped_iters']}: {r['why']}"
+    ),
     "note": lambda r: r["text"],
 }

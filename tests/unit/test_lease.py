@@ -172,7 +172,7 @@ def test_newcomer_that_stood_still_itself_watches_on(store: CheckpointStore) -> 
 
 def test_driver_that_ends_in_the_meantime_is_not_waited_for(store: CheckpointStore) -> None:
     Other(store).beat()
-    time = Time(meanwhile=lambda: store.delete(LEASE_FILE))
+    time = Time(meanwhile=lambda: store.delete_file(LEASE_FILE))
     new_lease(store, time).wait_until_free()
     assert time.now_s == 1
 
@@ -301,7 +301,7 @@ def test_driver_that_comes_back_after_its_successor_has_ended_notices(store: Che
     with lease.held():
         store.write_json("run.json", {"start_id": lease.start_id})
         store.write_json("run.json", {"start_id": "its successor's"})
-        store.delete(LEASE_FILE)
+        store.delete_file(LEASE_FILE)
         lease.beat()
         assert lease.successor == "a driver that has ended since"
         assert written(store) == {}
@@ -318,8 +318,8 @@ def test_file_that_is_lost_or_damaged_is_written_again(
         if started == "this one":
             store.write_json("run.json", {"start_id": lease.start_id})
         if started == "nobody":
-            store.delete("run.json")
-        store.delete(LEASE_FILE)
+            store.delete_file("run.json")
+        store.delete_file(LEASE_FILE)
         if content is not None:
             put(store, content)
         lease.beat()

@@ -82,6 +82,13 @@ def test_iterations_that_are_computed_again_are_lost() -> None:
     assert ledger.incidents[0].steps_repeated == 4
 
 
+def test_a_rollback_loses_its_stretch() -> None:
+    again = [event("rollback", 136.0, to_iter=16), event("begin", 137.0, iter=16), steps(138.0, 17, 1, 1.0)]
+    ledger = account([*FIRST, *again])
+    assert ledger.seconds["lost"] == pytest.approx(5.0)
+    assert [(incident.cause, incident.steps_repeated) for incident in ledger.incidents] == [("bad_numbers", 5)]
+
+
 def test_asking_again_for_machines_is_waiting() -> None:
     again = [event("attempt_starting", 202.5), event("attempt_placed", 203.5), event("driver_ended", 204.0)]
     ledger = account([*FAILED, *again])

@@ -1,0 +1,83 @@
+"""Rollbacks: stretches of a run that were undone, and what that means for its states and its data.
+
+    <out_dir>/rollbacks.json    [{"to_iter": 4000, "skipped_iters": 130, "why": "..."}, ...], oldest first
+
+A rollback to iteration c undoes every later state that does not know of it. From c on, training continues with other
+batches: those of the undone stretch are skipped. All of it follows from the list alone, so that whoever restarts the
+run, from whichever state, goes through the same iterations with the same data.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from orchestrator.checkpoint.durable import patiently_read
+from orchestrator.checkpoint.store import CheckpointStore
+from orchestrator.world import World
+
+logger = logging.getLogger(__name__)
+
+_FILE = "rollbacks.json"
+
+
+@dataclass(frozen=True)
+class Rollback:
+    """To the state of to_iter; from there, skipped_iters iterations' batches are left out."""
+
+    to_iter: int
+    skipped_iters: int
+    why: str
+
+
+def read_rollbacks(store: CheckpointStore) -> list[Rollback]:
+    """Return what was undone, oldest first.
+
+    Raises:
+        CheckpointError: the storage does not answer.
+    """
+    return [Rollback(**entry) for entry in store.read_json(_FILE).get("rollbacks", [])]
+
+
+def same_rollbacks(store: CheckpointStore, world: World) -> list[Rollback]:
+    """Return what was undone as rank 0 reads it, on all ranks.
+
+    Raises:
+        CheckpointError: on all ranks alike, the storage does not answer.
+    """
+
+    def read() -> list[Rollback]:
+        return patiently_read(lambda: read_rollbacks(store), store) if world.is_main else []
+
+    found = world.broadcast_json([asdict(rollback) for rollback in world.together(read)])
+    return [Rollback(**entry) for entry in found]
+
+
+def write_rollbacks(store: CheckpointStore, rollbacks: Sequence[Rollback]) -> None:
+    """Undo, from now on and for all attempts, what these rollbacks say.
+
+    Raises:
+        CheckpointError: it cannot be written.
+    """
+    store.write_json(_FILE, {"rollbacks": [asdict(rollback) for rollback in rollbacks]})
+
+
+def delete_undone(store: CheckpointStore, rollbacks: Sequence[Rollback]) -> None:
+    """Delete the checkpoints that were undone, so that no reader takes one for the newest or the best."""
+    for checkpoint in list(store.newest_first()) if rollbacks else []:
+        if is_undone(checkpoint.state, rollbacks):
+            logger.info("deleting %s, which was undone: %s", checkpoint.name, rollbacks[-1].why)
+            store.delete_checkpoint(checkpoint.name)
+
+
+def is_undone(state: dict[str, Any], rollbacks: Sequence[Rollback]) -> bool:
+    """Return whether a state, by its state.json, lies in a stretch that was undone after it was saved."""
+    known = state.get("guard", {}).get("rollbacks", 0)
+    return any(state["iter_num"] > rollback.to_iter for rollback in rollbacks[known:])
+
+
+def data_iter(iter_num: int, rollbacks: Sequence[Rollback]) -> int:
+    """Return the iteration whose batches an iteration uses: without rollbacks, its own."""
+    return iter_num + sum(rollback.skipped_iters for rollback in rollbacks if rollback.to_iter <= iter_num)
