@@ -75,9 +75,7 @@ class TrainConfig:
     max_preemptions: int = -1  # the same for machines that were taken away with notice
     hang_timeout_s: float = 600.0  # seconds without progress (or 20 median steps, if longer) after which it restarts
     max_bad_steps: int = 10  # bad steps in a row (they are skipped) after which it goes back a checkpoint; 0 = never
-    loss_spike_z: float = (
-        0.0  # robust z-score from which a loss makes a bad step (6 is a lot), 0 = only NaN and infinity
-    )
+    loss_spike_z: float = 0.0  # robust z-score from which a loss makes a bad step, 0 = only NaN and infinity do
     replica_check_interval: int = 0  # iterations between comparisons of all workers' weights, 0 = never
     warm_spares: bool = True  # keep idle processes ready on every node, for quick restarts (0.4 GB each)
     # the order of the data
