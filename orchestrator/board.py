@@ -61,6 +61,16 @@ def take_from(board: Any, stop: bool) -> list[Record]:
         return []
 
 
+def note_on(board: Any, text: str, level: str = "INFO") -> None:
+    """Post a line for the user."""
+    board.post.remote([{"kind": "note", "level": level, "text": text}])
+
+
+def tell_on(board: Any, kind: str, **values: Any) -> None:
+    """Post an event, which the driver keeps."""
+    board.post.remote([{"event": {"kind": kind, "time": time.time(), **values}}])
+
+
 class Poster:
     """A worker's side of the board."""
 

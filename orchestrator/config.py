@@ -68,7 +68,7 @@ class TrainConfig:
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # auto: bfloat16, float16 or, on a CPU, float32
     compile: bool = True  # torch.compile the model; without a compiler it runs uncompiled
     # the cluster (ours from here on)
-    num_workers: int = 1  # DDP workers, one per GPU; at most gradient_accumulation_steps
+    num_workers: int | str = 1  # DDP workers, one per GPU; 2-8: as many as there is room for, fewer when machines go
     cpus_per_worker: float = 1.0  # CPUs reserved for each worker, and its number of threads
     gpus_per_worker: float | None = None  # GPUs reserved for each worker; None: 1 where the cluster has GPUs
     max_failures: int = 8  # failures of one cause, without a checkpoint's progress in between; -1 = no limit
@@ -95,6 +95,23 @@ class TrainConfig:
     def iters_per_checkpoint(self) -> int:
         return self.checkpoint_interval or self.eval_interval
 
+    @property
+    def min_workers(self) -> int:
+        return int(str(self.num_workers).split("-")[0])
+
+    @property
+    def max_workers(self) -> int:
+        return int(str(self.num_workers).split("-")[-1])
+
+    @property
+    def is_elastic(self) -> bool:
+        return self.min_workers < self.max_workers
+
+
+def _is_count(x: int | str) -> bool:
+    low, _, high = str(x).partition("-")
+    return low.isdecimal() and int(low) >= 1 and (not high or (high.isdecimal() and int(low) <= int(high)))
+
 
 _AT_LEAST_0 = ("0 or more", lambda x: 0 <= x < math.inf)
 _AT_LEAST_1 = ("1 or more", lambda x: x >= 1)
@@ -103,7 +120,7 @@ _POSITIVE = ("more than 0", lambda x: 0 < x < math.inf)
 _BOUNDS: dict[str, tuple[str, Callable[[Any], bool]]] = {
     **dict.fromkeys(("eval_interval", "log_interval", "eval_iters", "gradient_accumulation_steps"), _AT_LEAST_1),
     **dict.fromkeys(("batch_size", "block_size", "n_layer", "n_head", "n_embd"), _AT_LEAST_1),
-    **dict.fromkeys(("num_workers", "keep_checkpoints"), _AT_LEAST_1),
+    "keep_checkpoints": _AT_LEAST_1,
     **dict.fromkeys(("max_iters", "warmup_iters", "lr_decay_iters", "min_lr", "weight_decay"), _AT_LEAST_0),
     **dict.fromkeys(("grad_clip", "seed", "gpus_per_worker"), _AT_LEAST_0),
     **dict.fromkeys(("checkpoint_interval", "snapshot_interval"), _AT_LEAST_0),
@@ -111,6 +128,7 @@ _BOUNDS: dict[str, tuple[str, Callable[[Any], bool]]] = {
     **dict.fromkeys(("dropout", "beta1", "beta2"), _FRACTION),
     **dict.fromkeys(("learning_rate", "cpus_per_worker", "hang_timeout_s"), _POSITIVE),
     **dict.fromkeys(("max_failures", "max_preemptions"), ("-1 (no limit) or more", lambda x: x >= -1)),
+    "num_workers": ("1 or more, or a range such as 2-8", _is_count),
     "out_dir": ("a path or URL with a last part to name the run", lambda x: bool(x.split("://")[-1].strip("/. "))),
     "dataset": ("the name of a folder under data_dir", lambda x: bool(x.strip("/. "))),
     "device": ("cuda, cuda:<index> or cpu", lambda x: bool(re.fullmatch(r"cpu|cuda(:\d+)?", x))),
@@ -142,11 +160,11 @@ def _contradictions(config: TrainConfig) -> Iterator[str]:
             yield f"{key} holds a password: leave it out of the URL, storage takes it from the environment or a profile"
     if config.n_embd % config.n_head:
         yield f"n_embd={config.n_embd} is not divisible by n_head={config.n_head}: every head needs the same width"
-    if config.num_workers > config.gradient_accumulation_steps:
+    if config.max_workers > config.gradient_accumulation_steps:
         yield (
             f"num_workers={config.num_workers} is more than gradient_accumulation_steps="
             f"{config.gradient_accumulation_steps}: each worker needs a micro-step of its own. "
-            f"Give --gradient_accumulation_steps={config.num_workers} or more (it is the global batch over all workers)"
+            f"Give --gradient_accumulation_steps={config.max_workers} or more (it is the global batch over all workers)"
         )
     starts = ("scratch", "resume", *GPT2_NAMES)
     if not (config.init_from in starts or "://" in config.init_from or Path(config.init_from).exists()):

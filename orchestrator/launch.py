@@ -29,7 +29,7 @@ os.environ.setdefault("RAY_DEDUP_LOGS_SKIP_REGEX", "State API may be temporarily
 import ray
 from fsspec.implementations.local import LocalFileSystem as LocalStorage
 from ray.train import CheckpointConfig, FailureConfig, LoggingConfig, RunConfig, ScalingConfig
-from ray.train.torch import TorchConfig, TorchTrainer
+from ray.train.torch import TorchConfig
 
 from orchestrator import preflight
 from orchestrator.board import open_board, take_from
@@ -42,6 +42,7 @@ from orchestrator.preflight import Plan
 from orchestrator.process import process_group_backend
 from orchestrator.recovery import spares
 from orchestrator.recovery.causes import Budgets, GivenUpError
+from orchestrator.recovery.elastic import ElasticTrainer
 from orchestrator.recovery.ledger import Ledger, summary_of
 from orchestrator.recovery.overseer import Overseer
 from orchestrator.storage_options import public, storage_options_of
@@ -200,7 +201,7 @@ def _check_capacity(config: TrainConfig) -> float:
     gpus = config.gpus_per_worker if config.gpus_per_worker is not None else float(has_gpus)
     wanted = {"CPU": config.cpus_per_worker, "GPU": gpus}
     room = sum(min(int(node.get(kind, 0) / each) for kind, each in wanted.items() if each) for node in nodes)
-    if room < config.num_workers:
+    if room < config.min_workers:
         there = {kind: sum(node.get(kind, 0) for node in nodes) for kind in wanted}
         raise ConfigError(
             f"num_workers={config.num_workers} with {config.cpus_per_worker:g} CPU and {gpus:g} GPU each is more than "
@@ -236,19 +237,22 @@ def _first_line(error: BaseException) -> str:
 
 def _trainer(
     config: TrainConfig, store: CheckpointStore, gpus: float, worker: Callable[..., Any], job: dict[str, Any]
-) -> TorchTrainer:
+) -> ElasticTrainer:
     from pyarrow.fs import FSSpecHandler, LocalFileSystem, PyFileSystem
 
     budgets = Budgets(config.max_failures, config.max_preemptions, config.iters_per_checkpoint)
     parent, _, name = store.root.rstrip("/").rpartition("/")
     if config.eval_only:  # it reads no registry: that one may be another driver's, and names what is gone
         parent, name = store.root, EVALUATION_FOLDER
-    return TorchTrainer(
+    if config.is_elastic:  # nodes that were counted and turn out to be gone are not waited for
+        os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "10")
+    return ElasticTrainer(
         worker,
+        board=job["board"],
         train_loop_config=job,
         torch_config=TorchConfig(backend=process_group_backend(config) if gpus else "gloo"),
         scaling_config=ScalingConfig(
-            num_workers=config.num_workers,
+            num_workers=(config.min_workers, config.max_workers) if config.is_elastic else config.min_workers,
             use_gpu=gpus > 0,
             resources_per_worker={"CPU": config.cpus_per_worker} | ({"GPU": gpus} if gpus else {}),
         ),
@@ -269,7 +273,7 @@ def _trainer(
 
 
 def _fit(
-    trainer: TorchTrainer, board: Any, config: TrainConfig, stop: threading.Event, lease: Lease | None
+    trainer: ElasticTrainer, board: Any, config: TrainConfig, stop: threading.Event, lease: Lease | None
 ) -> dict[str, Any]:
     """Run Ray's fit in a thread and show what the workers post; return what rank 0 returned.
 

@@ -112,6 +112,11 @@ class Ledger:
         self._phase("wait" if self._is_placing else "tear_down", time_s)
         self._is_placing = True
 
+    def _on_attempt_waiting(self, record: Record, time_s: float) -> None:  # noqa: ARG002
+        self._pass(time_s, "waiting" if self._is_placing else None)
+        self._phase("wait" if self._is_placing else "tear_down", time_s)
+        self._is_placing = True
+
     def _on_attempt_placed(self, record: Record, time_s: float) -> None:  # noqa: ARG002
         self._pass(time_s)
         self._phase("place", time_s)

@@ -20,6 +20,7 @@ from ray.train import ControllerError
 from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError
 from ray.train.v2._internal.execution.callback import WorkerGroupCallback
 
+from orchestrator.board import note_on, tell_on
 from orchestrator.recovery import spares
 from orchestrator.recovery.causes import AttemptFailedError, Budgets, Cause, Ending, GivenUpError, ending_of, explain
 
@@ -39,6 +40,7 @@ class Overseer(WorkerGroupCallback):  # type: ignore[misc]
         self._group: Any = None
         self._number = 0
         self._is_over = True  # of this attempt: it has ended by itself, and what could be rescued is
+        self._is_placing = False  # room was asked for, and not found yet
         self._iter: int | None = None
         self._back_off_s = 0.0
 
@@ -47,11 +49,14 @@ class Overseer(WorkerGroupCallback):  # type: ignore[misc]
             self._note("INFO", f"waiting {self._back_off_s:.0f} s before the next attempt")
             time.sleep(self._back_off_s)
             self._back_off_s = 0.0
+        if self._is_placing:
+            self._note("INFO", f"still no room for {worker_group_context.num_workers} workers: waiting for machines")
+        self._is_placing = True
         self._number += 1
         self._tell("attempt_starting", num_workers=worker_group_context.num_workers)
 
     def after_worker_group_start(self, worker_group: Any) -> None:
-        self._group, self._is_over = worker_group, False
+        self._group, self._is_over, self._is_placing = worker_group, False, False
         self._tell("attempt_placed", num_workers=len(worker_group.get_workers()))
 
     def after_worker_group_training_start(self, worker_group: Any) -> None:
@@ -160,11 +165,10 @@ class Overseer(WorkerGroupCallback):  # type: ignore[misc]
         return [Ending.from_json(word) for word in words]
 
     def _tell(self, kind: str, **values: Any) -> None:
-        record = {"kind": kind, "number": self._number, "time": time.time(), **values}
-        self._board.post.remote([{"event": record}])
+        tell_on(self._board, kind, **{"number": self._number, **values})
 
     def _note(self, level: str, text: str) -> None:
-        self._board.post.remote([{"kind": "note", "level": level, "text": text}])
+        note_on(self._board, text, level)
 
 
 def _in_short(text: str) -> str:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -16,7 +18,8 @@ from ray.cluster_utils import Cluster
 from orchestrator.checkpoint.snapshot import tensors_equal
 from orchestrator.config import TrainConfig
 from orchestrator.launch import launch
-from orchestrator.telemetry.metrics import read_events
+from orchestrator.recovery.ledger import account
+from orchestrator.telemetry.metrics import read_events, read_metrics
 from tests.chaos.faults import Fault, worker_with
 from tests.chaos.test_kills import causes, steps_repeated
 from tests.conftest import Undisturbed, final_state
@@ -28,12 +31,12 @@ pytestmark = [
 
 
 @pytest.fixture
-def cluster(monkeypatch: pytest.MonkeyPatch) -> Iterator[Cluster]:
-    """A head that trains nothing, and three nodes of one worker each."""
+def cluster(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Cluster]:
+    """A head that trains nothing, and three nodes (or as many as asked for) of one worker each."""
     monkeypatch.setenv("RAY_API_SERVER_ADDRESS", "http://127.0.0.1:9")  # no dashboard runs: Ray need not wait for one
     small = {"object_store_memory": 80 * 2**20, "include_dashboard": False}
     cluster = Cluster(initialize_head=True, head_node_args={**small, "num_cpus": 0})
-    for _ in range(3):
+    for _ in range(getattr(request, "param", 3)):
         cluster.add_node(num_cpus=1, object_store_memory=80 * 2**20)
     cluster.wait_for_nodes()
     ray.init(address=cluster.address, logging_level="ERROR")
@@ -94,3 +97,40 @@ def test_a_lost_node_is_replaced_by_another(tiny: TrainConfig, tmp_path: Path, u
     config = settings(tiny)
     check_that_nothing_shows(config, RayletKilled("forward", 33, 1, tmp_path / "fired"), "node_lost", undisturbed)
     assert [record["reached_iter"] for record in read_events(config.out_dir) if record["kind"] == "failure"] == [33]
+
+
+@pytest.mark.parametrize("cluster", [2], indirect=True)
+def test_fewer_machines_go_on_at_once_and_more_are_used_when_they_come(
+    cluster: Cluster, tiny: TrainConfig, tmp_path: Path, undisturbed: Undisturbed
+) -> None:
+    config = replace(settings(tiny), num_workers="1-2", max_iters=6000, eval_interval=3000, checkpoint_interval=3000)
+    fault = RayletKilled("forward", 333, 1, tmp_path / "fired")
+    returned = threading.Event()
+
+    def bring_a_node() -> None:
+        while "begin" not in kinds_after(config.out_dir, fault.marker):
+            time.sleep(0.1)
+        cluster.add_node(num_cpus=1, object_store_memory=80 * 2**20)
+        returned.set()
+
+    trained = threading.Thread(target=launch, args=(config, worker_with(fault)))
+    trained.start()
+    bring_a_node()  # only the main thread may
+    trained.join(timeout=240)
+    assert returned.is_set()
+    begins = [record for record in read_metrics(config.out_dir) if record["kind"] == "begin"]
+    assert [record["world_size"] for record in begins] == [2, 1, 2]
+    ledger = account([*read_events(config.out_dir), *read_metrics(config.out_dir)])
+    assert [(incident.cause, incident.steps_repeated) for incident in ledger.incidents] == [
+        ("node_lost", 0),
+        ("resized", 0),
+    ]
+    final, expected = final_state(config.out_dir), undisturbed(config, 2)
+    assert final.iter_num == expected.iter_num == config.max_iters
+    assert abs(final.best_val_loss - expected.best_val_loss) < 0.02
+
+
+def kinds_after(out_dir: str, marker: Path) -> list[str]:
+    if not marker.exists():
+        return []
+    return [record["kind"] for record in read_metrics(out_dir) if record["time"] > marker.stat().st_mtime]

@@ -1,0 +1,143 @@
+"""Elastic: how many workers can run now, counted on the nodes that live. For `num_workers=2-8`.
+
+Ray Train asks a policy before it starts a group and while one runs. Its own counts what the autoscaler has reserved for
+the run, which knows of a lost node 20 s late, and counts nodes that are about to be taken away. This one counts nodes
+that live and stay, less what other programs use on them. The class that it extends is not public: it stands here
+alone, a test pins what is relied on, and where the trainer has changed, Ray's own policy is used.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from typing import Any
+
+import ray
+from ray._private.state import state as cluster
+from ray.train import ScalingConfig
+from ray.train.torch import TorchTrainer
+from ray.train.v2._internal.execution.scaling_policy import (
+    ElasticScalingPolicy,
+    NoopDecision,
+    ResizeDecision,
+    ScalingDecision,
+)
+
+from orchestrator.board import note_on, tell_on
+
+Resources = dict[str, float]
+_ASK_AGAIN_S = 0.25  # while there are too few machines
+_TELL_EVERY_S = 30.0
+_TIMES_THE_COST = 20.0  # a group runs for so many restarts' time before it is restarted to grow: at most 5% is lost
+_AT_LEAST_S = 10.0
+
+
+class ElasticTrainer(TorchTrainer):  # type: ignore[misc]
+    """A TorchTrainer whose number of workers, where that is a range, follows the nodes that live.
+
+    board: where it is told that there are too few machines, or more than before.
+    """
+
+    def __init__(self, *args: Any, board: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._board = board
+
+    def _initialize_and_run_controller(self, **kwargs: Any) -> Any:
+        if self.scaling_config.elasticity_enabled:
+            kwargs["scaling_policy"] = LivePolicy(self.scaling_config, self._board)
+        return super()._initialize_and_run_controller(**kwargs)
+
+
+class LivePolicy(ElasticScalingPolicy):  # type: ignore[misc]
+    """As many workers as there is room for on nodes that live; more, while some run, only where that pays."""
+
+    def __init__(self, scaling_config: ScalingConfig, board: Any) -> None:
+        super().__init__(scaling_config)
+        self._board = board
+        self._used_by_others: dict[str, Resources] | None = None
+        self._decided_s: float | None = None
+        self._cost_s = 0.0  # of the last start of a group
+        self._told_s = -math.inf  # while too few machines were there
+
+    def make_decision_for_non_running_worker_group(self) -> ScalingDecision:
+        self._maybe_send_resource_request()  # so that an autoscaler brings what is missing
+        each = self.scaling_config._resources_per_worker_not_none
+        if self._used_by_others is None:
+            self._used_by_others = used_by_others(ray.nodes(), cluster.available_resources_per_node(), {}, each)
+        room = self._room()
+        if room < self.scaling_config.min_workers:
+            self._tell_of_waiting(room)
+            time.sleep(_ASK_AGAIN_S)  # the controller asks again at once, and would do nothing else
+            return NoopDecision()
+        self._told_s = -math.inf
+        self._decided_s = time.monotonic()
+        return ResizeDecision(num_workers=room, resources_per_worker=each)
+
+    def make_decision_for_running_worker_group(
+        self,
+        worker_group_state: Any,
+        worker_group_status: Any,  # noqa: ARG002
+    ) -> ScalingDecision:
+        self._maybe_send_resource_request()
+        now_s = time.monotonic()
+        if self._decided_s is not None:  # it has just begun
+            self._cost_s, self._decided_s = now_s - self._decided_s, None
+            self._latest_monitor_time = now_s
+        if now_s - self._latest_monitor_time < max(_AT_LEAST_S, _TIMES_THE_COST * self._cost_s):
+            return NoopDecision()
+        self._latest_monitor_time = now_s
+        each = self.scaling_config._resources_per_worker_not_none
+        ours: dict[str, int] = {}
+        for worker in worker_group_state.workers:
+            ours[worker.metadata.node_id] = ours.get(worker.metadata.node_id, 0) + 1
+        self._used_by_others = used_by_others(ray.nodes(), cluster.available_resources_per_node(), ours, each)
+        room = self._room()
+        if room <= worker_group_state.num_workers:  # a group that is well is never made smaller
+            return NoopDecision()
+        was = worker_group_state.num_workers
+        note_on(self._board, f"room for {room} workers: going on with them instead of {was}")
+        self._decided_s = time.monotonic()
+        return ResizeDecision(num_workers=room, resources_per_worker=each)
+
+    def _room(self) -> int:
+        each = self.scaling_config._resources_per_worker_not_none
+        room = room_for(each, ray.nodes(), set(cluster.get_draining_nodes()), self._used_by_others or {})
+        return min(room, int(self.scaling_config.max_workers))
+
+    def _tell_of_waiting(self, room: int) -> None:
+        now_s = time.monotonic()
+        if now_s - self._told_s >= _TELL_EVERY_S:
+            self._told_s = now_s
+            least = self.scaling_config.min_workers
+            tell_on(self._board, "attempt_waiting", room=room, least=least)
+            note_on(self._board, f"waiting for machines: there is room for {room} of at least {least} workers")
+
+
+def room_for(each: Resources, nodes: list[dict[str, Any]], leaving: set[str], used: dict[str, Resources]) -> int:
+    """Return how many workers fit; nodes: as ray.nodes() lists them; leaving, used: by node id."""
+    return sum(
+        fit(each, node["Resources"], used.get(node["NodeID"], {}))
+        for node in nodes
+        if node["Alive"] and node["NodeID"] not in leaving
+    )
+
+
+def fit(each: Resources, total: Resources, used: Resources) -> int:
+    """Return how many workers that need `each` fit into a node's total, less what is used of it."""
+    wanted = {kind: amount for kind, amount in each.items() if amount > 0}
+    free = (total.get(kind, 0.0) - used.get(kind, 0.0) for kind in wanted)
+    return max(0, min(int(left / amount + 1e-6) for left, amount in zip(free, wanted.values(), strict=True)))
+
+
+def used_by_others(
+    nodes: list[dict[str, Any]], available: dict[str, Resources], ours: dict[str, int], each: Resources
+) -> dict[str, Resources]:
+    """Return what programs other than this run use, by node; ours: how many of its workers are on each."""
+    used = {}
+    for node in nodes:
+        node_id, total = node["NodeID"], node["Resources"]
+        if node["Alive"] and node_id in available:
+            free = available[node_id]
+            mine = {kind: ours.get(node_id, 0) * amount for kind, amount in each.items()}
+            used[node_id] = {kind: max(0.0, total.get(kind, 0.0) - free.get(kind, 0.0) - mine[kind]) for kind in each}
+    return used
