@@ -240,6 +240,7 @@ def _trainer(
 ) -> ElasticTrainer:
     from pyarrow.fs import FSSpecHandler, LocalFileSystem, PyFileSystem
 
+    each = {"CPU": config.cpus_per_worker} | ({"GPU": gpus} if gpus else {})
     budgets = Budgets(config.max_failures, config.max_preemptions, config.iters_per_checkpoint)
     parent, _, name = store.root.rstrip("/").rpartition("/")
     if config.eval_only:  # it reads no registry: that one may be another driver's, and names what is gone
@@ -254,7 +255,7 @@ def _trainer(
         scaling_config=ScalingConfig(
             num_workers=(config.min_workers, config.max_workers) if config.is_elastic else config.min_workers,
             use_gpu=gpus > 0,
-            resources_per_worker={"CPU": config.cpus_per_worker} | ({"GPU": gpus} if gpus else {}),
+            resources_per_worker=each,
         ),
         run_config=RunConfig(
             name=name,
@@ -267,7 +268,7 @@ def _trainer(
             checkpoint_config=CheckpointConfig(),  # what is kept is decided where it is written (CheckpointStore.prune)
             worker_runtime_env=spares.runtime_env() if config.warm_spares else {},
             logging_config=LoggingConfig(log_level="WARNING"),
-            callbacks=[Overseer(job["board"], budgets, config.warm_spares)],
+            callbacks=[Overseer(job["board"], budgets, each if config.warm_spares else None)],
         ),
     )
 

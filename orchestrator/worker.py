@@ -30,7 +30,7 @@ from orchestrator.storage_options import Hidden, public, storage_options_of
 from orchestrator.telemetry.tell import PostingHandler, open_telemetry
 from orchestrator.world import World
 
-_PEER_LOST_S = 10.0  # in which the controller notices who is gone: longer than a node's silence lasts unnoticed
+_PEER_LOST_S = 0.5  # in which the controller notices whose process is gone; of a node, it finds out by itself
 
 
 def run_worker(job: dict[str, Any]) -> dict[str, Any]:
@@ -58,14 +58,15 @@ def run_worker(job: dict[str, Any]) -> dict[str, Any]:
             outcome = train(config, world, tell, _register, should_stop, _keep)
         if outcome.preempted:
             text = notice() or "another rank's machine is taken away"
-            raise AttemptFailedError(Ending(world.rank, Cause.PREEMPTED, text, outcome.iter_num).to_json())
+            now_s = time.time()
+            raise AttemptFailedError(Ending(world.rank, Cause.PREEMPTED, text, outcome.iter_num, "", now_s).to_json())
         return asdict(outcome)
     except AttemptFailedError:
         raise
     except Exception as error:
         if isinstance(error, UserError) and not isinstance(error, UnreadableError):
             return {"error": str(error)}
-        ending = ending_of(error, world.rank, _rescue())
+        ending = ending_of(error, world.rank, *_rescue())
         if ending.cause is Cause.PEER_LOST:  # who is gone is for the controller to see, and it ends this process then
             time.sleep(_PEER_LOST_S)
         raise AttemptFailedError(ending.to_json()) from None
@@ -88,15 +89,15 @@ def begin_rescue() -> None:
     _rescuing[-1].start()
 
 
-def end_rescue() -> tuple[int, float] | None:
+def end_rescue() -> tuple[int | None, float | None]:
     """Wait until that is done; return the iteration that is safe and when it was completed (seconds since 1970)."""
     _rescuing[-1].join()
-    iter_num = _rescue()
-    return None if iter_num is None else (iter_num, _savers[-1].changed_at_s)
+    return _rescue()
 
 
-def _rescue() -> int | None:
-    return _savers[-1].rescue() if _savers else None
+def _rescue() -> tuple[int | None, float | None]:
+    iter_num = _savers[-1].rescue() if _savers else None
+    return (None, None) if iter_num is None else (iter_num, _savers[-1].changed_at_s)
 
 
 def _hangs(config: TrainConfig, world: World, poster: Poster, silence_s: float) -> bool:
@@ -106,10 +107,10 @@ def _hangs(config: TrainConfig, world: World, poster: Poster, silence_s: float) 
     found = stacks()
     name = f"hang-{world.attempt}-rank{world.rank}.txt"
     text = f"no progress for {silence_s:.0f} s; the stacks are in {name} in out_dir"
-    iter_num = _rescue()
+    reached = _rescue()
     writer = threading.Thread(target=_write_text, args=(config, name, found), daemon=True)
     writer.start()
-    poster.say_last(Ending(world.rank, Cause.HANG, text, iter_num).to_json())
+    poster.say_last(Ending(world.rank, Cause.HANG, text, reached[0], "", reached[1]).to_json())
     writer.join(timeout=5)  # storage may be what hangs
     os._exit(1)
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import traceback
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from enum import StrEnum
 from typing import Any
 
@@ -38,13 +38,17 @@ _FIRST_BACK_OFF_S, _LONGEST_BACK_OFF_S = 1.0, 60.0
 
 @dataclass(frozen=True)
 class Ending:
-    """How one rank ended: the cause, in words, and the iteration that it was in (None: not known)."""
+    """How one rank ended: the cause, in words, and the iteration that it was in (None: not known).
+
+    reached_at_s: where the state of that iteration is safe, when it was completed (seconds since 1970).
+    """
 
     rank: int
     cause: Cause
     text: str
     iter_num: int | None = None
     traceback: str = ""
+    reached_at_s: float | None = None
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -69,10 +73,11 @@ class GivenUpError(Exception):
     """The run is not restarted any more; the message says why and what to do."""
 
 
-def ending_of(error: BaseException, rank: int, iter_num: int | None) -> Ending:
+def ending_of(error: BaseException, rank: int, iter_num: int | None, reached_at_s: float | None = None) -> Ending:
     """Return what an exception in the training loop means."""
     text = f"{type(error).__name__}: {str(error).strip()[:500]}"
-    return Ending(rank, _cause_of(error), text, iter_num, "".join(traceback.format_exception(error)))
+    trace = "".join(traceback.format_exception(error))
+    return Ending(rank, _cause_of(error), text, iter_num, trace, reached_at_s)
 
 
 def _cause_of(error: BaseException) -> Cause:
@@ -90,7 +95,7 @@ def explain(endings: Iterable[Ending]) -> Ending:
     order = list(Cause)
     first = min(endings, key=lambda ending: (order.index(ending.cause), ending.rank))
     if first.cause is Cause.PEER_LOST:  # whose process is gone: a connection does not break by itself
-        return Ending(first.rank, Cause.WORKER_LOST, first.text, first.iter_num, first.traceback)
+        return replace(first, cause=Cause.WORKER_LOST)
     return first
 
 

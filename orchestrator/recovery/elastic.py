@@ -24,6 +24,7 @@ from ray.train.v2._internal.execution.scaling_policy import (
 )
 
 from orchestrator.board import note_on, tell_on
+from orchestrator.recovery.reach import silent_nodes
 
 Resources = dict[str, float]
 _ASK_AGAIN_S = 0.25  # while there are too few machines
@@ -101,7 +102,9 @@ class LivePolicy(ElasticScalingPolicy):  # type: ignore[misc]
 
     def _room(self) -> int:
         each = self.scaling_config._resources_per_worker_not_none
-        room = room_for(each, ray.nodes(), set(cluster.get_draining_nodes()), self._used_by_others or {})
+        nodes = ray.nodes()
+        leaving = silent_nodes(nodes) | set(cluster.get_draining_nodes())
+        room = room_for(each, nodes, leaving, self._used_by_others or {})
         return min(room, int(self.scaling_config.max_workers))
 
     def _tell_of_waiting(self, room: int) -> None:

@@ -15,14 +15,16 @@ import time
 from typing import Any
 
 import ray
+from ray._raylet import RAY_NODE_ID_KEY  # type: ignore[attr-defined]
 from ray.exceptions import RayActorError
 from ray.train import ControllerError
 from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError
-from ray.train.v2._internal.execution.callback import WorkerGroupCallback
+from ray.train.v2._internal.execution.callback import ControllerCallback, WorkerGroupCallback
 
 from orchestrator.board import note_on, tell_on
 from orchestrator.recovery import spares
 from orchestrator.recovery.causes import AttemptFailedError, Budgets, Cause, Ending, GivenUpError, ending_of, explain
+from orchestrator.recovery.reach import Lookout, silent_nodes
 
 logger = logging.getLogger(__name__)
 
@@ -32,17 +34,22 @@ _BOARD_S = 2.0
 _SPARES_AFTER_S = 3.0  # once training is under way: starting them takes cores for a moment
 
 
-class Overseer(WorkerGroupCallback):  # type: ignore[misc]
-    """One for all attempts of a driver; board: where it tells of them."""
+class Overseer(WorkerGroupCallback, ControllerCallback):  # type: ignore[misc]
+    """One for all attempts of a driver; board: where it tells of them. each: what a worker needs (None: no spares)."""
 
-    def __init__(self, board: Any, budgets: Budgets, keeps_spares: bool) -> None:
-        self._board, self._budgets, self._keeps_spares = board, budgets, keeps_spares
+    def __init__(self, board: Any, budgets: Budgets, each: dict[str, float] | None) -> None:
+        self._board, self._budgets, self._each = board, budgets, each
+        self._lookout: Lookout | None = None
         self._group: Any = None
         self._number = 0
         self._is_over = True  # of this attempt: it has ended by itself, and what could be rescued is
         self._is_placing = False  # room was asked for, and not found yet
         self._iter: int | None = None
         self._back_off_s = 0.0
+
+    def on_controller_start_worker_group(self, *, scaling_config: Any, num_workers: int) -> dict[str, str] | None:  # noqa: ARG002
+        silent = silent_nodes(ray.nodes())  # Ray takes them for alive, and would place workers there
+        return {RAY_NODE_ID_KEY: f"!in({', '.join(sorted(silent))})"} if silent else None
 
     def before_worker_group_start(self, worker_group_context: Any) -> None:
         if self._back_off_s:
@@ -58,11 +65,13 @@ class Overseer(WorkerGroupCallback):  # type: ignore[misc]
     def after_worker_group_start(self, worker_group: Any) -> None:
         self._group, self._is_over, self._is_placing = worker_group, False, False
         self._tell("attempt_placed", num_workers=len(worker_group.get_workers()))
+        used = {worker.metadata.node_id for worker in worker_group.get_workers()}
+        self._lookout = Lookout([node for node in ray.nodes() if node["NodeID"] in used], self._give_up_node)
 
     def after_worker_group_training_start(self, worker_group: Any) -> None:
         self._tell("attempt_running", num_workers=len(worker_group.get_workers()))
-        if self._keeps_spares:
-            later = threading.Timer(_SPARES_AFTER_S, spares.prestart, (worker_group,))
+        if self._each:
+            later = threading.Timer(_SPARES_AFTER_S, spares.prestart, (worker_group, self._each))
             later.daemon = True
             later.start()
 
@@ -81,12 +90,14 @@ class Overseer(WorkerGroupCallback):  # type: ignore[misc]
             logger.exception("the end of an attempt could not be examined; it is restarted")
 
     def before_worker_group_shutdown(self, worker_group: Any) -> None:  # noqa: ARG002
+        if self._lookout:
+            self._lookout.close()
         if self._is_over:
             return
         self._is_over = True  # Ray ends a group that is well: another number of workers can run now
         try:
             seen_s = time.time()
-            saved = self._rescue(lost=set())
+            saved = self._rescue(lost=set(), by_themselves=[])
             self._tell(
                 "failure", time=seen_s, cause="resized", ranks=[], text="the number of machines has changed", **saved
             )
@@ -96,17 +107,31 @@ class Overseer(WorkerGroupCallback):  # type: ignore[misc]
     def after_worker_group_shutdown(self, worker_group_context: Any) -> None:  # noqa: ARG002
         self._tell("attempt_ended")
 
+    def _give_up_node(self, node_id: str) -> None:
+        """End the workers of a node that does not answer, as far as Ray is concerned: it sees them gone then."""
+        for worker in self._group.get_workers():
+            if worker.metadata.node_id == node_id:
+                self._note("WARNING", f"node {worker.metadata.hostname} does not answer: going on without it")
+                ray.kill(worker.actor)
+
     def _failed(self, errors: dict[int, Exception]) -> None:
         seen_s = time.time()
-        saved = self._rescue(lost=set(errors))
+        silent = silent_nodes(ray.nodes())
+        workers = self._group.get_workers()
+        gone = {rank for rank, worker in enumerate(workers) if worker.metadata.node_id in silent}
+        for rank in gone:
+            ray.kill(workers[rank].actor)  # or Ray would wait for it
         words = {ending.rank: ending for ending in self._last_words()}
-        first = explain([words.get(rank) or self._ending(rank, error) for rank, error in errors.items()])
-        node = self._group.get_workers()[first.rank].metadata.hostname
+        endings = [words.get(rank) or self._ending(rank, error) for rank, error in errors.items()]
+        saved = self._rescue(lost=set(errors) | gone, by_themselves=endings)
+        endings += [Ending(rank, Cause.NODE_LOST, "its node does not answer", self._iter) for rank in gone]
+        first = explain(endings)
+        node = workers[first.rank].metadata.hostname
         self._tell(
             "failure",
             time=seen_s,
             cause=str(first.cause),
-            ranks=sorted(errors),
+            ranks=sorted(errors.keys() | gone),
             node=node,
             text=first.text,
             traceback=first.traceback,
@@ -137,9 +162,10 @@ class Overseer(WorkerGroupCallback):  # type: ignore[misc]
         lives = any(node["Alive"] for node in ray.nodes() if node["NodeID"] == node_id)
         return Cause.WORKER_LOST if lives and "node died" not in text else Cause.NODE_LOST
 
-    def _rescue(self, lost: set[int]) -> dict[str, Any]:
+    def _rescue(self, lost: set[int], by_themselves: list[Ending]) -> dict[str, Any]:
         """Have the workers that live put their state into node memory, and wait for that; return what came of it.
 
+        by_themselves: the ends of those that are lost; some have put their state there before.
         reached_iter, reached_at_s: the iteration that is safe, and when it was completed (where any is).
         """
         from orchestrator.worker import begin_rescue, end_rescue
@@ -150,7 +176,8 @@ class Overseer(WorkerGroupCallback):  # type: ignore[misc]
         answered, _ = ray.wait(list(asked), num_returns=len(asked), timeout=_ANSWER_S) if asked else ([], [])
         waited = [asked[answer].execute_async(end_rescue) for answer in answered]
         done, _ = ray.wait(waited, num_returns=len(waited), timeout=_RESCUE_S) if waited else ([], [])
-        safe = [answer for answer in map(_value, done) if answer is not None]
+        answers = [*map(_value, done), *((ending.iter_num, ending.reached_at_s) for ending in by_themselves)]
+        safe = [(iter_num, at_s) for iter_num, at_s in answers if iter_num is not None and at_s is not None]
         saved: dict[str, Any] = {"rescue_s": time.monotonic() - began_s, "ranks_rescued": len(safe)}
         if safe:
             self._iter, reached_at_s = max(safe)
@@ -177,8 +204,8 @@ def _in_short(text: str) -> str:
     return text[max(0, text.find("The actor is dead because")) :][:500]
 
 
-def _value(answer: Any) -> tuple[int, float] | None:
+def _value(answer: Any) -> tuple[int | None, float | None]:
     try:
         return ray.get(answer)  # type: ignore[no-any-return]
     except ray.exceptions.RayError:
-        return None
+        return (None, None)

@@ -22,10 +22,13 @@ from ray.core.generated.node_manager_pb2 import PrestartWorkersRequest
 from ray.core.generated.node_manager_pb2_grpc import NodeManagerServiceStub
 from ray.core.generated.runtime_environment_pb2 import RuntimeEnvInfo
 
+from orchestrator.recovery.elastic import fit
+
 logger = logging.getLogger(__name__)
 
 _KEEP_S = 7 * 24 * 3600  # Ray ends idle processes after a second otherwise
 _ANSWER_S = 5.0
+_REPLACEMENTS = 4  # nodes that are not used, and get spares: in a large cluster, not all of them
 _MODULES = ("orchestrator.worker", "torch._dynamo", "torch.distributed", "ray.train.torch")
 
 
@@ -41,13 +44,16 @@ def preload() -> None:
             importlib.import_module(module)
 
 
-def prestart(worker_group: Any) -> None:
-    """Have every node that runs workers of a group start as many spares, behind."""
+def prestart(worker_group: Any, each: dict[str, float]) -> None:
+    """Have the nodes start spares, behind: those of a group one for each worker, others as many as may be needed there.
+
+    each: the resources of a worker.
+    """
     try:
         workers = worker_group.get_workers()
         environment = ray.get(workers[0].execute_async(_environment), timeout=_ANSWER_S)
         addresses = {node["NodeID"]: f"{node['NodeManagerAddress']}:{node['NodeManagerPort']}" for node in ray.nodes()}
-        for node_id, count in Counter(worker.metadata.node_id for worker in workers).items():
+        for node_id, count in wanted(Counter(worker.metadata.node_id for worker in workers), ray.nodes(), each).items():
             request = PrestartWorkersRequest(
                 language=Language.PYTHON,
                 job_id=bytes.fromhex(ray.get_runtime_context().get_job_id()),
@@ -60,6 +66,21 @@ def prestart(worker_group: Any) -> None:
             channel.close()
     except Exception as error:  # another version of Ray, a node that has just gone: the next attempt starts cold
         logger.info("no warm spares: %s: %s", type(error).__name__, error)
+
+
+def wanted(used: dict[str, int], nodes: list[dict[str, Any]], each: dict[str, float]) -> dict[str, int]:
+    """Return how many spares each node should have; used: the group's workers by node.
+
+    A node that is not used may replace one that is, so it gets as many as the fullest one has, if they fit.
+    """
+    most = max(used.values())
+    free = {
+        node["NodeID"]: min(most, fit(each, node["Resources"], {}))
+        for node in nodes
+        if node["Alive"] and node["NodeID"] not in used
+    }
+    replacing = {node_id: count for node_id, count in free.items() if count}
+    return {**used, **dict(sorted(replacing.items())[:_REPLACEMENTS])}
 
 
 def _environment() -> str:

@@ -64,12 +64,14 @@ class Drained(Fault):
         subprocess.run([sys.executable, "-m", "ray.scripts.scripts", *words, *reason, "30"], check=True, timeout=60)
 
 
-class RayletKilled(Fault):
-    """The node's raylet is killed, and with it all that runs on the node."""
+class NodeKilled(Fault):
+    """The node's raylet and this worker are killed, the last of all that runs on the node."""
 
     def fire(self) -> None:
-        raylet = next(parent for parent in psutil.Process().parents() if parent.name() == "raylet")
-        Fault.fire(Fault(**{**vars(self), "pid": raylet.pid}))
+        if not self.marker.exists():
+            raylet = next(parent for parent in psutil.Process().parents() if parent.name() == "raylet")
+            raylet.kill()
+            super().fire()
 
 
 def settings(tiny: TrainConfig) -> TrainConfig:
@@ -95,7 +97,7 @@ def test_a_drained_node_is_left_without_a_lost_step(
 @pytest.mark.usefixtures("cluster")
 def test_a_lost_node_is_replaced_by_another(tiny: TrainConfig, tmp_path: Path, undisturbed: Undisturbed) -> None:
     config = settings(tiny)
-    check_that_nothing_shows(config, RayletKilled("forward", 33, 1, tmp_path / "fired"), "node_lost", undisturbed)
+    check_that_nothing_shows(config, NodeKilled("forward", 33, 1, tmp_path / "fired"), "node_lost", undisturbed)
     assert [record["reached_iter"] for record in read_events(config.out_dir) if record["kind"] == "failure"] == [33]
 
 
@@ -104,7 +106,7 @@ def test_fewer_machines_go_on_at_once_and_more_are_used_when_they_come(
     cluster: Cluster, tiny: TrainConfig, tmp_path: Path, undisturbed: Undisturbed
 ) -> None:
     config = replace(settings(tiny), num_workers="1-2", max_iters=6000, eval_interval=3000, checkpoint_interval=3000)
-    fault = RayletKilled("forward", 333, 1, tmp_path / "fired")
+    fault = NodeKilled("forward", 333, 1, tmp_path / "fired")
     returned = threading.Event()
 
     def bring_a_node() -> None:

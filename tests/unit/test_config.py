@@ -284,6 +284,9 @@ def test_forgotten_dashes() -> None:
         ({"dropout": float("nan")}, "dropout=nan is out of range"),
         ({"learning_rate": 0.0}, "learning_rate=0.0 is out of range: more than 0"),
         ({"learning_rate": float("inf")}, "learning_rate=inf is out of range"),
+        ({"num_workers": "8-2"}, "num_workers='8-2' is out of range: 1 or more, or a range such as 2-8"),
+        ({"num_workers": -6}, "num_workers=-6 is out of range: 1 or more, or a range such as 2-8"),
+        ({"num_workers": "2-41"}, "num_workers=2-41 is more than gradient_accumulation_steps=40"),
         ({"block_size": 0}, "block_size=0 is out of range: 1 or more"),
         ({"max_failures": -2}, "max_failures=-2 is out of range"),
         ({"keep_checkpoints": 0}, "keep_checkpoints=0 is out of range"),
@@ -318,3 +321,9 @@ def test_help_explains_every_key(help_text: str, field: dataclasses.Field[Any]) 
     kind, _, words = entry[1].strip().partition(" ")
     assert kind.strip("{}")
     assert len(words.split()) >= 2, f"{field.name} has no help text"
+
+
+def test_number_of_workers() -> None:
+    fixed, elastic = (parse(TrainConfig, [f"--num_workers={n}"], "x") for n in ("3", "2-8"))
+    assert (fixed.num_workers, fixed.min_workers, fixed.max_workers, fixed.is_elastic) == (3, 3, 3, False)
+    assert (elastic.num_workers, elastic.min_workers, elastic.max_workers, elastic.is_elastic) == ("2-8", 2, 8, True)

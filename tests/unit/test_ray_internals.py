@@ -6,11 +6,16 @@ import inspect
 
 import ray
 from ray._private.ray_constants import WORKER_PROCESS_SETUP_HOOK_ENV_VAR
+from ray._private.state import state as cluster
 from ray.core.generated.node_manager_pb2 import PrestartWorkersRequest
-from ray.train.v2._internal.execution.callback import WorkerGroupCallback
+from ray.train.torch import TorchTrainer
+from ray.train.v2._internal.execution.callback import ControllerCallback, WorkerGroupCallback
 from ray.train.v2._internal.execution.preemption import PreemptionContext
+from ray.train.v2._internal.execution.scaling_policy import ScalingPolicy
 from ray.train.v2._internal.execution.worker_group import Worker, WorkerGroup
+from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 
+from orchestrator.recovery.elastic import LivePolicy
 from orchestrator.recovery.overseer import Overseer
 
 
@@ -21,6 +26,7 @@ def test_the_version_is_the_one_that_was_read() -> None:
 def test_the_hooks_of_the_overseer_are_called() -> None:
     hooks = [name for name in vars(Overseer) if name.startswith(("before_", "after_"))]
     assert len(hooks) == 6
+    assert "on_controller_start_worker_group" in vars(ControllerCallback)
     for name in hooks:
         assert list(inspect.signature(getattr(WorkerGroupCallback, name)).parameters) == list(
             inspect.signature(getattr(Overseer, name)).parameters
@@ -40,3 +46,15 @@ def test_spares_can_be_asked_for() -> None:
     fields = {field.name for field in PrestartWorkersRequest.DESCRIPTOR.fields}
     assert fields == {"language", "job_id", "runtime_env_info", "keep_alive_duration_secs", "num_workers"}
     assert WORKER_PROCESS_SETUP_HOOK_ENV_VAR
+
+
+def test_the_trainer_takes_a_scaling_policy() -> None:
+    assert "scaling_policy=create_scaling_policy(self.scaling_config)" in inspect.getsource(TorchTrainer.fit)
+    assert "def _initialize_and_run_controller(self, **controller_init_kwargs)" in inspect.getsource(
+        DataParallelTrainer
+    )
+    for name in ("make_decision_for_non_running_worker_group", "make_decision_for_running_worker_group"):
+        ours, rays = (inspect.signature(getattr(policy, name)).parameters for policy in (LivePolicy, ScalingPolicy))
+        assert list(ours) == list(rays)
+    assert callable(cluster.get_draining_nodes)
+    assert callable(cluster.available_resources_per_node)

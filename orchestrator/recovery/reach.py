@@ -1,0 +1,70 @@
+"""Reach: which nodes answer. Asked of the operating system, which knows at once where Ray waits for missed heartbeats.
+
+A connection to a node's raylet is accepted by the kernel there, however busy the node is. It is refused when the raylet
+has ended, and not answered at all when the node is off or its link is cut. Knows no Ray but the form of `ray.nodes()`.
+"""
+
+from __future__ import annotations
+
+import socket
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+_ANSWER_S = 1.0
+_AT_ONCE = 32  # connections
+_SILENCE_S = 5.0  # after which a node whose workers seem to run is given up
+
+
+def silent_nodes(nodes: list[dict[str, Any]], answer_s: float = _ANSWER_S) -> set[str]:
+    """Return the ids of nodes that Ray takes for alive, and that do not answer; nodes: as ray.nodes() lists them."""
+    alive = [node for node in nodes if node["Alive"]]
+    if not alive:
+        return set()
+    with ThreadPoolExecutor(min(_AT_ONCE, len(alive))) as pool:
+        answers = pool.map(
+            lambda node: answers_at(node["NodeManagerAddress"], node["NodeManagerPort"], answer_s), alive
+        )
+        return {node["NodeID"] for node, has_answered in zip(alive, answers, strict=True) if not has_answered}
+
+
+def answers_at(host: str, port: int, answer_s: float = _ANSWER_S) -> bool:
+    """Return whether somebody listens there."""
+    try:
+        socket.create_connection((host, port), timeout=answer_s).close()
+    except OSError:
+        return False
+    return True
+
+
+class Lookout:
+    """A thread that looks whether the nodes of a group answer; on_silence is told, once each, of those that do not."""
+
+    def __init__(
+        self,
+        nodes: list[dict[str, Any]],
+        on_silence: Callable[[str], None],
+        silence_s: float = _SILENCE_S,
+        every_s: float = 1.0,
+    ) -> None:
+        self._nodes, self._on_silence = nodes, on_silence
+        self._silence_s, self._every_s = silence_s, every_s
+        self._closed = threading.Event()
+        threading.Thread(target=self._watch, name="lookout", daemon=True).start()
+
+    def close(self) -> None:
+        """Stop looking."""
+        self._closed.set()
+
+    def _watch(self) -> None:
+        since_s: dict[str, float] = {}
+        told: set[str] = set()
+        while not self._closed.wait(self._every_s):
+            silent = silent_nodes(self._nodes)
+            since_s = {node: since_s.get(node, time.monotonic()) for node in silent}
+            for node, began_s in since_s.items():
+                if time.monotonic() - began_s >= self._silence_s - _ANSWER_S and node not in told:
+                    told.add(node)
+                    self._on_silence(node)
