@@ -95,8 +95,8 @@ def end_rescue() -> tuple[int | None, float | None]:
     return _rescue()
 
 
-def _rescue() -> tuple[int | None, float | None]:
-    iter_num = _savers[-1].rescue() if _savers else None
+def _rescue(**options: float) -> tuple[int | None, float | None]:
+    iter_num = _savers[-1].rescue(**options) if _savers else None
     return (None, None) if iter_num is None else (iter_num, _savers[-1].changed_at_s)
 
 
@@ -107,7 +107,7 @@ def _hangs(config: TrainConfig, world: World, poster: Poster, silence_s: float) 
     found = stacks()
     name = f"hang-{world.attempt}-rank{world.rank}.txt"
     text = f"no progress for {silence_s:.0f} s; the stacks are in {name} in out_dir"
-    reached = _rescue()
+    reached = _rescue(stand_in_s=0.5)  # for whatever stands still has done so for long
     writer = threading.Thread(target=_write_text, args=(config, name, found), daemon=True)
     writer.start()
     poster.say_last(Ending(world.rank, Cause.HANG, text, reached[0], "", reached[1]).to_json())

@@ -179,8 +179,10 @@ class Saver:
             self.rescue()
             raise
 
-    def rescue(self) -> int | None:
+    def rescue(self, stand_in_s: float = _STAND_IN_S) -> int | None:
         """Put the state of the last completed iteration into this node's memory; return its number, or None.
+
+        stand_in_s: after which the share of a process of this node that lives and does nothing is written here.
 
         For the end of an attempt, from whatever thread: the state changes no more after this. Needs no other rank:
         the shares of those on this node that are gone, or are at another iteration, are written here as well.
@@ -189,7 +191,7 @@ class Saver:
             if self._rescued is None:
                 began_s = time.perf_counter()
                 try:
-                    self._rescued = (self._put_aside(),)
+                    self._rescued = (self._put_aside(stand_in_s),)
                 except Exception as error:  # whatever it is, the attempt ends, and earlier states are there
                     self._rescued = (None,)
                     logger.warning("the last iteration could not be rescued: %s: %s", type(error).__name__, error)
@@ -207,7 +209,7 @@ class Saver:
                 slot.withdraw()
             self._nodes.memory.close(is_finished)
 
-    def _put_aside(self) -> int | None:
+    def _put_aside(self, stand_in_s: float) -> int | None:
         memory, state = self._nodes.memory, self._state
         if not self._change.acquire(timeout=_OTHERS_S) or self._is_torn or memory is None:
             return None
@@ -230,7 +232,7 @@ class Saver:
             if memory.has_newer(snapshot.iter_num, self._world.attempt):  # of a rank that came further
                 break
             for share in missing:
-                if memory.take_place_of(self._world.attempt, share) or waited_s > _STAND_IN_S:
+                if memory.take_place_of(self._world.attempt, share) or waited_s > stand_in_s:
                     layouts = self._layouts(files, share)
                     if sum(layout.size_bytes for layout in layouts.values()) > spare_memory_bytes():
                         raise CheckpointError("memory has no room for the share of a rank that is gone")

@@ -173,9 +173,11 @@ class Overseer(WorkerGroupCallback, ControllerCallback):  # type: ignore[misc]
         began_s = time.monotonic()
         workers = [worker for rank, worker in enumerate(self._group.get_workers()) if rank not in lost]
         asked = {worker.execute_async(begin_rescue): worker for worker in workers}
-        answered, _ = ray.wait(list(asked), num_returns=len(asked), timeout=_ANSWER_S) if asked else ([], [])
+        answered, mute = ray.wait(list(asked), num_returns=len(asked), timeout=_ANSWER_S) if asked else ([], [])
         waited = [asked[answer].execute_async(end_rescue) for answer in answered]
         done, _ = ray.wait(waited, num_returns=len(waited), timeout=_RESCUE_S) if waited else ([], [])
+        for answer in mute:
+            ray.kill(asked[answer].actor)  # it stands still, and Ray would wait for it to leave
         answers = [*map(_value, done), *((ending.iter_num, ending.reached_at_s) for ending in by_themselves)]
         safe = [(iter_num, at_s) for iter_num, at_s in answers if iter_num is not None and at_s is not None]
         saved: dict[str, Any] = {"rescue_s": time.monotonic() - began_s, "ranks_rescued": len(safe)}

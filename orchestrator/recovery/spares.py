@@ -29,7 +29,13 @@ logger = logging.getLogger(__name__)
 _KEEP_S = 7 * 24 * 3600  # Ray ends idle processes after a second otherwise
 _ANSWER_S = 5.0
 _REPLACEMENTS = 4  # nodes that are not used, and get spares: in a large cluster, not all of them
-_MODULES = ("orchestrator.worker", "torch._dynamo", "torch.distributed", "ray.train.torch")
+_MODULES = (
+    "orchestrator.worker",
+    "torch._dynamo",
+    "torch.distributed",
+    "ray.train.torch",
+    "ray.tune.trainable.trainable_fn_utils",  # which Ray Train asks whether it is a part of Ray Tune
+)
 
 
 def runtime_env() -> dict[str, Any]:
@@ -54,18 +60,24 @@ def prestart(worker_group: Any, each: dict[str, float]) -> None:
         environment = ray.get(workers[0].execute_async(_environment), timeout=_ANSWER_S)
         addresses = {node["NodeID"]: f"{node['NodeManagerAddress']}:{node['NodeManagerPort']}" for node in ray.nodes()}
         for node_id, count in wanted(Counter(worker.metadata.node_id for worker in workers), ray.nodes(), each).items():
-            request = PrestartWorkersRequest(
-                language=Language.PYTHON,
-                job_id=bytes.fromhex(ray.get_runtime_context().get_job_id()),
-                runtime_env_info=RuntimeEnvInfo(serialized_runtime_env=environment),
-                keep_alive_duration_secs=_KEEP_S,
-                num_workers=count,
-            )
-            channel = init_grpc_channel(addresses[node_id])
-            NodeManagerServiceStub(channel).PrestartWorkers(request, timeout=_ANSWER_S)
-            channel.close()
+            _ask(addresses[node_id], environment, count)
+        here = ray.get_runtime_context().get_node_id()
+        _ask(addresses[here], _environment(), 1)  # for the actor at which a group's ranks meet, beside its controller
     except Exception as error:  # another version of Ray, a node that has just gone: the next attempt starts cold
         logger.info("no warm spares: %s: %s", type(error).__name__, error)
+
+
+def _ask(address: str, environment: str, count: int) -> None:
+    request = PrestartWorkersRequest(
+        language=Language.PYTHON,
+        job_id=bytes.fromhex(ray.get_runtime_context().get_job_id()),
+        runtime_env_info=RuntimeEnvInfo(serialized_runtime_env=environment),
+        keep_alive_duration_secs=_KEEP_S,
+        num_workers=count,
+    )
+    channel = init_grpc_channel(address)
+    NodeManagerServiceStub(channel).PrestartWorkers(request, timeout=_ANSWER_S)
+    channel.close()
 
 
 def wanted(used: dict[str, int], nodes: list[dict[str, Any]], each: dict[str, float]) -> dict[str, int]:

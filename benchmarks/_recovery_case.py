@@ -1,0 +1,148 @@
+"""One run with one loss, in a process and a cluster of its own: `python -m benchmarks._recovery_case JSON`.
+
+Prints, as its last line, when the fault struck and when the next optimizer step was completed.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+# Not the cluster that this process may be in; and no dashboard is waited for, by either side.
+os.environ.update(RAY_AUTH_MODE="disabled", RAY_USAGE_STATS_ENABLED="0", OMP_NUM_THREADS="1")
+os.environ.setdefault("RAY_API_SERVER_ADDRESS", "http://127.0.0.1:9")
+
+from orchestrator.config import TrainConfig
+
+_SMALL = {"object_store_memory": 80 * 2**20}
+
+
+@dataclass(frozen=True)
+class Strike:
+    """What happens to a rank when it begins an iteration, once in a run.
+
+    kind: worker (SIGKILL) | node (its raylet too) | hang (SIGSTOP) | cut (somebody outside is told to cut its link).
+    """
+
+    kind: str
+    rank: int
+    iter_num: int
+    marker: str
+
+    def at(self, rank: int, iter_num: int) -> None:
+        """Strike, if this is the place."""
+        marker = Path(self.marker)
+        if (rank, iter_num) != (self.rank, self.iter_num) or marker.exists():
+            return
+        if self.kind == "node":
+            import psutil
+
+            next(parent for parent in psutil.Process().parents() if parent.name() == "raylet").kill()
+        marker.with_suffix(".host").write_text(socket.gethostname())
+        new = marker.with_suffix(".new")
+        new.write_text(str(time.time()))
+        new.rename(marker)
+        if self.kind == "cut":
+            time.sleep(3600)
+        os.kill(os.getpid(), signal.SIGSTOP if self.kind == "hang" else signal.SIGKILL)
+
+
+def worker_with(strike: Strike | None) -> Callable[[dict[str, Any]], dict[str, Any]]:
+    """Return what Ray runs on each rank of ours: the worker, with the strike armed."""
+
+    def worker(job: dict[str, Any]) -> dict[str, Any]:
+        import ray.train
+
+        from orchestrator import loop
+        from orchestrator.worker import run_worker
+
+        rank, original = ray.train.get_context().get_world_rank(), loop.learning_rate
+
+        def learning_rate(config: TrainConfig, it: int) -> float:
+            if strike:
+                strike.at(rank, it)
+            return original(config, it)
+
+        loop.learning_rate = learning_rate
+        return run_worker(job)
+
+    return worker
+
+
+@contextmanager
+def cluster(nodes: int) -> Iterator[None]:
+    """Start one node of two CPUs, or a head without and some nodes with one CPU each; 0: join the one that is named."""
+    import ray
+    from ray.cluster_utils import Cluster
+
+    if not nodes:
+        ray.init(address=os.environ["RAY_ADDRESS"], logging_level="ERROR")
+        yield
+        return
+    if nodes == 1:
+        ray.init(address="local", num_cpus=2, include_dashboard=False, logging_level="ERROR", **_SMALL)
+        yield
+        ray.shutdown()
+        return
+    several = Cluster(initialize_head=True, head_node_args={**_SMALL, "include_dashboard": False, "num_cpus": 0})
+    for _ in range(nodes):
+        several.add_node(num_cpus=1, **_SMALL)
+    several.wait_for_nodes()
+    ray.init(address=several.address, logging_level="ERROR")
+    yield
+    ray.shutdown()
+    several.shutdown()
+
+
+def steps_of(out_dir: str, is_ours: bool) -> list[tuple[int, float]]:
+    """Return the completed iterations, in the order in which they were completed: number and time."""
+    if not is_ours:
+        lines = (line.split() for line in Path(out_dir, "steps").read_text().splitlines())
+        return [(int(it), float(at_s)) for it, at_s in lines]
+    records = (json.loads(line) for line in Path(out_dir, "metrics.jsonl").read_text().splitlines())
+    return [(record["iter"], record["time"]) for record in records if record["kind"] == "step"]
+
+
+def figures(steps: list[tuple[int, float]], struck_s: float) -> dict[str, float]:
+    """Return the seconds from a strike to the next completed step, and how many steps were computed again."""
+    before = [it for it, at_s in steps if at_s <= struck_s]
+    after = [(it, at_s) for it, at_s in steps if at_s > struck_s]
+    # what others had in their pipes when it struck belongs to the attempt that was lost
+    first, at_s = next((it, at_s) for it, at_s in after if at_s > struck_s + 0.1 or it <= max(before))
+    return {"seconds": at_s - struck_s, "steps_repeated": max(before) + 1 - first}
+
+
+def main(case: dict[str, Any]) -> None:
+    config = TrainConfig(**case["config"])
+    strike = Strike(**case["strike"]) if case["strike"] else None
+    with cluster(case["nodes"]):
+        if case["side"] == "ours":
+            from orchestrator.launch import launch
+
+            launch(config, worker_with(strike))
+        else:
+            from benchmarks._recovery_plain import fit
+
+            fit(config, strike)
+    steps = steps_of(config.out_dir, case["side"] == "ours")
+    result: dict[str, Any] = figures(steps, float(Path(strike.marker).read_text())) if strike else {}
+    if case["side"] == "ours":
+        from orchestrator.recovery.ledger import account
+        from orchestrator.telemetry.metrics import read_events, read_metrics
+
+        ledger = account([*read_events(config.out_dir), *read_metrics(config.out_dir)])
+        result |= {"incidents": [{"cause": each.cause, **each.phases} for each in ledger.incidents]}
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main(json.loads(sys.argv[1]))
