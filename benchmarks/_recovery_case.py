@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import signal
 import socket
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -56,14 +58,23 @@ class Strike:
         os.kill(os.getpid(), signal.SIGSTOP if self.kind == "hang" else signal.SIGKILL)
 
 
-def worker_with(strike: Strike | None) -> Callable[[dict[str, Any]], dict[str, Any]]:
-    """Return what Ray runs on each rank of ours: the worker, with the strike armed."""
+def worker_with(strike: Strike | None, timed: str | None = None) -> Callable[[dict[str, Any]], dict[str, Any]]:
+    """Return what Ray runs on each rank of ours: the worker, with the strike armed.
+
+    timed: a file for the seconds that rank 0 spends in our calls besides training.
+    """
 
     def worker(job: dict[str, Any]) -> dict[str, Any]:
         import ray.train
 
+        from benchmarks.goodput import Timed
         from orchestrator import loop
+        from orchestrator.board import Poster
+        from orchestrator.checkpoint.saver import Saver
+        from orchestrator.recovery.guard import Guard
+        from orchestrator.recovery.watchdog import Watchdog
         from orchestrator.worker import run_worker
+        from orchestrator.world import Vote, World
 
         rank, original = ray.train.get_context().get_world_rank(), loop.learning_rate
 
@@ -73,7 +84,19 @@ def worker_with(strike: Strike | None) -> Callable[[dict[str, Any]], dict[str, A
             return original(config, it)
 
         loop.learning_rate = learning_rate
-        return run_worker(job)
+        if not timed or rank:
+            return run_worker(job)
+        watch = Timed(timed)
+        watch.wrap(World, "vote")
+        watch.wrap(Vote, "result")
+        watch.wrap(Saver, "ballot", "heard", "offer", "news", "join")
+        watch.wrap(Guard, "judge", "note")
+        watch.wrap(Watchdog, "beat")
+        watch.wrap(Poster, "post", "should_stop")
+        try:
+            return run_worker(job)
+        finally:
+            watch.write()
 
     return worker
 
@@ -121,26 +144,46 @@ def figures(steps: list[tuple[int, float]], struck_s: float) -> dict[str, float]
     return {"seconds": at_s - struck_s, "steps_repeated": max(before) + 1 - first}
 
 
+def kill_again_and_again(every_s: float, for_s: float) -> None:
+    """Kill one of this machine's Ray Train workers every so often, then interrupt this process. In a thread."""
+    import psutil
+
+    began_s = time.monotonic()
+    for n in range(1, int(for_s / every_s) + 1):
+        time.sleep(max(0.0, began_s + n * every_s - time.monotonic()))
+        ours = psutil.Process().children(recursive=True)
+        workers = [process for process in ours if (process.cmdline() or [""])[0].startswith("ray::RayTrainWorker")]
+        if n * every_s < for_s and workers:
+            random.choice(workers).kill()
+    os.kill(os.getpid(), signal.SIGINT)
+
+
 def main(case: dict[str, Any]) -> None:
     config = TrainConfig(**case["config"])
     strike = Strike(**case["strike"]) if case["strike"] else None
     with cluster(case["nodes"]):
+        if case["every_s"]:
+            args = (case["every_s"], case["for_s"])
+            threading.Thread(target=kill_again_and_again, args=args, daemon=True).start()
         if case["side"] == "ours":
-            from orchestrator.launch import launch
+            from orchestrator.launch import InterruptedRunError, launch
 
-            launch(config, worker_with(strike))
+            with suppress(InterruptedRunError):
+                launch(config, worker_with(strike, case["timed"]))
         else:
             from benchmarks._recovery_plain import fit
 
-            fit(config, strike)
+            with suppress(KeyboardInterrupt):
+                fit(config, strike)
     steps = steps_of(config.out_dir, case["side"] == "ours")
-    result: dict[str, Any] = figures(steps, float(Path(strike.marker).read_text())) if strike else {}
+    result: dict[str, Any] = figures(steps, float(Path(strike.marker).read_text())) if strike else {"steps": steps}
     if case["side"] == "ours":
         from orchestrator.recovery.ledger import account
         from orchestrator.telemetry.metrics import read_events, read_metrics
 
         ledger = account([*read_events(config.out_dir), *read_metrics(config.out_dir)])
         result |= {"incidents": [{"cause": each.cause, **each.phases} for each in ledger.incidents]}
+        result |= {"ledger": ledger.seconds}
     print(json.dumps(result))
 
 

@@ -14,6 +14,7 @@ from ray.train import Checkpoint, FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchTrainer
 
 from model import GPT, GPTConfig
+from orchestrator.checkpoint.start import GPT2_VOCAB_SIZE
 from orchestrator.config import TrainConfig
 from orchestrator.data.dataset import open_dataset
 from orchestrator.loop import sampling_of
@@ -27,7 +28,7 @@ def train_func(job: dict[str, Any]) -> None:
     data = open_dataset(config.data_dir, config.dataset, sampling_of(config))
     torch.manual_seed(config.seed)
     shape = {key: getattr(config, key) for key in ("n_layer", "n_head", "n_embd", "block_size", "dropout", "bias")}
-    raw = GPT(GPTConfig(**shape, vocab_size=data.vocab_size))
+    raw = GPT(GPTConfig(**shape, vocab_size=data.vocab_size or GPT2_VOCAB_SIZE))
     optimizer = torch.optim.AdamW(raw.parameters(), lr=config.learning_rate)
     start = 0
     if checkpoint := ray.train.get_checkpoint():

@@ -19,7 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -40,11 +40,10 @@ _TIMEOUT_S = 400.0
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare this benchmark's options."""
     parser.add_argument("--repeats", type=int, default=3, help="runs of each side (default: %(default)s)")
+    usual = ["worker_kill", "node_crash", "hang"]
+    parser.add_argument("--cases", nargs="+", choices=CASES, default=usual, help="which (default: all but silent_node)")
     parser.add_argument(
-        "--cases", nargs="+", choices=CASES, default=["worker_kill", "node_crash", "hang"], help="which"
-    )
-    parser.add_argument(
-        "--hosts", type=Path, help="script that makes hosts: up, ray, exec, cut, down (for silent_node)"
+        "--hosts", type=Path, metavar="FILE", help="makes hosts: up, ray, exec, cut, down (silent_node)"
     )
     parser.add_argument("--sides", nargs="+", choices=("ours", "plain"), default=["ours", "plain"], help="which")
 
@@ -98,15 +97,21 @@ def measure(case: str, side: str, hosts: Path | None) -> dict[str, Any]:
         config = settings(Path(folder), "1-2" if case == "silent_node" else 2)
         marker = f"{folder}/struck"
         strike = {"kind": STRIKES[case], "rank": 1, "iter_num": _STRUCK_AT, "marker": marker}
-        job = json.dumps({"side": side, "nodes": _NODES[case], "config": asdict(config), "strike": strike})
-        command = [sys.executable, "-m", "benchmarks._recovery_case", job]
+        command = command_of({"side": side, "nodes": _NODES[case], "config": asdict(config), "strike": strike})
         if case == "silent_node":
             return _with_hosts(hosts, command, Path(marker))
         done = subprocess.run(command, timeout=_TIMEOUT_S, capture_output=True, text=True, check=False)
-    return _last_line(done.returncode, done.stdout, done.stderr)
+    return last_line(done.returncode, done.stdout, done.stderr)
 
 
-def _last_line(code: int, out: str, err: str) -> dict[str, Any]:
+def command_of(case: dict[str, Any]) -> list[str]:
+    """Return the command that runs a case."""
+    job = json.dumps({"strike": None, "every_s": None, "for_s": None, "timed": None, **case})
+    return [sys.executable, "-m", "benchmarks._recovery_case", job]
+
+
+def last_line(code: int, out: str, err: str) -> dict[str, Any]:
+    """Return what a case has printed last."""
     if code:
         raise RuntimeError(f"the run failed:\n{out[-2000:]}\n{err[-4000:]}")
     return dict(json.loads(out.splitlines()[-1]))
@@ -137,7 +142,7 @@ def _with_hosts(hosts: Path | None, command: list[str], marker: Path) -> dict[st
         if driver.poll() is None:
             do("cut", _host_of(marker))
         out, err = driver.communicate(timeout=_TIMEOUT_S)
-        return _last_line(driver.returncode, out, err)
+        return last_line(driver.returncode, out, err)
     finally:
         do("down")
 
@@ -146,7 +151,7 @@ def _host_of(marker: Path) -> str:
     return marker.with_suffix(".host").read_text()
 
 
-def settings(folder: Path, num_workers: int | str) -> TrainConfig:
+def settings(folder: Path, num_workers: int | str, **changes: Any) -> TrainConfig:
     """Return a run of about 50 ms per iteration on two cores, and make its dataset."""
     from pydoc_data.topics import topics
 
@@ -155,7 +160,7 @@ def settings(folder: Path, num_workers: int | str) -> TrainConfig:
     text = folder / "text.txt"
     text.write_text("\n".join(topics[name] for name in sorted(topics))[:100_000], encoding="utf-8")
     prepare(PrepareConfig("topics", text=(str(text),), tokenizer="char", data_dir=str(folder)))
-    return TrainConfig(
+    config = TrainConfig(
         out_dir=str(folder / "run"),
         data_dir=str(folder),
         dataset="topics",
@@ -176,3 +181,4 @@ def settings(folder: Path, num_workers: int | str) -> TrainConfig:
         device="cpu",
         compile=False,
     )
+    return replace(config, **changes)

@@ -18,7 +18,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 logger = logging.getLogger(__name__)
 
 Record = dict[str, Any]
-_POST_INTERVAL_S = 0.2
+_POST_INTERVAL_S = 1.0  # a call of Ray takes a millisecond or two of training
 _KEPT_RECORDS = 10_000
 
 
@@ -82,7 +82,7 @@ class Poster:
         self._stopping = False
 
     def post(self, record: Record) -> None:
-        """Hand a record over within a fifth of a second or so."""
+        """Hand a record over within a second or so."""
         self._waiting.append(record)
 
     def should_stop(self) -> bool:

@@ -1,0 +1,108 @@
+"""Goodput with a worker killed every minute: ours against plain Ray Train; and what all of this costs undisturbed.
+
+    goodput     iterations that count, times the median iteration, over the time from the call to the end
+    overhead    of an undisturbed run's iterations of about 100 ms, the part that is spent on votes, the guard, the
+                watchdog, the board and the saver, on rank 0 of two
+
+Goodput is computed alike for both sides; beside it stands what our own ledger says of the same run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import asdict
+from itertools import pairwise
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from benchmarks.recovery import command_of, last_line, settings
+
+GOALS = {"goodput": 0.85, "overhead": 0.01}  # at least, at most
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare this benchmark's options."""
+    parser.add_argument("--every_s", type=float, default=60.0, help="seconds between kills (default: %(default)s)")
+    parser.add_argument("--for_s", type=float, default=600.0, help="seconds of each run (default: %(default)s)")
+    parser.add_argument("--sides", nargs="+", choices=("ours", "plain"), default=["ours", "plain"], help="which")
+
+
+def run(args: argparse.Namespace) -> dict[str, Any]:
+    """Measure, print and return the figures."""
+    found: dict[str, Any] = {}
+    for side in args.sides:
+        result = measure(side, args.every_s, args.for_s)
+        name = "goodput" if side == "ours" else "plain_goodput"
+        found[name] = goodput(result["steps"], args.for_s)
+        found[f"{side}_kills"] = int(args.for_s / args.every_s) - 1
+        for entry, seconds in result.get("ledger", {}).items():
+            found[f"ledger_{entry}"] = seconds / sum(result["ledger"].values())
+    if "ours" in args.sides:
+        found |= overhead()
+    for name, value in found.items():
+        print(f"{name:<24} {value:8.4f}")
+    print(f"goals: goodput at least {GOALS['goodput']}, overhead at most {GOALS['overhead']}")
+    return found
+
+
+def goodput(steps: list[tuple[int, float]], wall_s: float) -> float:
+    """Return the part of the time in which iterations were computed that count; steps: number and time of each."""
+    times = [after_s - before_s for (_, before_s), (_, after_s) in pairwise(steps)]
+    return len({it for it, _ in steps}) * median(times) / wall_s
+
+
+def measure(side: str, every_s: float, for_s: float) -> dict[str, Any]:
+    """Train for a time under fire, on two workers."""
+    with tempfile.TemporaryDirectory() as folder:
+        config = settings(Path(folder), 2, max_iters=10**6)
+        case = {"side": side, "nodes": 1, "config": asdict(config), "every_s": every_s, "for_s": for_s}
+        done = subprocess.run(command_of(case), timeout=for_s + 300, capture_output=True, text=True, check=False)
+    return last_line(done.returncode, done.stdout, done.stderr)
+
+
+def overhead() -> dict[str, float]:
+    """Return the part of rank 0's iterations that our calls take in an undisturbed run."""
+    with tempfile.TemporaryDirectory() as folder:
+        config = settings(Path(folder), 2, max_iters=200)
+        case = {"side": "ours", "nodes": 1, "config": asdict(config), "timed": f"{folder}/timed"}
+        done = subprocess.run(command_of(case), timeout=300, capture_output=True, text=True, check=False)
+        steps = last_line(done.returncode, done.stdout, done.stderr)["steps"]
+        spent_s = json.loads(Path(folder, "timed").read_text())
+    whole_s = steps[-1][1] - steps[0][1]
+    for name, seconds in sorted(spent_s.items(), key=lambda item: -item[1]):
+        print(f"  {name:<22} {1000 * seconds / len(steps):8.3f} ms per iteration")
+    return {"overhead": sum(spent_s.values()) / whole_s, "overhead_step_s": whole_s / (len(steps) - 1)}
+
+
+class Timed:
+    """Adds up the time in calls of ours, in one process."""
+
+    def __init__(self, path: str) -> None:
+        self._path, self._spent_s, self._depth = path, dict[str, float](), 0
+
+    def wrap(self, owner: Any, *names: str) -> None:
+        """Time calls of an owner's functions; where one calls another, only the outer one counts."""
+        for name in names:
+            setattr(owner, name, self._timed(f"{owner.__name__}.{name}", getattr(owner, name)))
+
+    def _timed(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        def timed(*args: Any, **kwargs: Any) -> Any:
+            began_s, self._depth = time.perf_counter(), self._depth + 1
+            try:
+                return function(*args, **kwargs)
+            finally:
+                self._depth -= 1
+                if not self._depth:
+                    self._spent_s[name] = self._spent_s.get(name, 0.0) + time.perf_counter() - began_s
+
+        return timed
+
+    def write(self) -> None:
+        """Write the seconds of each to the file."""
+        Path(self._path).write_text(json.dumps(self._spent_s))
