@@ -24,7 +24,8 @@ from orchestrator.errors import CheckpointError, UnreadableError, UserError
 from orchestrator.loop import GO_ON, LEAVE, STOP, train
 from orchestrator.process import local_device, new_attempt, resolve
 from orchestrator.recovery.causes import AttemptFailedError, Cause, Ending, ending_of
-from orchestrator.recovery.drain import notice
+from orchestrator.recovery.drain import leave, notice
+from orchestrator.recovery.notices import Watcher, cloud_here
 from orchestrator.recovery.watchdog import Watchdog, stacks
 from orchestrator.storage_options import Hidden, public, storage_options_of
 from orchestrator.telemetry.tell import PostingHandler, open_telemetry
@@ -44,6 +45,7 @@ def run_worker(job: dict[str, Any]) -> dict[str, Any]:
     _log_through(poster)
     config = resolve(config_of(job))
     world = _world(config)
+    watcher = _watch_cloud()
     watchdog = Watchdog(config.hang_timeout_s, partial(_hangs, config, world, poster))
 
     def should_stop() -> int:
@@ -71,8 +73,17 @@ def run_worker(job: dict[str, Any]) -> dict[str, Any]:
             time.sleep(_PEER_LOST_S)
         raise AttemptFailedError(ending.to_json()) from None
     finally:
+        if watcher:
+            watcher.close()
         watchdog.close()
         poster.close()
+
+
+def _watch_cloud() -> Watcher | None:
+    """Listen to what the cloud announces for this node, on its first rank; None where no cloud is found."""
+    context = ray.train.get_context()
+    cloud = cloud_here() if context.get_local_rank() == 0 else None
+    return Watcher(cloud, partial(leave, workers_here=context.get_local_world_size())) if cloud else None
 
 
 _savers: list[Saver] = []  # of this process: one, once training has begun

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import threading
@@ -18,11 +19,13 @@ from ray.cluster_utils import Cluster
 from orchestrator.checkpoint.snapshot import tensors_equal
 from orchestrator.config import TrainConfig
 from orchestrator.launch import launch
+from orchestrator.recovery import notices
 from orchestrator.recovery.ledger import account
 from orchestrator.telemetry.metrics import read_events, read_metrics
 from tests.chaos.faults import Fault, worker_with
 from tests.chaos.test_kills import causes, steps_repeated
 from tests.conftest import Undisturbed, final_state
+from tests.metadata import Metadata
 
 pytestmark = [
     pytest.mark.slow,  # several raylets share two cores
@@ -31,13 +34,25 @@ pytestmark = [
 
 
 @pytest.fixture
-def cluster(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Cluster]:
+def clouds() -> Iterator[list[Metadata]]:
+    """A cloud's metadata service for each node."""
+    services = [Metadata() for _ in range(3)]
+    yield services
+    for service in services:
+        service.close()
+
+
+@pytest.fixture
+def cluster(
+    request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, clouds: list[Metadata]
+) -> Iterator[Cluster]:
     """A head that trains nothing, and three nodes (or as many as asked for) of one worker each."""
     monkeypatch.setenv("RAY_API_SERVER_ADDRESS", "http://127.0.0.1:9")  # no dashboard runs: Ray need not wait for one
     small = {"object_store_memory": 80 * 2**20, "include_dashboard": False}
     cluster = Cluster(initialize_head=True, head_node_args={**small, "num_cpus": 0})
-    for _ in range(getattr(request, "param", 3)):
-        cluster.add_node(num_cpus=1, object_store_memory=80 * 2**20)
+    for n in range(getattr(request, "param", 3)):
+        variables = {notices.VARIABLE: f"gcp={clouds[n].url}"}
+        cluster.add_node(num_cpus=1, object_store_memory=80 * 2**20, env_vars=variables)
     cluster.wait_for_nodes()
     ray.init(address=cluster.address, logging_level="ERROR")
     yield cluster
@@ -62,6 +77,14 @@ class Drained(Fault):
             "--deadline-remaining-seconds",
         ]
         subprocess.run([sys.executable, "-m", "ray.scripts.scripts", *words, *reason, "30"], check=True, timeout=60)
+
+
+class Announced(Fault):
+    """The cloud announces in its metadata service that this rank's node will be taken away."""
+
+    def fire(self) -> None:
+        if not self.marker.exists():
+            self.marker.write_text(os.environ[notices.VARIABLE])
 
 
 class NodeKilled(Fault):
@@ -92,6 +115,23 @@ def test_a_drained_node_is_left_without_a_lost_step(
 ) -> None:
     config = replace(settings(tiny), max_failures=0)
     check_that_nothing_shows(config, Drained("forward", 33, 1, tmp_path / "fired"), "preempted", undisturbed)
+
+
+@pytest.mark.usefixtures("cluster")
+def test_a_node_that_its_cloud_takes_away_is_left_without_a_lost_step(
+    tiny: TrainConfig, tmp_path: Path, undisturbed: Undisturbed, clouds: list[Metadata]
+) -> None:
+    fault = Announced("forward", 33, 1, tmp_path / "fired")
+
+    def announce() -> None:
+        while not fault.marker.exists():
+            time.sleep(0.05)
+        service = next(cloud for cloud in clouds if cloud.url in fault.marker.read_text())
+        service.answers["/computeMetadata/v1/instance/preempted"] = "TRUE"
+
+    threading.Thread(target=announce, daemon=True).start()
+    config = replace(settings(tiny), max_failures=0, max_iters=1600)
+    check_that_nothing_shows(config, fault, "preempted", undisturbed)
 
 
 @pytest.mark.usefixtures("cluster")

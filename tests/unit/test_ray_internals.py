@@ -7,7 +7,9 @@ import inspect
 import ray
 from ray._private.ray_constants import WORKER_PROCESS_SETUP_HOOK_ENV_VAR
 from ray._private.state import state as cluster
+from ray.core.generated.autoscaler_pb2 import DrainNodeReason
 from ray.core.generated.node_manager_pb2 import PrestartWorkersRequest
+from ray.scripts import scripts
 from ray.train.torch import TorchTrainer
 from ray.train.v2._internal.execution.callback import ControllerCallback, WorkerGroupCallback
 from ray.train.v2._internal.execution.preemption import PreemptionContext
@@ -58,3 +60,10 @@ def test_the_trainer_takes_a_scaling_policy() -> None:
         assert list(ours) == list(rays)
     assert callable(cluster.get_draining_nodes)
     assert callable(cluster.available_resources_per_node)
+
+
+def test_a_node_can_be_drained() -> None:
+    assert "is_accepted, rejection_error_message = gcs_client.drain_node(" in inspect.getsource(
+        scripts.drain_node.callback
+    )
+    assert DrainNodeReason.Value("DRAIN_NODE_REASON_PREEMPTION")
