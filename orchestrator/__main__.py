@@ -17,6 +17,7 @@ from typing import TypeVar
 from orchestrator import __version__
 from orchestrator.config import TrainConfig, check, nearest, parse
 from orchestrator.errors import ConfigError, UserError
+from orchestrator.resubmit import LOST
 from orchestrator.storage_options import StorageSettings, public
 
 C = TypeVar("C")
@@ -98,10 +99,14 @@ def prepare(argv: Sequence[str]) -> int:
 def train(argv: Sequence[str]) -> int:
     """Train on Ray."""
     config = check(_parse(TrainConfig, argv, "train"))
+    if config.resubmit:
+        from orchestrator.resubmit import resubmit
+
+        return resubmit([sys.executable, "-m", "orchestrator", "train", *argv, "--resubmit=False"])
     from orchestrator.preflight import plan
 
     planned = plan(config)  # before Ray is imported, so that a mistake is answered in two seconds
-    from orchestrator.launch import InterruptedRunError, RunFailedError, run
+    from orchestrator.launch import InterruptedRunError, RunFailedError, RunLostError, run
 
     try:
         outcome = run(planned)
@@ -110,7 +115,7 @@ def train(argv: Sequence[str]) -> int:
         return 130
     except RunFailedError as failure:
         print(f"error: {failure}", file=sys.stderr)
-        return 1
+        return LOST if isinstance(failure, RunLostError) else 1
     print(f"done: {outcome.iter_num} iterations, best validation loss {outcome.best_val_loss:.4f}, in {config.out_dir}")
     print(_next_steps(config))
     return 0
@@ -182,7 +187,8 @@ COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command and return its exit code: 2 for a user's mistake, 1 for a failure, 130 for Ctrl-C."""
+    """Run a command and return its exit code: 2 for a user's mistake, 1 for a failure, 3 for a lost cluster, 130 for
+    Ctrl-C."""
     words = list(sys.argv[1:] if argv is None else argv)
     logging.basicConfig(format="%(message)s", stream=sys.stderr)
     logging.getLogger("orchestrator").setLevel(logging.INFO)  # other packages' say too much

@@ -77,6 +77,7 @@ class TrainConfig:
     max_bad_steps: int = 10  # bad steps in a row (they are skipped) after which it goes back a checkpoint; 0 = never
     loss_spike_z: float = 0.0  # robust z-score from which a loss makes a bad step, 0 = only NaN and infinity do
     replica_check_interval: int = 0  # iterations between comparisons of all workers' weights, 0 = never
+    resubmit: bool = False  # start the driver again when it or the cluster is lost, but not after an error of yours
     warm_spares: bool = True  # keep idle processes ready on every node, for quick restarts (0.4 GB each)
     # the order of the data
     seed: int = 1337  # of the initial weights, the batches and dropout

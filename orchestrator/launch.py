@@ -11,10 +11,10 @@ import os
 import signal
 import socket
 import threading
-import time
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -31,11 +31,12 @@ from fsspec.implementations.local import LocalFileSystem as LocalStorage
 from ray.train import CheckpointConfig, FailureConfig, LoggingConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig
 
-from orchestrator import preflight
+from orchestrator import preflight, resubmit
 from orchestrator.board import open_board, take_from
 from orchestrator.checkpoint.store import CheckpointStore
 from orchestrator.config import TrainConfig
 from orchestrator.errors import ConfigError, DataError, UserError
+from orchestrator.events import Events, events_of
 from orchestrator.lease import Lease
 from orchestrator.loop import Outcome
 from orchestrator.preflight import Plan
@@ -43,11 +44,9 @@ from orchestrator.process import process_group_backend
 from orchestrator.recovery import spares
 from orchestrator.recovery.causes import Budgets, GivenUpError
 from orchestrator.recovery.elastic import ElasticTrainer
-from orchestrator.recovery.ledger import Ledger, summary_of
 from orchestrator.recovery.overseer import Overseer
-from orchestrator.storage_options import public, storage_options_of
+from orchestrator.storage_options import public
 from orchestrator.telemetry.display import Display
-from orchestrator.telemetry.metrics import MetricsLog
 from orchestrator.worker import job_of, run_worker
 
 logger = logging.getLogger(__name__)
@@ -55,12 +54,20 @@ logger = logging.getLogger(__name__)
 REGISTRY_FILE = "checkpoint_manager_snapshot.json"  # Ray's list of checkpoints; ours is what lies in storage whole
 EVALUATION_FOLDER = ".evaluation"  # where Ray puts what it needs of a folder when eval_only is set: an empty file
 _KNOCK_TIMEOUT_S = 10.0
-_EVENTS_FLUSH_S = 5.0  # on an object store
+_CONTROLLERS = 3  # of Ray Train's that are started again: one that ends is rare, one after the other has a cause
 _LOCAL_OBJECT_STORE_BYTES = 100 * 2**20  # nothing of ours passes through Ray's object store
 
 
 class RunFailedError(Exception):
     """The run gave up: every restart that it was allowed is used, or Ray itself failed."""
+
+
+class RunLostError(RunFailedError):
+    """The cluster, or Ray's part of the run, was lost: the same command goes on, once they are there again."""
+
+
+class ControllerLostError(Exception):
+    """Ray Train's controller ended without an answer: it, its node or the cluster is gone."""
 
 
 class InterruptedRunError(Exception):
@@ -74,6 +81,7 @@ def launch(config: TrainConfig, worker: Callable[[dict[str, Any]], dict[str, Any
         UserError: before anything is started, or as soon as a worker finds what only it can see.
         InterruptedRunError: after Ctrl-C or SIGTERM.
         RunFailedError: the run failed more often than max_failures allows, or another driver has taken over.
+        RunLostError: the cluster is gone, or Ray's controller of the run again and again.
     """
     return run(preflight.plan(config), worker)
 
@@ -88,13 +96,34 @@ def run(plan: Plan, worker: Callable[[dict[str, Any]], dict[str, Any]] = run_wor
     lease = None if config.eval_only else Lease(plan.store)  # an evaluation disturbs nobody
     if lease:
         lease.wait_until_free()
-    with _signals() as stop, lease.held() if lease else nullcontext(), _cluster(plan.no_data):
+    with _signals() as stop, lease.held() if lease else nullcontext(), events_of(config, lease) as events:
+        for times in count(1):
+            try:
+                return _outcome(_train_on_ray(plan, worker, stop, lease, events), config)
+            except ControllerLostError as lost:
+                events.tell("failure", cause="controller_lost", text=str(lost))
+                if (
+                    ray.is_initialized() or stop.is_set() or times > _CONTROLLERS
+                ):  # the first: a cluster of the caller's
+                    raise RunLostError(
+                        f"Ray has failed: {lost}; the same command goes on from the newest state"
+                    ) from lost
+                logger.warning("Ray has failed, its part of this run is started again: %s", lost)
+        raise AssertionError
+
+
+def _train_on_ray(
+    plan: Plan, worker: Callable[..., Any], stop: threading.Event, lease: Lease | None, events: Events
+) -> dict[str, Any]:
+    """Train on a cluster until the run ends or Ray's controller of it is lost; return what rank 0 returned."""
+    config = plan.config
+    with _cluster(plan.no_data):
         gpus_per_worker = _check_capacity(config)
         ids = _prepare_out_dir(config, plan.store, lease)
         logger.info("%s", plan.start.summary)
         job = {**job_of(config), **ids, "cwd": str(Path.cwd()), "board": open_board()}
         trainer = _trainer(config, plan.store, gpus_per_worker, worker, job)
-        return _outcome(_fit(trainer, job["board"], config, stop, lease), config)
+        return _fit(trainer, job["board"], config, stop, lease, events)
 
 
 @contextmanager
@@ -158,6 +187,8 @@ def _join() -> bool:
         _knock(address)
         ray.init(address=address, logging_level=logging.WARNING)
     except OSError as error:
+        if os.environ.get(resubmit.VARIABLE):  # it has answered before
+            raise RunLostError(f"RAY_ADDRESS={address}: the cluster does not answer") from None
         raise ConfigError(
             f"RAY_ADDRESS={address}: no Ray cluster answers there ({_first_line(error)}); "
             "give a running one's host:port, or unset RAY_ADDRESS to train on this machine"
@@ -274,13 +305,14 @@ def _trainer(
 
 
 def _fit(
-    trainer: ElasticTrainer, board: Any, config: TrainConfig, stop: threading.Event, lease: Lease | None
+    trainer: ElasticTrainer, board: Any, config: TrainConfig, stop: threading.Event, lease: Lease | None, events: Events
 ) -> dict[str, Any]:
     """Run Ray's fit in a thread and show what the workers post; return what rank 0 returned.
 
     Raises:
-        RunFailedError: fit failed, or another driver has taken over. Then the workers end with this driver's part of
-            the cluster, at once; where the caller had joined it before, they leave after their iteration.
+        ControllerLostError: fit failed for a reason that is not the run's.
+        RunFailedError: the run is given up, or another driver has taken over. Then the workers end with this driver's
+            part of the cluster, at once; where the caller had joined it before, they leave after their iteration.
     """
     ended: dict[str, Any] = {}
 
@@ -293,7 +325,6 @@ def _fit(
     thread = threading.Thread(target=fit, name="fit", daemon=True)
     thread.start()
     told = False
-    events = _Events(config, lease) if lease else None
     with Display(config.max_iters) as display:
         while thread.is_alive():
             thread.join(timeout=0.2)
@@ -305,58 +336,22 @@ def _fit(
                 display.show(_note("stopping: the iteration is finished and saved (Ctrl-C again: stop at once)"))
             _pass_on(take_from(board, stop.is_set()), display, events)
         _pass_on(take_from(board, stop.is_set()), display, events)
-    if events:
-        events.tell("driver_ended", outcome="failed" if "error" in ended else "stopped" if told else "finished")
-        events.close()
     if lease and lease.check():  # whatever has become of the workers since
         raise RunFailedError(lease.cut_off)
     if isinstance(given_up := getattr(ended.get("error"), "controller_failure", None), GivenUpError):
         raise RunFailedError(f"the run is given up: {given_up}")
     if "error" in ended:
-        raise RunFailedError(f"the run failed: {ended['error']}") from ended["error"]
+        raise ControllerLostError(_first_line(ended["error"])) from ended["error"]
     return dict(ended["value"])
 
 
-class _Events:
-    """What happens to this driver's attempts: kept in events.jsonl, and summed up."""
-
-    def __init__(self, config: TrainConfig, lease: Lease) -> None:
-        self._ledger = Ledger()
-        self._log = MetricsLog(
-            config.out_dir,
-            lease.start_id,
-            storage_options=storage_options_of(config),
-            flush_interval_s=_EVENTS_FLUSH_S,
-            stem="events",
-        )
-        self.tell("driver_started", start_id=lease.start_id)
-
-    def tell(self, kind: str, **values: Any) -> None:
-        """Keep an event."""
-        event = {"kind": kind, "iter": 0, "time": time.time(), **values}
-        self._log.write(event)
-        self._ledger.add(event)
-
-    def heard(self, record: dict[str, Any]) -> None:
-        """Sum up what a worker has told, which keeps its metrics itself."""
-        if "time" in record:
-            self._ledger.add(record)
-
-    def close(self) -> None:
-        """Write what is left, and say where the time went."""
-        self._log.close()
-        if self._ledger.attempts:
-            logger.info("%s", summary_of(self._ledger))
-
-
-def _pass_on(records: list[dict[str, Any]], display: Display, events: _Events | None) -> None:
+def _pass_on(records: list[dict[str, Any]], display: Display, events: Events) -> None:
     """Show what the workers posted, and keep what the overseer has told."""
     for record in records:
         if "event" not in record:
             display.show(record)
-            if events:
-                events.heard(record)
-        elif events:
+            events.heard(record)
+        else:
             events.tell(**record["event"])
 
 

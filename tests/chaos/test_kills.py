@@ -137,6 +137,19 @@ def test_killed_driver_continues_when_started_again(
     assert tensors_equal(final_state(tiny.out_dir), undisturbed(tiny, 2))
 
 
+def test_killed_controller_is_started_again(tiny: TrainConfig, tmp_path: Path, undisturbed: Undisturbed) -> None:
+    marker, spec = tmp_path / "fired", tmp_path / "spec.json"
+    fault = {"point": "forward", "iter_num": 14, "rank": 1, "marker": str(marker)}
+    spec.write_text(json.dumps({"config": asdict(replace(tiny, num_workers=2)), "fault": fault, "whom": "controller"}))
+    command = [sys.executable, "-m", "tests.chaos.driver", str(spec)]
+    done = subprocess.run(command, timeout=120, capture_output=True, check=False, text=True, env=OWN_CLUSTER)
+    assert done.returncode == 0, done.stderr
+    assert marker.exists()
+    assert causes(tiny.out_dir) == ["controller_lost"]
+    assert attempts(tiny.out_dir) == 2
+    assert tensors_equal(final_state(tiny.out_dir), undisturbed(tiny, 2))
+
+
 def test_ctrl_c_saves_and_leaves_no_process_behind(tiny: TrainConfig, tmp_path: Path) -> None:
     config = replace(tiny, num_workers=2, max_iters=10**6, checkpoint_interval=10**6, eval_interval=10**6)
     flags = [f"--{key}={value}" for key, value in asdict(config).items()]
