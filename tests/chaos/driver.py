@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import sys
+import time
 from pathlib import Path
 
 import psutil
@@ -23,9 +25,24 @@ class ControllerKilled(Fault):
         Fault.fire(Fault(**{**vars(self), "pid": controllers[0]}))
 
 
+class Outside(Fault):
+    """Somebody outside does something to this host: it is named in the marker, and waits until that is done."""
+
+    def fire(self) -> None:
+        if not self.marker.exists():
+            new = self.marker.with_suffix(".new")
+            new.write_text(socket.gethostname())
+            new.rename(self.marker)
+            while not self.marker.with_suffix(".done").exists():
+                time.sleep(0.02)
+
+
+_KINDS = {"driver": Fault, "controller": ControllerKilled, "outside": Outside}
+
+
 def main() -> None:
     spec = json.loads(Path(sys.argv[1]).read_text())
-    kind = ControllerKilled if spec.get("whom") == "controller" else Fault
+    kind = _KINDS[spec.get("whom", "driver")]
     fault = kind(**{**spec["fault"], "marker": Path(spec["fault"]["marker"])}, pid=os.getpid())
     outcome = launch(TrainConfig(**spec["config"]), worker_with(fault))
     print(json.dumps({"iter_num": outcome.iter_num}))

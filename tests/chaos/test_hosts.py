@@ -1,0 +1,123 @@
+"""Hosts with networks of their own: cut off, switched off, crashed, and the head lost. Needs root and the test bed."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import pytest
+
+from orchestrator.config import TrainConfig
+from orchestrator.recovery.ledger import account
+from orchestrator.telemetry.metrics import read_events, read_metrics
+from tests.conftest import Undisturbed, final_state
+
+HOSTS = Path(__file__).parents[3] / "shared/testbed/hosts.sh"
+_LONG_S = 240.0
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.timeout(600),
+    pytest.mark.skipif(not HOSTS.exists(), reason=f"the test bed {HOSTS} is not here"),
+    pytest.mark.skipif(os.geteuid() != 0 or not shutil.which("ip"), reason="hosts need root and iproute2"),
+]
+
+
+class Bed:
+    """A head that trains nothing and two nodes of one worker each."""
+
+    def __init__(self) -> None:
+        ray = str(Path(sys.executable).with_name("ray"))
+        self._environment = {**os.environ, "RAY": ray, "RAY_AUTH_MODE": "disabled"}
+        self._environment["RAY_API_SERVER_ADDRESS"] = "http://127.0.0.1:9"  # no dashboard runs
+
+    def do(self, *words: str) -> str:
+        command = ["bash", str(HOSTS), *words]
+        done = subprocess.run(command, check=True, env=self._environment, timeout=120, capture_output=True, text=True)
+        return done.stdout
+
+    def start(self, spec: Path, log: Path) -> subprocess.Popen[bytes]:
+        """Start a driver on the head."""
+        command = ["bash", str(HOSTS), "exec", "head", sys.executable, "-m", "tests.chaos.driver", str(spec)]
+        with log.open("wb") as file:
+            return subprocess.Popen(command, env=self._environment, stdout=file, stderr=file)
+
+    def processes_on(self, host: str) -> int:
+        line = next(line for line in self.do("status").splitlines() if line.startswith(host))
+        return int(line.rpartition("procs=")[2])
+
+
+@pytest.fixture
+def bed() -> Iterator[Bed]:
+    bed = Bed()
+    bed.do("up", "2")
+    try:
+        bed.do("ray")
+        yield bed
+    finally:
+        bed.do("down")
+
+
+def wait_for(what: str, is_there: object, driver: subprocess.Popen[bytes], log: Path) -> None:
+    deadline_s = time.monotonic() + _LONG_S
+    while not is_there():  # type: ignore[operator]
+        assert driver.poll() is None, f"the driver has ended before {what}:\n{log.read_text()[-3000:]}"
+        assert time.monotonic() < deadline_s, f"no {what}:\n{log.read_text()[-3000:]}"
+        time.sleep(0.05)
+
+
+def world_sizes(config: TrainConfig) -> list[int]:
+    return [record["world_size"] for record in read_metrics(config.out_dir) if record["kind"] == "begin"]
+
+
+def begin(config: TrainConfig, tmp_path: Path, bed: Bed) -> tuple[subprocess.Popen[bytes], Path, Path]:
+    """Start a run and wait until rank 1 has come to iteration 300; return the driver, its marker and its log."""
+    marker, spec, log = tmp_path / "fired", tmp_path / "spec.json", tmp_path / "log"
+    fault = {"point": "forward", "iter_num": 300, "rank": 1, "marker": str(marker)}
+    spec.write_text(json.dumps({"config": asdict(config), "fault": fault, "whom": "outside"}))
+    driver = bed.start(spec, log)
+    wait_for("iteration 300", marker.exists, driver, log)
+    return driver, marker, log
+
+
+@pytest.mark.parametrize("loss", ["cut", "poweroff", "crash"])
+def test_a_host_that_is_gone_is_done_without(
+    bed: Bed, tiny: TrainConfig, tmp_path: Path, undisturbed: Undisturbed, loss: str
+) -> None:
+    config = replace(tiny, num_workers="1-2", max_iters=4000, eval_interval=2000, memory_dir="/dev/shm")
+    config = replace(config, checkpoint_interval=1000, cpus_per_worker=1.0)
+    driver, marker, log = begin(config, tmp_path, bed)
+    host = marker.read_text()
+    bed.do(loss, host)
+    marker.with_suffix(".done").touch()
+    wait_for("a second attempt", lambda: len(world_sizes(config)) > 1, driver, log)
+    if loss == "cut":
+        bed.do("heal", host)  # the late-comer must not disturb
+    assert driver.wait(_LONG_S) == 0, log.read_text()[-3000:]
+    assert world_sizes(config)[:2] == [2, 1]
+    ledger = account([*read_events(config.out_dir), *read_metrics(config.out_dir)])
+    assert ledger.incidents[0].cause == "node_lost"
+    assert [incident.steps_repeated for incident in ledger.incidents] == [0] * len(ledger.incidents)
+    final, expected = final_state(config.out_dir), undisturbed(replace(config, memory_dir=tiny.memory_dir), 2)
+    assert final.iter_num == config.max_iters
+    assert abs(final.best_val_loss - expected.best_val_loss) < 0.02
+
+
+def test_without_the_head_no_worker_runs_on(bed: Bed, tiny: TrainConfig, tmp_path: Path) -> None:
+    config = replace(tiny, num_workers=2, max_iters=10**6, memory_dir="/dev/shm", cpus_per_worker=1.0)
+    driver, marker, _ = begin(config, tmp_path, bed)
+    marker.with_suffix(".done").touch()
+    assert bed.processes_on("node1") > 4
+    bed.do("crash", "head")
+    assert driver.wait(30) != 0
+    deadline_s = time.monotonic() + 150
+    while max(bed.processes_on("node1"), bed.processes_on("node2")) > 2:  # the host's own first process and its sleep
+        assert time.monotonic() < deadline_s, bed.do("status")
+        time.sleep(1)

@@ -1,0 +1,120 @@
+"""What else can be taken from a run: its storage while it fails over, memory, and everything again and again."""
+
+from __future__ import annotations
+
+import random
+import resource
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pytest
+import ray
+
+from orchestrator.checkpoint.snapshot import tensors_equal
+from orchestrator.checkpoint.store import CheckpointStore
+from orchestrator.config import TrainConfig
+from orchestrator.launch import launch
+from orchestrator.recovery.ledger import account
+from orchestrator.telemetry.metrics import read_events, read_metrics
+from tests.chaos.faults import Fault, worker_with
+from tests.chaos.test_kills import causes, steps_repeated
+from tests.conftest import Storage, Undisturbed, final_state
+from tests.servers import S3Server
+
+pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("default")]
+
+
+@pytest.fixture
+def cluster() -> Iterator[None]:
+    """Started after the test's storage, whose address and credentials its processes inherit."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RAY_API_SERVER_ADDRESS", "http://127.0.0.1:9")  # no dashboard runs: Ray need not wait for one
+        ray.init(
+            address="local", num_cpus=2, include_dashboard=False, object_store_memory=80 * 2**20, logging_level="ERROR"
+        )
+        yield
+        ray.shutdown()
+
+
+class OutOfMemory(Fault):
+    """The process reaches a limit of its memory."""
+
+    def fire(self) -> None:
+        if self.marker.exists():
+            return
+        self.marker.touch()
+        used_bytes = psutil.Process().memory_info().vms
+        resource.setrlimit(resource.RLIMIT_AS, (used_bytes + 2**28, resource.RLIM_INFINITY))
+        try:
+            np.ones(2**30)
+        finally:
+            resource.setrlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+
+
+@pytest.mark.usefixtures("cluster")
+def test_a_memory_limit_is_recognised(tiny: TrainConfig, tmp_path: Path, undisturbed: Undisturbed) -> None:
+    config = replace(tiny, num_workers=2)
+    launch(config, worker_with(OutOfMemory("forward", 9, 1, tmp_path / "fired")))
+    assert causes(config.out_dir) == ["out_of_memory"]
+    assert steps_repeated(config.out_dir) == 0
+    assert tensors_equal(final_state(config.out_dir), undisturbed(tiny, 2))
+
+
+def test_storage_that_is_down_while_failing_over_is_waited_for(
+    tiny: TrainConfig,
+    tmp_path: Path,
+    undisturbed: Undisturbed,
+    s3_server: S3Server,
+    s3: Storage,
+    request: pytest.FixtureRequest,
+) -> None:
+    request.getfixturevalue("cluster")
+    fault = Fault("forward", 13, 1, tmp_path / "fired")
+    down_s: list[float] = []
+
+    def take_away() -> None:
+        while not fault.marker.exists():
+            time.sleep(0.02)
+        s3_server.kill()
+        down_s.append(time.time())
+        time.sleep(12)
+        down_s.append(time.time())
+        s3_server.start()
+
+    taker = threading.Thread(target=take_away, daemon=True)
+    taker.start()
+    config = replace(tiny, out_dir=f"{s3.url}/run", num_workers=2)
+    launch(config, worker_with(fault))
+    taker.join(30)
+    begins = [record for record in read_metrics(config.out_dir) if record["kind"] == "begin"]
+    assert begins[1]["time"] > down_s[1], "it went on without its storage"
+    assert begins[1]["iter"] == 13
+    assert "worker_lost" in causes_in(config.out_dir)
+    store = CheckpointStore(config.out_dir)
+    assert tensors_equal(store.read(store.select("latest")), undisturbed(tiny, 2))
+
+
+def causes_in(out_dir: str) -> list[str]:
+    return [record["cause"] for record in read_events(out_dir) if record["kind"] == "failure"]
+
+
+@pytest.mark.usefixtures("cluster")
+def test_twenty_random_faults_change_no_bit(tiny: TrainConfig, tmp_path: Path, undisturbed: Undisturbed) -> None:
+    seed = random.randrange(10**6)
+    print(f"seed {seed}")
+    draw = random.Random(seed)
+    iters = sorted(draw.sample(range(1, 399), 20))
+    points = ("forward", "optimizer", "after_optimizer")
+    faults = [Fault(draw.choice(points), it, draw.randrange(3), tmp_path / f"fired{it}") for it in iters]
+    config = replace(tiny, num_workers=3, max_iters=400, max_failures=-1, warm_spares=True)
+    launch(config, worker_with(*faults))
+    assert [fault.marker.exists() for fault in faults] == [True] * 20
+    ledger = account([*read_events(config.out_dir), *read_metrics(config.out_dir)])
+    assert [incident.cause for incident in ledger.incidents] == ["worker_lost"] * 20
+    assert sum(incident.steps_repeated for incident in ledger.incidents) == 0
+    assert tensors_equal(final_state(config.out_dir), undisturbed(config, 3))
