@@ -9,7 +9,6 @@ from __future__ import annotations
 import logging
 import os
 import signal
-import socket
 import threading
 import uuid
 from collections.abc import Callable, Iterator
@@ -34,8 +33,9 @@ from ray.train.torch import TorchConfig
 from orchestrator import preflight, resubmit
 from orchestrator.board import open_board, take_from
 from orchestrator.checkpoint.store import CheckpointStore
+from orchestrator.cluster import ClusterLostError, check_capacity, cluster_of, first_line
 from orchestrator.config import TrainConfig
-from orchestrator.errors import ConfigError, DataError, UserError
+from orchestrator.errors import UserError
 from orchestrator.events import Events, events_of
 from orchestrator.lease import Lease
 from orchestrator.loop import Outcome
@@ -53,9 +53,7 @@ logger = logging.getLogger(__name__)
 
 REGISTRY_FILE = "checkpoint_manager_snapshot.json"  # Ray's list of checkpoints; ours is what lies in storage whole
 EVALUATION_FOLDER = ".evaluation"  # where Ray puts what it needs of a folder when eval_only is set: an empty file
-_KNOCK_TIMEOUT_S = 10.0
 _CONTROLLERS = 3  # of Ray Train's that are started again: one that ends is rare, one after the other has a cause
-_LOCAL_OBJECT_STORE_BYTES = 100 * 2**20  # nothing of ours passes through Ray's object store
 
 
 class RunFailedError(Exception):
@@ -99,26 +97,31 @@ def run(plan: Plan, worker: Callable[[dict[str, Any]], dict[str, Any]] = run_wor
     with _signals() as stop, lease.held() if lease else nullcontext(), events_of(config, lease) as events:
         for times in count(1):
             try:
-                return _outcome(_train_on_ray(plan, worker, stop, lease, events), config)
+                return _outcome(_train_on_ray(plan, worker, stop, lease, events, is_first=times == 1), config)
+            except ClusterLostError as lost:
+                raise RunLostError(str(lost)) from None
             except ControllerLostError as lost:
                 events.tell("failure", cause="controller_lost", text=str(lost))
-                if (
-                    ray.is_initialized() or stop.is_set() or times > _CONTROLLERS
-                ):  # the first: a cluster of the caller's
-                    raise RunLostError(
-                        f"Ray has failed: {lost}; the same command goes on from the newest state"
-                    ) from lost
+                is_callers = ray.is_initialized()  # who has joined the cluster before, and may join it again
+                if is_callers or stop.is_set() or times > _CONTROLLERS:
+                    raise RunLostError(f"Ray has failed: {lost}; the same command goes on from there") from lost
                 logger.warning("Ray has failed, its part of this run is started again: %s", lost)
         raise AssertionError
 
 
 def _train_on_ray(
-    plan: Plan, worker: Callable[..., Any], stop: threading.Event, lease: Lease | None, events: Events
+    plan: Plan,
+    worker: Callable[..., Any],
+    stop: threading.Event,
+    lease: Lease | None,
+    events: Events,
+    is_first: bool,
 ) -> dict[str, Any]:
     """Train on a cluster until the run ends or Ray's controller of it is lost; return what rank 0 returned."""
     config = plan.config
-    with _cluster(plan.no_data):
-        gpus_per_worker = _check_capacity(config)
+    with cluster_of(plan.no_data):
+        may_wait = not is_first or bool(os.environ.get(resubmit.VARIABLE))
+        gpus_per_worker = check_capacity(config, may_wait)
         ids = _prepare_out_dir(config, plan.store, lease)
         logger.info("%s", plan.start.summary)
         job = {**job_of(config), **ids, "cwd": str(Path.cwd()), "board": open_board()}
@@ -147,101 +150,6 @@ def _signals() -> Iterator[threading.Event]:
             signal.signal(number, handler)
 
 
-@contextmanager
-def _cluster(no_data: DataError | None) -> Iterator[None]:
-    """Join the cluster that this process is in, or start one here and end it afterwards.
-
-    Raises:
-        DataError: no_data, where this machine would be the whole cluster.
-    """
-    if ray.is_initialized():
-        yield
-        return
-    caught = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    if not _join():
-        if no_data:
-            raise no_data
-        _start_cluster()
-    elif no_data:
-        logger.warning("the dataset is not on this machine, the workers will look for it on theirs (%s)", no_data)
-    for number, handler in caught.items():  # Ray puts a SIGTERM handler of its own
-        signal.signal(number, handler)
-    try:
-        yield
-    finally:
-        ray.shutdown()
-
-
-def _join() -> bool:
-    """Join the cluster at RAY_ADDRESS, which `ray job submit` sets; return whether there is one.
-
-    Without it nothing is joined: what runs on this machine may be the local cluster of another run, and end with it.
-
-    Raises:
-        ConfigError: RAY_ADDRESS names one that does not answer.
-    """
-    address = os.environ.get("RAY_ADDRESS", "local")
-    if address == "local":  # Ray's word for: a new one
-        return False
-    try:
-        _knock(address)
-        ray.init(address=address, logging_level=logging.WARNING)
-    except OSError as error:
-        if os.environ.get(resubmit.VARIABLE):  # it has answered before
-            raise RunLostError(f"RAY_ADDRESS={address}: the cluster does not answer") from None
-        raise ConfigError(
-            f"RAY_ADDRESS={address}: no Ray cluster answers there ({_first_line(error)}); "
-            "give a running one's host:port, or unset RAY_ADDRESS to train on this machine"
-        ) from None
-    except RuntimeError as error:  # other versions of Ray or Python than here
-        raise ConfigError(f"RAY_ADDRESS={address}: the Ray cluster there cannot be joined: {error}") from None
-    return True
-
-
-def _knock(address: str) -> None:
-    """Find out in seconds that nobody listens at host:port, where Ray would try for minutes.
-
-    Raises:
-        OSError: nobody does.
-    """
-    host, _, port = address.rpartition(":")
-    if host and "://" not in address and port.isdecimal():
-        socket.create_connection((host.strip("[]"), int(port)), timeout=_KNOCK_TIMEOUT_S).close()
-
-
-def _start_cluster() -> None:
-    # No dashboard runs. An actor of Train looks for one all the same, and stumbles where two runs share a machine.
-    os.environ.setdefault("RAY_API_SERVER_ADDRESS", "http://127.0.0.1:9")
-    ray.init(
-        address="local",
-        num_cpus=os.cpu_count(),
-        include_dashboard=False,
-        object_store_memory=_LOCAL_OBJECT_STORE_BYTES,
-        logging_level=logging.ERROR,
-    )
-
-
-def _check_capacity(config: TrainConfig) -> float:
-    """Return the GPUs of each worker, if the cluster has room for all workers.
-
-    Raises:
-        ConfigError: it has not; says what is there and what was asked.
-    """
-    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    has_gpus = any(node.get("GPU") for node in nodes) and config.device != "cpu"
-    gpus = config.gpus_per_worker if config.gpus_per_worker is not None else float(has_gpus)
-    wanted = {"CPU": config.cpus_per_worker, "GPU": gpus}
-    room = sum(min(int(node.get(kind, 0) / each) for kind, each in wanted.items() if each) for node in nodes)
-    if room < config.min_workers:
-        there = {kind: sum(node.get(kind, 0) for node in nodes) for kind in wanted}
-        raise ConfigError(
-            f"num_workers={config.num_workers} with {config.cpus_per_worker:g} CPU and {gpus:g} GPU each is more than "
-            f"the cluster can give: it has {there['CPU']:g} CPU and {there['GPU']:g} GPU on {len(nodes)} node(s), "
-            f"room for {room}. Lower --num_workers, --cpus_per_worker or --gpus_per_worker, or add nodes"
-        )
-    return gpus
-
-
 def _prepare_out_dir(config: TrainConfig, store: CheckpointStore, lease: Lease | None) -> dict[str, str | None]:
     """Write run.json, unless there is no lease to do so, and return the ids in it.
 
@@ -260,10 +168,6 @@ def _prepare_out_dir(config: TrainConfig, store: CheckpointStore, lease: Lease |
     store.write_json("run.json", {**ids, "config": public(config), "ray": ray.__version__})
     store.delete_file(REGISTRY_FILE)  # it may name what is gone, and Ray would not start then
     return ids
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[-1]
 
 
 def _trainer(
@@ -341,7 +245,7 @@ def _fit(
     if isinstance(given_up := getattr(ended.get("error"), "controller_failure", None), GivenUpError):
         raise RunFailedError(f"the run is given up: {given_up}")
     if "error" in ended:
-        raise ControllerLostError(_first_line(ended["error"])) from ended["error"]
+        raise ControllerLostError(first_line(ended["error"])) from ended["error"]
     return dict(ended["value"])
 
 
