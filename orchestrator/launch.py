@@ -10,10 +10,10 @@ import logging
 import os
 import signal
 import threading
+import time
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +53,7 @@ logger = logging.getLogger(__name__)
 
 REGISTRY_FILE = "checkpoint_manager_snapshot.json"  # Ray's list of checkpoints; ours is what lies in storage whole
 EVALUATION_FOLDER = ".evaluation"  # where Ray puts what it needs of a folder when eval_only is set: an empty file
-_CONTROLLERS = 3  # of Ray Train's that are started again: one that ends is rare, one after the other has a cause
+_CONTROLLERS, _LONG_S = 3, 300.0  # so many of Ray Train's that end within that time, one after the other, have a cause
 
 
 class RunFailedError(Exception):
@@ -95,18 +95,20 @@ def run(plan: Plan, worker: Callable[[dict[str, Any]], dict[str, Any]] = run_wor
     if lease:
         lease.wait_until_free()
     with _signals() as stop, lease.held() if lease else nullcontext(), events_of(config, lease) as events:
-        for times in count(1):
+        times, is_first = 0, True
+        while True:
+            began_s = time.monotonic()
             try:
-                return _outcome(_train_on_ray(plan, worker, stop, lease, events, is_first=times == 1), config)
+                return _outcome(_train_on_ray(plan, worker, stop, lease, events, is_first), config)
             except ClusterLostError as lost:
                 raise RunLostError(str(lost)) from None
             except ControllerLostError as lost:
                 events.tell("failure", cause="controller_lost", text=str(lost))
+                times, is_first = (times + 1 if time.monotonic() - began_s < _LONG_S else 1), False
                 is_callers = ray.is_initialized()  # who has joined the cluster before, and may join it again
                 if is_callers or stop.is_set() or times > _CONTROLLERS:
                     raise RunLostError(f"Ray has failed: {lost}; the same command goes on from there") from lost
                 logger.warning("Ray has failed, its part of this run is started again: %s", lost)
-        raise AssertionError
 
 
 def _train_on_ray(
