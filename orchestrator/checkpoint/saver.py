@@ -81,7 +81,7 @@ class Saver:
         self._news: list[Record] = []
         self._moved_bytes, self._moved_at_s = 0, time.monotonic()
         self._agreed = [1, 1, 0, 1, 0]  # until the first vote
-        self._state = state
+        self._state: TrainState | None = state  # until this is closed
         self._change = threading.Lock()  # held while the state changes, and for good once it is rescued
         self._is_torn = False
         self.is_finishing = False
@@ -201,7 +201,9 @@ class Saver:
             return self._rescued[0]
 
     def close(self, is_finished: bool) -> None:
-        """Let go of node memory; where the run is finished, its states there are deleted."""
+        """Let go of the state and of node memory; where the run is finished, its states there are deleted."""
+        with self._rescue:
+            self._rescued, self._state = self._rescued or (None,), None
         self._copier.close()
         self._uploader.close()
         if self._nodes.memory:
@@ -211,6 +213,7 @@ class Saver:
 
     def _put_aside(self, stand_in_s: float) -> int | None:
         memory, state = self._nodes.memory, self._state
+        assert state
         if not self._change.acquire(timeout=_OTHERS_S) or self._is_torn or memory is None:
             return None
         if self._copier.last:
