@@ -45,7 +45,7 @@ def run_worker(job: dict[str, Any]) -> dict[str, Any]:
     _log_through(poster)
     config = resolve(config_of(job))
     world = _world(config)
-    watcher = _watch_cloud()
+    watcher: Watcher | None = None
     watchdog = Watchdog(config.hang_timeout_s, partial(_hangs, config, world, poster))
 
     def should_stop() -> int:
@@ -55,6 +55,7 @@ def run_worker(job: dict[str, Any]) -> dict[str, Any]:
         return LEAVE if notice() else GO_ON
 
     try:
+        watcher = world.together(_watch_cloud)
         world.together(lambda: _check_shared(config, job["start_id"]))
         with open_telemetry(config, world, poster.post) as tell:
             outcome = train(config, world, tell, _register, should_stop, _keep)

@@ -25,9 +25,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
-from http.client import HTTPException
 from pathlib import Path
 from typing import Any, Protocol
+from urllib.parse import urlsplit
 
 from orchestrator.errors import ConfigError
 
@@ -40,7 +40,8 @@ _LINK_LOCAL = "http://169.254.169.254"
 _TOKEN_S = 21600
 _ANSWER_S = 1.0
 _ANSWER_BYTES = 64 * 1024
-_POLL_S, _SLOW_POLL_S = 2.0, 30.0  # the latter while the service does not answer
+_POLL_S, _SLOW_POLL_S = 2.0, 10.0  # the latter while the service does not answer; the shortest notice is 30 s
+_PATIENCE = 5  # failures in a row, then it is asked less often: one that passes must not cost a notice
 
 
 @dataclass(frozen=True)
@@ -64,7 +65,7 @@ class Cloud(Protocol):
         """Return what is announced now.
 
         Raises:
-            OSError, HTTPException, ValueError: the service does not answer, or not as documented.
+            Exception: the service does not answer, or not as documented.
         """
 
 
@@ -72,17 +73,25 @@ def cloud_here(environment: Mapping[str, str] = os.environ, dmi: Path = _DMI) ->
     """Return the cloud that this machine is in, None where it is in none of them.
 
     Raises:
-        ConfigError: the variable names another.
+        ConfigError: the variable names another, or no address.
     """
     if override := environment.get(VARIABLE, ""):
         name, _, url = override.partition("=")
         if override == "off":
             return None
-        if name not in _CLOUDS or not url.startswith("http"):
+        if name not in _CLOUDS or not _is_address(url):
             raise ConfigError(f"{VARIABLE}={override}: give {' | '.join(_CLOUDS)}=http://host:port, or off")
         return _CLOUDS[name](url.rstrip("/"))
     found = recognised(dmi)
     return _CLOUDS[found](_LINK_LOCAL) if found else None
+
+
+def _is_address(url: str) -> bool:
+    try:
+        parts = urlsplit(url)
+        return parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError:  # a port that is no number
+        return False
 
 
 def recognised(dmi: Path) -> str | None:
@@ -211,7 +220,7 @@ class Watcher:
     ) -> None:
         self._cloud, self._on_notice = cloud, on_notice
         self._poll_s, self._slow_poll_s = poll_s, slow_poll_s
-        self._is_blind = False
+        self._failures = 0  # in a row
         self._closed = threading.Event()
         threading.Thread(target=self._watch, name="cloud notices", daemon=True).start()
 
@@ -221,18 +230,28 @@ class Watcher:
 
     def _watch(self) -> None:
         told: set[bool] = set()  # an uncertain notice may be followed by a certain one
-        while not self._closed.wait(self._slow_poll_s if self._is_blind else self._poll_s):
-            try:
-                notice = self._cloud.read()
-            except (OSError, HTTPException, ValueError, KeyError, TypeError) as error:
-                if not self._is_blind:
-                    reason = f"{type(error).__name__}: {error}"
-                    logger.warning(
-                        "%s's metadata service is not heard, notices may be missed: %s", self._cloud.name, reason
-                    )
-                self._is_blind = True
-                continue
-            self._is_blind = False
+        while not self._closed.wait(self._slow_poll_s if self._failures >= _PATIENCE else self._poll_s):
+            notice = self._read()
             if notice and notice.is_certain not in told and True not in told:
                 told.add(notice.is_certain)
-                self._on_notice(notice)
+                self._tell(notice)
+
+    def _read(self) -> Notice | None:
+        try:
+            notice = self._cloud.read()
+        except Exception as error:  # no connection, or an answer of any shape: this thread must outlive it
+            if not self._failures:
+                reason = f"{type(error).__name__}: {error}"
+                logger.warning(
+                    "%s's metadata service is not heard, notices may be missed: %s", self._cloud.name, reason
+                )
+            self._failures += 1
+            return None
+        self._failures = 0
+        return notice
+
+    def _tell(self, notice: Notice) -> None:
+        try:
+            self._on_notice(notice)
+        except Exception as error:  # a certain notice may follow, and has to be heard
+            logger.warning("%s; nothing could be done about it: %s: %s", notice.text, type(error).__name__, error)

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import logging
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -97,8 +98,13 @@ def test_the_variable_decides(tmp_path: Path) -> None:
     cloud = cloud_here({VARIABLE: "gcp=http://localhost:1/"}, tmp_path)
     assert cloud == GCP("http://localhost:1")
     assert cloud_here({VARIABLE: "off"}, tmp_path) is None
-    with pytest.raises(ConfigError, match=r"ORCHESTRATOR_METADATA=ibm=x: give aws | gcp"):
-        cloud_here({VARIABLE: "ibm=x"}, tmp_path)
+
+
+@pytest.mark.parametrize("value", ["ibm=http://h:1", "aws", "aws=x", "aws=httpfoo", "aws=http://", "aws=http://h:x"])
+def test_a_wrong_variable_is_a_mistake_of_the_users(tmp_path: Path, value: str) -> None:
+    with pytest.raises(ConfigError) as raised:
+        cloud_here({VARIABLE: value}, tmp_path)
+    assert str(raised.value) == f"{VARIABLE}={value}: give aws | gcp | azure=http://host:port, or off"
 
 
 class Script:
@@ -155,3 +161,66 @@ def test_nobody_there_and_nonsense_raise_what_the_watcher_expects(metadata: Meta
     metadata.answers = {"/computeMetadata/v1/instance/preempted": 500}
     with pytest.raises(OSError, match="500"):
         GCP(metadata.url).read()
+
+
+def test_a_service_that_never_answers_is_given_up_soon() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as mute:
+        began_s = time.monotonic()
+        with pytest.raises(OSError, match="timed out"):
+            GCP(f"http://127.0.0.1:{mute.getsockname()[1]}").read()
+        assert time.monotonic() - began_s < 5
+
+
+@pytest.mark.parametrize(
+    "nonsense", ["[]", "3", '{"Events": null}', "[" * 60000, azure_event("Preempt", "vm1", when="?")]
+)
+def test_the_watcher_outlives_any_answer(metadata: Metadata, nonsense: str) -> None:
+    heard = threading.Event()
+    path = "/metadata/scheduledevents"
+    metadata.answers = {"/metadata/instance/compute/name": "vm1", path: nonsense}
+    cloud = Azure(metadata.url)
+    asked = threading.Semaphore(0)
+
+    class Counted:
+        name = "Azure"
+
+        def read(self) -> Notice | None:
+            try:
+                return cloud.read()
+            finally:
+                asked.release()
+
+    watcher = Watcher(Counted(), lambda _: heard.set(), poll_s=0.001, slow_poll_s=0.002)
+    assert asked.acquire(timeout=5)
+    metadata.answers[path] = azure_event("Preempt", "vm1")
+    assert heard.wait(5)
+    watcher.close()
+
+
+def test_a_notice_is_heard_after_one_that_could_not_be_acted_upon() -> None:
+    maybe, surely = Notice("rebalance", is_certain=False), Notice("interruption")
+    heard = threading.Event()
+
+    def on_notice(notice: Notice) -> None:
+        if not notice.is_certain:
+            raise RuntimeError("no way to the head")
+        heard.set()
+
+    watcher = Watcher(Script(maybe, maybe, surely), on_notice, poll_s=0.001)
+    assert heard.wait(5)
+    watcher.close()
+
+
+def test_one_failure_does_not_make_it_slow() -> None:
+    cloud = Script(OSError("once"), Notice("interruption"))
+    watcher = Watcher(cloud, lambda _: None, poll_s=0.001, slow_poll_s=60)
+    cloud.wait(3)
+    watcher.close()
+
+
+def test_a_service_that_goes_on_failing_is_asked_less_often() -> None:
+    cloud = Script(OSError("always"))
+    watcher = Watcher(cloud, lambda _: None, poll_s=0.001, slow_poll_s=60)
+    cloud.wait(5)
+    assert not cloud.asked.acquire(timeout=0.2)
+    watcher.close()
