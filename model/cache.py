@@ -53,6 +53,15 @@ class KVCache:
         """How many positions are filled."""
         return self.layers[0].length
 
+    def check_room(self, n_tokens: int) -> None:
+        """Raise ValueError unless n_tokens, a whole prompt or a single token, can be added."""
+        room = self.layers[0].k.size(2) - self.length
+        if n_tokens > room or (n_tokens > 1 and self.length):
+            raise ValueError(
+                f"cannot add {n_tokens} tokens to a cache of {self.length} that has room for {room} more: give a whole "
+                "prompt to an empty one, then one token at a time"
+            )
+
     def clear(self) -> None:
         """Forget all positions."""
         for layer in self.layers:

@@ -151,11 +151,13 @@ class GPT(nn.Module):
         Logits are (B, T, vocab_size) with targets; without, only the last position's, (B, 1, vocab_size), and no loss.
 
         Raises:
-            ValueError: the sequence is longer than block_size.
+            ValueError: the sequence is longer than block_size, or does not fit the cache.
         """
         T = idx.size(1)
         if self.config.block_size < T:
             raise ValueError(f"sequence of {T} tokens is longer than block_size={self.config.block_size}")
+        if cache is not None:
+            cache.check_room(T)
         x = self.transformer(idx, cache)  # (B, T, C)
         if targets is None:
             return self.lm_head(x[:, -1:, :]), None  # (B, 1, V): the only position that generation needs

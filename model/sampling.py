@@ -139,6 +139,17 @@ def choose(logits: Tensor, choice: Choice, generator: Generators) -> Tensor:
     return torch.stack([torch.multinomial(row, num_samples=1, generator=own) for row, own in rows])
 
 
+def skip_draws(generator: torch.Generator, n_draws: int, vocab_size: int) -> None:
+    """Leave a generator as `n_draws` tokens that are drawn from it would: one row, temperature above 0."""
+    if generator.device.type == "cpu":  # multinomial takes 64 random bits for each entry, and then a logarithm
+        for _ in range(n_draws):
+            torch.empty(vocab_size, dtype=torch.int64).random_(generator=generator)
+        return
+    evenly = torch.ones(vocab_size, device=generator.device)
+    for _ in range(n_draws):
+        torch.multinomial(evenly, num_samples=1, generator=generator)
+
+
 def _nucleus(probabilities: Tensor, top_p: float) -> Tensor:
     """Set to 0 what does not belong to the fewest entries of each row of (B, V) that have top_p together."""
     ranked, order = probabilities.sort(dim=-1, descending=True)
