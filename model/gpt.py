@@ -1,4 +1,4 @@
-"""A GPT language model in one file: attention, MLP, block, and the model with its optimizer and its sampler.
+"""A GPT language model in one file: attention, MLP, block, and the model with its optimizer.
 
 State-dict names and initialisation are nanoGPT's, so that its checkpoints load and its seeds give its weights.
 Must not know about data, devices, checkpoints or other processes.
@@ -18,8 +18,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from model import sampling
+from model.cache import KVCache, LayerCache
 from model.config import GPTConfig
 from model.pretrained import check_tensors, read_pretrained
+from model.sampling import Choice, Generators
 
 log = logging.getLogger(__name__)
 
@@ -38,15 +41,21 @@ class CausalSelfAttention(nn.Module):
         self.n_head = config.n_head
         self.dropout = config.dropout
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Mix (B, T, C) over positions; return (B, T, C)."""
+    def forward(self, x: Tensor, cache: LayerCache | None = None) -> Tensor:
+        """Mix (B, T, C) over positions; return (B, T, C).
+
+        cache: what came before: nothing, or T is 1. x is added to it.
+        """
         B, T, C = x.shape
         q, k, v = self.c_attn(x).split(C, dim=2)  # 3 times (B, T, C)
         q = q.view(B, T, self.n_head, C // self.n_head).transpose(1, 2)  # (B, nh, T, hs)
         k = k.view(B, T, self.n_head, C // self.n_head).transpose(1, 2)  # (B, nh, T, hs)
         v = v.view(B, T, self.n_head, C // self.n_head).transpose(1, 2)  # (B, nh, T, hs)
+        if cache is not None:
+            k, v = cache.append(k, v)  # (B, nh, all positions, hs)
         dropout_p = self.dropout if self.training else 0.0
-        y = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout_p, is_causal=True)  # (B, nh, T, hs)
+        is_causal = cache is None or T > 1  # the newest position alone sees all
+        y = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout_p, is_causal=is_causal)  # (B, nh, T, hs)
         y = y.transpose(1, 2).reshape(B, T, C)  # heads side by side again
         return self.resid_dropout(self.c_proj(y))  # type: ignore[no-any-return]
 
@@ -77,9 +86,9 @@ class Block(nn.Module):
         self.ln_2 = nn.LayerNorm(config.n_embd, bias=config.bias)
         self.mlp = MLP(config)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, cache: LayerCache | None = None) -> Tensor:
         """Return (B, T, C) for (B, T, C)."""
-        x = x + self.attn(self.ln_1(x))
+        x = x + self.attn(self.ln_1(x), cache)
         return x + self.mlp(self.ln_2(x))  # type: ignore[no-any-return]
 
 
@@ -94,14 +103,15 @@ class Transformer(nn.Module):
         self.h = nn.ModuleList([Block(config) for _ in range(config.n_layer)])
         self.ln_f = nn.LayerNorm(config.n_embd, bias=config.bias)
 
-    def forward(self, idx: Tensor) -> Tensor:
-        """Return (B, T, C) for (B, T) token ids."""
-        pos = torch.arange(idx.size(1), dtype=torch.long, device=idx.device)  # (T)
+    def forward(self, idx: Tensor, cache: KVCache | None = None) -> Tensor:
+        """Return (B, T, C) for (B, T) token ids, which follow those in the cache."""
+        start = 0 if cache is None else cache.length
+        pos = torch.arange(start, start + idx.size(1), dtype=torch.long, device=idx.device)  # (T)
         tok_emb = self.wte(idx)  # (B, T, C)
         pos_emb = self.wpe(pos)  # (T, C), the same for every row
         x = self.drop(tok_emb + pos_emb)
-        for block in self.h:
-            x = block(x)
+        for layer, block in enumerate(self.h):
+            x = block(x, None if cache is None else cache.layers[layer])
         return self.ln_f(x)  # type: ignore[no-any-return]
 
 
@@ -131,19 +141,24 @@ class GPT(nn.Module):
         if isinstance(module, nn.Linear) and module.bias is not None:
             nn.init.zeros_(module.bias)
 
-    def forward(self, idx: Tensor, targets: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+    def forward(
+        self, idx: Tensor, targets: Tensor | None = None, cache: KVCache | None = None
+    ) -> tuple[Tensor, Tensor | None]:
         """Return logits and the mean cross-entropy of the targets.
 
         idx: (B, T) token ids, T at most block_size. targets: (B, T), -1 where a position does not count.
+        cache: the tokens before idx, read earlier; idx is added to it. Where it is not empty, T is 1.
         Logits are (B, T, vocab_size) with targets; without, only the last position's, (B, 1, vocab_size), and no loss.
 
         Raises:
-            ValueError: the sequence is longer than block_size.
+            ValueError: the sequence is longer than block_size, or does not fit the cache.
         """
         T = idx.size(1)
         if self.config.block_size < T:
             raise ValueError(f"sequence of {T} tokens is longer than block_size={self.config.block_size}")
-        x = self.transformer(idx)  # (B, T, C)
+        if cache is not None:
+            cache.check_room(T)
+        x = self.transformer(idx, cache)  # (B, T, C)
         if targets is None:
             return self.lm_head(x[:, -1:, :]), None  # (B, 1, V): the only position that generation needs
         logits = self.lm_head(x)  # (B, T, V)
@@ -157,44 +172,45 @@ class GPT(nn.Module):
         max_new_tokens: int,
         temperature: float = 1.0,
         top_k: int | None = None,
-        generator: torch.Generator | None = None,
+        generator: Generators = None,
+        **options: Any,
     ) -> Tensor:
-        """Return (B, T) token ids continued to (B, T + max_new_tokens). Call `eval()` first.
+        """Return (B, T) token ids continued to (B, T + max_new_tokens), less where all rows end. Call `eval()` first.
+
+        options: `generate_stream`'s. After its `end`, a row's tokens mean nothing.
 
         Raises:
             ValueError: as `generate_stream`.
         """
-        return torch.cat((idx, *self.generate_stream(idx, max_new_tokens, temperature, top_k, generator)), dim=1)
+        tokens = self.generate_stream(idx, max_new_tokens, temperature, top_k, generator, **options)
+        return torch.cat((idx, *tokens), dim=1)
 
-    @torch.no_grad()
     def generate_stream(
         self,
         idx: Tensor,
         max_new_tokens: int,
         temperature: float = 1.0,
         top_k: int | None = None,
-        generator: torch.Generator | None = None,
+        generator: Generators = None,
+        *,
+        top_p: float | None = None,
+        end: int | None = None,
     ) -> Iterator[Tensor]:
-        """Yield max_new_tokens times one next token for each row of (B, T) token ids, as (B, 1). Call `eval()` first.
+        """Return an iterator over next tokens, one for each row of (B, T) token ids, as (B, 1). Call `eval()` first.
 
-        temperature: below 1 sharper, above 1 flatter, 0 always the likeliest token.
-        top_k: draw from the k likeliest tokens only.
-        generator: the source of randomness, PyTorch's global one by default.
+        With temperature 0 the tokens are those of a model that reads the whole text again for each; only where two
+        tokens are as likely as each other, up to rounding, this one does so too. Beyond block_size it always does.
+
+        temperature, top_k, top_p: see `Choice`.
+        generator: the source of randomness, or one for each row; PyTorch's global one by default.
+        end: the token at which a text ends. When every row has drawn it, no more come; until then a row goes on.
 
         Raises:
-            ValueError: temperature below 0, top_k below 1, or no token to continue from.
+            ValueError: temperature below 0, top_k below 1, top_p outside (0, 1], or no token to continue from.
         """
-        if temperature < 0:
-            raise ValueError(f"temperature must be 0 or more, got {temperature!r}")
-        if top_k is not None and top_k < 1:
-            raise ValueError(f"top_k must be 1 or more, got {top_k!r}")
         if idx.dim() != 2 or idx.size(1) == 0:
             raise ValueError(f"idx must be (B, T) token ids with T at least 1, got shape {tuple(idx.shape)}")
-        for _ in range(max_new_tokens):
-            logits, _ = self(idx[:, -self.config.block_size :])  # no more context than there are positions
-            idx_next = _sample(logits[:, -1, :], temperature, top_k, generator)  # (B, 1)
-            yield idx_next
-            idx = torch.cat((idx, idx_next), dim=1)  # (B, T + 1)
+        return sampling.stream(self, idx, max_new_tokens, Choice(temperature, top_k, top_p), generator, end)
 
     def crop_block_size(self, block_size: int) -> None:
         """Shorten the context, for instance of a pretrained GPT-2, to block_size positions.
@@ -268,14 +284,3 @@ class GPT(nn.Module):
         flops_per_token = 6 * self.get_num_params() + 12 * cfg.n_layer * cfg.n_head * head_size * cfg.block_size
         flops_per_iter = flops_per_token * cfg.block_size * fwdbwd_per_iter
         return flops_per_iter / dt / peak_flops
-
-
-def _sample(logits: Tensor, temperature: float, top_k: int | None, generator: torch.Generator | None) -> Tensor:
-    """Draw one token id per row, (B, V) -> (B, 1)."""
-    if temperature == 0:
-        return logits.argmax(dim=-1, keepdim=True)
-    logits = logits / temperature
-    if top_k is not None:
-        kth_best = torch.topk(logits, min(top_k, logits.size(-1))).values[:, -1:]  # (B, 1)
-        logits = logits.masked_fill(logits < kth_best, -torch.inf)
-    return torch.multinomial(F.softmax(logits, dim=-1), num_samples=1, generator=generator)

@@ -9,29 +9,32 @@ import logging
 import os
 import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any, Literal, TextIO
 
 import torch
+from torch import Tensor
 
 from model import GPT, GPTConfig, PretrainedError
+from model.sampling import skip_draws
 from orchestrator.checkpoint.huggingface import read_char_tokenizer
-from orchestrator.checkpoint.nanogpt import read_nanogpt
+from orchestrator.checkpoint.nanogpt import HEAD, read_nanogpt
 from orchestrator.checkpoint.snapshot import Snapshot
 from orchestrator.checkpoint.store import CheckpointStore
+from orchestrator.checkpoint.stream import DamagedError, outline, stream
 from orchestrator.checkpoint.transfer import exists
 from orchestrator.config import GPT2_NAMES, nearest
 from orchestrator.data.token_files import read_tokenizer
 from orchestrator.data.tokenizers import GPT2Tokenizer, Tokenizer, tokenizer_from_json
 from orchestrator.errors import CheckpointError, ConfigError, DataError
+from orchestrator.sample_text import Texts, print_text
 from orchestrator.storage_options import storage_options_of
 
 logger = logging.getLogger(__name__)
-
-SEPARATOR = "---------------"
 
 
 @dataclass(frozen=True)
@@ -42,14 +45,19 @@ class SampleConfig:
     out_dir: str = "out"  # the run's folder, a path or URL; nanoGPT's, with a ckpt.pt, as well
     start: str = "\n"  # the prompt, or FILE:prompt.txt
     num_samples: int = 10  # samples to draw
-    max_new_tokens: int = 500  # tokens in each
+    max_new_tokens: int = 500  # tokens in each; quick up to the model's block_size, beyond it each reads all anew
     temperature: float = 0.8  # below 1 less random, above 1 more, 0 always the likeliest token
     top_k: int = 200  # draw from the k likeliest tokens only
     seed: int = 1337  # of the draws
     device: str = "cuda"  # cuda, cuda:1, cpu; where no GPU is: cpu
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # on a GPU; auto: bfloat16 where it has it
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = (
+        "auto"  # auto: bfloat16 on a GPU that has it, float32 on CPU
+    )
     compile: bool = False  # torch.compile the model: slower to begin, then faster
 
+    top_p: float = 1.0  # draw from the fewest likeliest tokens that have this probability together; 1: from all
+    batch_size: int = 8  # samples drawn at once; fewer take less memory, and each is the same however many there are
+    stop_at_end: bool = True  # a sample ends where the model ends its text; False: it goes on, as nanoGPT's do
     checkpoint: str = "auto"  # of a run: best, latest, a name; auto: the best if it has always_save_checkpoint=False
     storage_options: str = ""  # fsspec's options of out_dir: a JSON object, or the path of a .json file that holds one
     data_dir: str = "data"  # where the dataset lies that tells the characters of a ckpt.pt
@@ -61,10 +69,13 @@ def check(config: SampleConfig) -> SampleConfig:
     Raises:
         ConfigError: naming the key, the value and what would be right.
     """
-    for key, least in (("temperature", 0), ("top_k", 1), ("num_samples", 1), ("max_new_tokens", 1), ("seed", 0)):
+    leasts = {"temperature": 0, "top_k": 1, "num_samples": 1, "max_new_tokens": 1, "seed": 0, "batch_size": 1}
+    for key, least in leasts.items():
         value = getattr(config, key)
         if not least <= value < float("inf"):
             raise ConfigError(f"{key}={value!r} is out of range: {least} or more")
+    if not 0 < config.top_p <= 1:
+        raise ConfigError(f"top_p={config.top_p!r} is out of range: above 0, at most 1")
     try:
         torch.device(config.device)
     except RuntimeError:
@@ -78,8 +89,9 @@ def check(config: SampleConfig) -> SampleConfig:
 
 
 def sample(config: SampleConfig, out: TextIO | None = None) -> None:
-    """Print num_samples samples to out (standard output), each token's text as soon as it is drawn.
+    """Print num_samples samples to out (standard output), in order, each token's text as soon as it is drawn.
 
+    Of those that are drawn together the first is shown as it grows, and what the others have when their turn comes.
     On a CPU, the same ckpt.pt and seed give the text that nanoGPT's sample.py gives. Ctrl-C ends it.
 
     Raises:
@@ -92,7 +104,7 @@ def sample(config: SampleConfig, out: TextIO | None = None) -> None:
     model, tokenizer = load(config)
     ids = _encode(config, tokenizer, model.config.vocab_size)
 
-    model.eval().to(device)
+    model.eval().to(device, _weight_dtype(config, device))
     if config.compile and _can_compile(device):
         model.compile()
     with _autocast(config, device):
@@ -112,28 +124,42 @@ def load(config: SampleConfig) -> tuple[GPT, Tokenizer]:
         except PretrainedError as error:
             raise CheckpointError(f"init_from={source}: {error}") from error
         return model, (None if source in GPT2_NAMES else read_char_tokenizer(source)) or GPT2Tokenizer()
-    options = storage_options_of(config, source)
-    snapshot = (
-        read_nanogpt(source, model_only=True, storage_options=options) if source != "resume" else _read_run(config)
-    )
-    return build(snapshot), tokenizer_of(snapshot.config, config.data_dir)
+    if source == "resume":
+        model, snapshot = _load_run(config)
+    else:
+        snapshot = read_nanogpt(source, model_only=True, storage_options=storage_options_of(config, source))
+        model = build(snapshot, snapshot.model.items())
+    return model, tokenizer_of(snapshot.config, config.data_dir)
 
 
-def _read_run(config: SampleConfig) -> Snapshot:
-    """Read a run's checkpoint; where it has none, nanoGPT's out_dir/ckpt.pt."""
+def _load_run(config: SampleConfig) -> tuple[GPT, Snapshot]:
+    """Load a run's checkpoint; where it has none, nanoGPT's out_dir/ckpt.pt."""
     options = storage_options_of(config)
     store = CheckpointStore(config.out_dir, options)
     nanogpt_file = f"{config.out_dir.rstrip('/')}/ckpt.pt"
     if config.checkpoint == "auto" and next(store.newest_first(), None) is None and exists(nanogpt_file, options):
         logger.info("sampling from %s", nanogpt_file)
-        return read_nanogpt(nanogpt_file, model_only=True, storage_options=options)
-    checkpoint, snapshot = store.read_selected(config.checkpoint, model_only=True)
-    logger.info("sampling from %s in %s (iteration %d)", checkpoint.name, config.out_dir, checkpoint.iter_num)
-    return snapshot
+        snapshot = read_nanogpt(nanogpt_file, model_only=True, storage_options=options)
+        return build(snapshot, snapshot.model.items()), snapshot
+    while True:
+        checkpoint = store.select(config.checkpoint)
+        snapshot = outline(checkpoint, model_only=True)
+        torch.manual_seed(config.seed)  # again, where a damaged checkpoint was tried before
+        try:
+            model = build(snapshot, stream(store, checkpoint, model_only=True))
+        except DamagedError as error:
+            if config.checkpoint == checkpoint.name:
+                raise
+            store.reject(checkpoint.name, str(error))
+            continue
+        logger.info("sampling from %s in %s (iteration %d)", checkpoint.name, config.out_dir, checkpoint.iter_num)
+        return model, snapshot
 
 
-def build(snapshot: Snapshot) -> GPT:
+def build(snapshot: Snapshot, tensors: Iterable[tuple[str, Tensor]]) -> GPT:
     """Return the model of a snapshot.
+
+    tensors: the snapshot's model, by name and one at a time: no second model has to fit into memory.
 
     Raises:
         CheckpointError: its model_args are no GPT's, or its tensors are not theirs.
@@ -141,7 +167,11 @@ def build(snapshot: Snapshot) -> GPT:
     try:
         # Its weights are drawn before they are replaced, as in nanoGPT: after that, a seed draws the same text.
         model = GPT(GPTConfig(**{**snapshot.model_args, "dropout": 0.0}))
-        model.load_state_dict({**snapshot.model, "lm_head.weight": snapshot.model["transformer.wte.weight"]})
+        odd = (model.state_dict().keys() - {HEAD}) ^ (snapshot.model.keys() - {HEAD})
+        if odd:
+            raise ValueError(f"tensors missing or unexpected: {', '.join(sorted(odd))}")
+        for name, tensor in tensors:
+            model.load_state_dict({name: tensor}, strict=False)
     except (TypeError, ValueError, KeyError, RuntimeError) as error:
         raise CheckpointError(f"the checkpoint holds no GPT: {type(error).__name__}: {error}") from error
     return model
@@ -196,23 +226,38 @@ def _print_samples(
     config: SampleConfig, model: GPT, tokenizer: Tokenizer, ids: Sequence[int], device: torch.device, out: TextIO
 ) -> None:
     x = torch.tensor([ids], dtype=torch.long, device=device)  # (1, T)
+    end = tokenizer.end_of_text if config.stop_at_end else None
+    draw = (config.max_new_tokens, config.temperature, config.top_k)
+    generators = _generators(config, model.config.vocab_size, device)
     try:
-        for _ in range(config.num_samples):
-            decoder = tokenizer.decoder()
-            _print(out, "".join(map(decoder.push, ids)))
-            for token in model.generate_stream(x, config.max_new_tokens, config.temperature, config.top_k):
-                _print(out, decoder.push(int(token)))
-            _print(out, f"{decoder.finish()}\n{SEPARATOR}\n")
+        for first in range(0, config.num_samples, config.batch_size):
+            own = list(islice(generators, min(config.batch_size, config.num_samples - first)))
+            texts = Texts(tokenizer, ids, len(own), end, out)
+            for tokens in model.generate_stream(x.expand(len(own), -1), *draw, own, top_p=config.top_p, end=end):
+                texts.push(tokens[:, 0].tolist())
+            texts.finish()
     except KeyboardInterrupt:
-        _print(out, "\n")
+        print_text(out, "\n")
     except BrokenPipeError:  # `... | head` has seen enough; Python would complain again when it closes the pipe
         os.dup2(os.open(os.devnull, os.O_WRONLY), out.fileno())
 
 
-def _print(out: TextIO, text: str) -> None:
-    encoding = out.encoding or "utf-8"  # a terminal that lacks a character shows a question mark
-    out.write(text.encode(encoding, "replace").decode(encoding))
-    out.flush()
+def _generators(config: SampleConfig, vocab_size: int, device: torch.device) -> Iterator[torch.Generator]:
+    """Yield the source of randomness of each sample, as if those before it had drawn all their tokens from one.
+
+    That is how nanoGPT's samples follow each other, one by one; here each can be drawn beside others, or end early.
+    """
+    shared = torch.Generator(device)
+    if device.type == "cpu":
+        shared.set_state(torch.get_rng_state())  # where the model's weights, drawn on the CPU, have left it
+    else:
+        shared.manual_seed(config.seed)
+    while True:
+        own = torch.Generator(device)
+        own.set_state(shared.get_state())
+        yield own
+        if config.temperature > 0:
+            skip_draws(shared, config.max_new_tokens, vocab_size)
 
 
 def _is_nanogpt(source: str) -> bool:
@@ -229,6 +274,12 @@ def _device(config: SampleConfig) -> torch.device:
         return device
     logger.info("no GPU here: device=cpu")
     return torch.device("cpu")
+
+
+def _weight_dtype(config: SampleConfig, device: torch.device) -> torch.dtype:
+    """Return the weights' type: float32 on a GPU, where each operation chooses its own, as in nanoGPT."""
+    is_chosen = device.type == "cpu" and config.dtype != "auto"
+    return getattr(torch, config.dtype) if is_chosen else torch.float32
 
 
 def _autocast(config: SampleConfig, device: torch.device) -> AbstractContextManager[Any]:

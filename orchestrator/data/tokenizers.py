@@ -21,6 +21,7 @@ from orchestrator.errors import DataError
 Tokens = NDArray[np.uint16] | NDArray[np.uint32]
 
 GPT2_VOCAB_SIZE = 50257
+GPT2_END_OF_TEXT = 50256
 _REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 _MAX_CODEPOINT = 0x10FFFF
 
@@ -41,6 +42,10 @@ class Tokenizer(Protocol):
     @property
     def vocab_size(self) -> int:
         """How many token ids there are."""
+
+    @property
+    def end_of_text(self) -> int | None:
+        """The token id after which another text begins, None where there is no such token."""
 
     def encode(self, text: str, *, allow_special: bool = False) -> Tokens:
         """Return the token ids (n_tokens,) of a text; a prompt may allow special tokens such as `<|endoftext|>`."""
@@ -69,6 +74,10 @@ class CharTokenizer:
     @property
     def vocab_size(self) -> int:
         return len(self.chars)
+
+    @property
+    def end_of_text(self) -> None:
+        return None
 
     def encode(self, text: str, *, allow_special: bool = False) -> Tokens:  # noqa: ARG002 (there are no special ones)
         """Return one id per character (n_characters,).
@@ -116,6 +125,10 @@ class GPT2Tokenizer:
     @property
     def vocab_size(self) -> int:
         return GPT2_VOCAB_SIZE
+
+    @property
+    def end_of_text(self) -> int:
+        return GPT2_END_OF_TEXT
 
     def encode(self, text: str, *, allow_special: bool = False) -> Tokens:
         """Return the ids (n_tokens,); `<|endoftext|>` is the end-of-text token only where special ones are allowed.

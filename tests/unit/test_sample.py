@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from model import GPT, GPTConfig
 from orchestrator import sample as sampling
+from orchestrator import sample_text
 from orchestrator.checkpoint.durable import announce, files_of, tensor_index, upload
 from orchestrator.checkpoint.files import tensor_pieces
 from orchestrator.checkpoint.huggingface import read_char_tokenizer, write_huggingface
@@ -24,7 +25,8 @@ from orchestrator.config import parse
 from orchestrator.data.gpt2_vocabulary import load_gpt2_encoding
 from orchestrator.data.tokenizers import CharTokenizer
 from orchestrator.errors import CheckpointError, ConfigError, DataError
-from orchestrator.sample import SEPARATOR, SampleConfig, sample
+from orchestrator.sample import SampleConfig, sample
+from orchestrator.sample_text import SEPARATOR, print_text
 from orchestrator.world import World
 from tests.golden import CHARS, CKPT
 from tests.golden import GREEDY as GREEDY_TOKENS
@@ -135,7 +137,7 @@ def test_a_name_takes_gpt2s_tokenizer_and_shows_whole_characters(monkeypatch: py
     snowman = encoding.encode_ordinary("a☃b")  # its three bytes are two tokens
     assert len(snowman) == 4
 
-    def stream(_model: GPT, idx: torch.Tensor, *_: Any) -> Any:
+    def stream(_model: GPT, idx: torch.Tensor, *_: Any, **__: Any) -> Any:
         assert idx.tolist() == [[50256]]
         yield from torch.tensor(snowman)[:, None, None]
 
@@ -146,7 +148,7 @@ def test_a_name_takes_gpt2s_tokenizer_and_shows_whole_characters(monkeypatch: py
     monkeypatch.setattr(GPT, "generate_stream", stream)
     monkeypatch.setattr(GPT, "from_pretrained", pretrained)
     written: list[str] = []
-    monkeypatch.setattr(sampling, "_print", lambda _, text: written.append(text))
+    monkeypatch.setattr(sample_text, "print_text", lambda _, text: written.append(text))
     sample(SampleConfig("gpt2", start="<|endoftext|>", num_samples=1, device="cpu"), io.StringIO())
     assert written == ["<|endoftext|>", "a", "", "☃", "b", f"\n{SEPARATOR}\n"]
 
@@ -154,8 +156,8 @@ def test_a_name_takes_gpt2s_tokenizer_and_shows_whole_characters(monkeypatch: py
 def test_ctrl_c_ends_quietly(data_dir: str, monkeypatch: pytest.MonkeyPatch) -> None:
     real = GPT.generate_stream
 
-    def interrupted(*args: Any) -> Any:
-        for n, token in enumerate(real(*args)):
+    def interrupted(*args: Any, **options: Any) -> Any:
+        for n, token in enumerate(real(*args, **options)):
             if n == 3:
                 raise KeyboardInterrupt
             yield token
@@ -174,7 +176,7 @@ def test_a_closed_pipe_ends_quietly(data_dir: str) -> None:
 def test_a_poor_terminal_shows_question_marks() -> None:
     raw = io.BytesIO()
     out = io.TextIOWrapper(raw, encoding="ascii")
-    sampling._print(out, "a☃b")
+    print_text(out, "a☃b")
     assert raw.getvalue() == b"a?b"
 
 
@@ -238,7 +240,7 @@ def test_missing_and_broken_models_are_refused(tmp_path: Path) -> None:
     snapshot = read_nanogpt(CKPT)
     for broken in ({**snapshot.model_args, "n_head": 7}, {**snapshot.model_args, "depth": 7}):
         with pytest.raises(CheckpointError, match="holds no GPT"):
-            sampling.build(replace(snapshot, model_args=broken))
+            sampling.build(replace(snapshot, model_args=broken), snapshot.model.items())
 
 
 def test_nanogpts_defaults_and_command_line() -> None:
