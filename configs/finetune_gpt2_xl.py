@@ -20,7 +20,7 @@ dataset = "shakespeare"
 batch_size = 1
 block_size = 1024
 gradient_accumulation_steps = 32
-num_workers = 4  # anything from 1 to 32 gives the same batches
+num_workers = "2-8"  # as many GPUs as are there: any number from 1 to 32 gives the same batches
 
 max_iters = 2000
 learning_rate = 1e-5  # low and constant: the weights are good already
@@ -33,7 +33,7 @@ eval_iters = 40
 log_interval = 1
 always_save_checkpoint = False  # `sample` and `export` take the state that was best on the validation text
 
-# Nodes may vanish at two minutes' notice or at none. What is lost then is the work since the last checkpoint: 20
-# iterations are some minutes on four GPUs, and writing takes a fraction of that.
+# Nodes may vanish at two minutes' notice or at none. The others have every completed iteration in their memory and go
+# on from there; a checkpoint in storage is for the day on which all of them go at once. 20 iterations are some minutes.
 checkpoint_interval = 20
 max_failures = -1  # preemption is no reason to give up
