@@ -15,13 +15,13 @@ from pathlib import Path
 
 import psutil
 import pytest
-import ray
 
 from orchestrator.checkpoint.snapshot import tensors_equal
 from orchestrator.checkpoint.store import CheckpointStore
 from orchestrator.config import TrainConfig
 from orchestrator.launch import RunFailedError, launch
 from orchestrator.telemetry.metrics import read_events, read_metrics
+from tests.chaos.clusters import small_cluster
 from tests.chaos.faults import Fault, worker_with
 from tests.conftest import Undisturbed, final_state
 
@@ -32,13 +32,8 @@ OWN_CLUSTER = {**os.environ, "RAY_ADDRESS": "local"}  # not the one of the tests
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("RAY_API_SERVER_ADDRESS", "http://127.0.0.1:9")  # no dashboard runs: Ray need not wait for one
-        ray.init(
-            address="local", num_cpus=2, include_dashboard=False, object_store_memory=80 * 2**20, logging_level="ERROR"
-        )
+    with small_cluster():
         yield
-        ray.shutdown()
 
 
 def attempts(out_dir: str) -> int:

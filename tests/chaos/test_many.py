@@ -13,7 +13,6 @@ from pathlib import Path
 import numpy as np
 import psutil
 import pytest
-import ray
 
 from orchestrator.checkpoint.snapshot import tensors_equal
 from orchestrator.checkpoint.store import CheckpointStore
@@ -21,6 +20,7 @@ from orchestrator.config import TrainConfig
 from orchestrator.launch import launch
 from orchestrator.recovery.ledger import account
 from orchestrator.telemetry.metrics import read_events, read_metrics
+from tests.chaos.clusters import small_cluster
 from tests.chaos.faults import Fault, worker_with
 from tests.chaos.test_kills import causes, steps_repeated
 from tests.conftest import Storage, Undisturbed, final_state
@@ -32,13 +32,8 @@ pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("default")]
 @pytest.fixture
 def cluster() -> Iterator[None]:
     """Started after the test's storage, whose address and credentials its processes inherit."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("RAY_API_SERVER_ADDRESS", "http://127.0.0.1:9")  # no dashboard runs: Ray need not wait for one
-        ray.init(
-            address="local", num_cpus=2, include_dashboard=False, object_store_memory=80 * 2**20, logging_level="ERROR"
-        )
+    with small_cluster():
         yield
-        ray.shutdown()
 
 
 class OutOfMemory(Fault):
