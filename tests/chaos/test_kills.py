@@ -60,7 +60,7 @@ def causes(out_dir: str) -> list[str]:
         (3, "optimizer", 0, 13),
         pytest.param(3, "write", 2, 16, marks=pytest.mark.slow),
         pytest.param(2, "commit", 0, 12, marks=pytest.mark.slow),
-        (3, "evaluate", 1, 16),
+        pytest.param(3, "evaluate", 1, 16, marks=pytest.mark.slow),
         pytest.param(3, "forward", random.Random().randrange(3), random.Random().randrange(24), marks=pytest.mark.slow),
     ],
 )
@@ -132,6 +132,7 @@ def test_killed_driver_continues_when_started_again(
     assert tensors_equal(final_state(tiny.out_dir), undisturbed(tiny, 2))
 
 
+@pytest.mark.slow
 def test_killed_controller_is_started_again(tiny: TrainConfig, tmp_path: Path, undisturbed: Undisturbed) -> None:
     marker, spec = tmp_path / "fired", tmp_path / "spec.json"
     fault = {"point": "forward", "iter_num": 14, "rank": 1, "marker": str(marker)}
