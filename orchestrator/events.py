@@ -25,18 +25,36 @@ class Events:
 
     def __init__(self, log: MetricsLog | None) -> None:
         self._log, self.ledger = log, Ledger()
+        self._waiting: list[dict[str, Any]] | None = []  # until the run may write to its folder
+
+    @property
+    def has_begun(self) -> bool:
+        """Whether anything may be written: a run that is refused leaves its folder as it was."""
+        return self._waiting is None
+
+    def begin(self) -> None:
+        """Write what was told so far, and from now on at once."""
+        waiting, self._waiting = self._waiting or [], None
+        for event in waiting:
+            self._write(event)
 
     def tell(self, kind: str, **values: Any) -> None:
         """Keep an event."""
         event = {"kind": kind, "iter": 0, "time": time.time(), **values}
-        if self._log:
-            self._log.write(event)
         self.ledger.add(event)
+        if self._waiting is None:
+            self._write(event)
+        else:
+            self._waiting.append(event)
 
     def heard(self, record: dict[str, Any]) -> None:
         """Sum up what a worker has told, which keeps its metrics itself."""
         if "time" in record:
             self.ledger.add(record)
+
+    def _write(self, event: dict[str, Any]) -> None:
+        if self._log:
+            self._log.write(event)
 
 
 @contextmanager
@@ -52,8 +70,9 @@ def events_of(config: TrainConfig, lease: Lease | None) -> Iterator[Events]:
     try:
         yield events
     finally:
-        error = sys.exception()
-        events.tell("driver_ended", outcome=type(error).__name__ if error else "finished")
-        log.close()
+        if events.has_begun:
+            error = sys.exception()
+            events.tell("driver_ended", outcome=type(error).__name__ if error else "finished")
+            log.close()
         if events.ledger.attempts:
             logger.info("%s", summary_of(events.ledger))

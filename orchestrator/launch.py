@@ -125,6 +125,7 @@ def _train_on_ray(
         may_wait = not is_first or bool(os.environ.get(resubmit.VARIABLE))
         gpus_per_worker = check_capacity(config, may_wait)
         ids = _prepare_out_dir(config, plan.store, lease)
+        events.begin()
         logger.info("%s", plan.start.summary)
         job = {**job_of(config), **ids, "cwd": str(Path.cwd()), "board": open_board()}
         trainer = _trainer(config, plan.store, gpus_per_worker, worker, job)
