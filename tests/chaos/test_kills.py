@@ -138,7 +138,7 @@ def test_killed_controller_is_started_again(tiny: TrainConfig, tmp_path: Path, u
     fault = {"point": "forward", "iter_num": 14, "rank": 1, "marker": str(marker)}
     spec.write_text(json.dumps({"config": asdict(replace(tiny, num_workers=2)), "fault": fault, "whom": "controller"}))
     command = [sys.executable, "-m", "tests.chaos.driver", str(spec)]
-    done = subprocess.run(command, timeout=120, capture_output=True, check=False, text=True, env=OWN_CLUSTER)
+    done = subprocess.run(command, timeout=240, capture_output=True, check=False, text=True, env=OWN_CLUSTER)
     assert done.returncode == 0, done.stderr
     assert marker.exists()
     assert causes(tiny.out_dir) == ["controller_lost"]
