@@ -24,6 +24,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from benchmarks._topics import prepare_topics
 from orchestrator.config import TrainConfig
 from orchestrator.recovery.ledger import PHASES
 
@@ -153,13 +154,7 @@ def _host_of(marker: Path) -> str:
 
 def settings(folder: Path, num_workers: int | str, **changes: Any) -> TrainConfig:
     """Return a run of about 50 ms per iteration on two cores, and make its dataset."""
-    from pydoc_data.topics import topics
-
-    from orchestrator.data.prepare import PrepareConfig, prepare
-
-    text = folder / "text.txt"
-    text.write_text("\n".join(topics[name] for name in sorted(topics))[:100_000], encoding="utf-8")
-    prepare(PrepareConfig("topics", text=(str(text),), tokenizer="char", data_dir=str(folder)))
+    prepare_topics("topics", folder)
     config = TrainConfig(
         out_dir=str(folder / "run"),
         data_dir=str(folder),

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from orchestrator.checkpoint.huggingface import write_huggingface
 from orchestrator.checkpoint.nanogpt import write_nanogpt
 from orchestrator.checkpoint.store import Checkpoint, CheckpointStore
-from orchestrator.checkpoint.stream import DamagedError, outline, stream
+from orchestrator.checkpoint.stream import first_whole, outline, stream
 from orchestrator.checkpoint.transfer import exists
 from orchestrator.config import nearest
 from orchestrator.data.tokenizers import tokenizer_from_json
@@ -41,21 +41,9 @@ def export(config: ExportConfig) -> str:
         raise ConfigError("--to is missing: the " + ("file" if config.format == "nanogpt" else "folder") + " to write")
     if exists(config.to, storage_options_of(config, config.to)) and not config.overwrite:
         raise ConfigError(f"{config.to} exists: give another --to, or --overwrite=True")
-    checkpoint = _write_selected(config, CheckpointStore(config.out_dir, storage_options_of(config)))
+    store = CheckpointStore(config.out_dir, storage_options_of(config))
+    checkpoint, _ = first_whole(store, config.checkpoint, lambda found: _write(config, store, found))
     return f"wrote {checkpoint.name} (iteration {checkpoint.iter_num}) to {config.to}"
-
-
-def _write_selected(config: ExportConfig, store: CheckpointStore) -> Checkpoint:
-    """Write a checkpoint and return which; a damaged one is passed over, unless it was asked for by name."""
-    while True:
-        checkpoint = store.select(config.checkpoint)
-        try:
-            _write(config, store, checkpoint)
-            return checkpoint
-        except DamagedError as error:
-            if config.checkpoint == checkpoint.name:
-                raise
-            store.reject(checkpoint.name, str(error))
 
 
 def _write(config: ExportConfig, store: CheckpointStore, checkpoint: Checkpoint) -> None:

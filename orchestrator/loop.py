@@ -13,7 +13,7 @@ import math
 import platform
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -33,7 +33,6 @@ from orchestrator.checkpoint.rollbacks import (
     data_iter,
     delete_undone,
     read_rollbacks,
-    same_rollbacks,
     write_rollbacks,
 )
 from orchestrator.checkpoint.saver import Saver
@@ -116,8 +115,8 @@ def train_on(
     store = CheckpointStore(config.out_dir, storage_options_of(config))
 
     # the state: the newest that is whole in a node's memory or in storage, or what init_from names
-    nodes = join_run(config, world, store)
-    rollbacks = same_rollbacks(store, world)
+    rollbacks = read_rollbacks(store, world)
+    nodes = join_run(config, world, store, rollbacks)
     state = begin(config, world, store, nodes, scratch_args(config, data.vocab_size), rollbacks)
     world.together(lambda: data.check_fits(state.model.config.vocab_size))
     state.config = public(config) | ({"tokenizer": data.tokenizer.to_json()} if data.tokenizer else {})
@@ -237,7 +236,7 @@ def train_on(
                 say("step", iter=it, loss=loss_value, lr=lr, dt_s=dt, mfu=running_mfu, tokens_per_s=tokens_per_s)
 
 
-def join_run(config: TrainConfig, world: World, store: CheckpointStore) -> Nodes:
+def join_run(config: TrainConfig, world: World, store: CheckpointStore, rollbacks: Sequence[Rollback] = ()) -> Nodes:
     """Make this attempt the one that writes to out_dir, and open what the nodes keep in memory of the run."""
     if config.eval_only:  # it writes nothing
         return meet(world, "", "")
@@ -245,7 +244,7 @@ def join_run(config: TrainConfig, world: World, store: CheckpointStore) -> Nodes
     def join() -> str:
         store.take_over(world.attempt)
         clear_leftovers(store)
-        delete_undone(store, read_rollbacks(store))
+        delete_undone(store, rollbacks)
         return store.identify()
 
     run_id = world.together(lambda: patiently(join, store) if world.is_main else "")

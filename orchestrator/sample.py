@@ -24,8 +24,8 @@ from model.sampling import skip_draws
 from orchestrator.checkpoint.huggingface import read_char_tokenizer
 from orchestrator.checkpoint.nanogpt import HEAD, read_nanogpt
 from orchestrator.checkpoint.snapshot import Snapshot
-from orchestrator.checkpoint.store import CheckpointStore
-from orchestrator.checkpoint.stream import DamagedError, outline, stream
+from orchestrator.checkpoint.store import Checkpoint, CheckpointStore
+from orchestrator.checkpoint.stream import first_whole, outline, stream
 from orchestrator.checkpoint.transfer import exists
 from orchestrator.config import GPT2_NAMES, nearest
 from orchestrator.data.token_files import read_tokenizer
@@ -141,19 +141,15 @@ def _load_run(config: SampleConfig) -> tuple[GPT, Snapshot]:
         logger.info("sampling from %s", nanogpt_file)
         snapshot = read_nanogpt(nanogpt_file, model_only=True, storage_options=options)
         return build(snapshot, snapshot.model.items()), snapshot
-    while True:
-        checkpoint = store.select(config.checkpoint)
-        snapshot = outline(checkpoint, model_only=True)
+
+    def load_whole(checkpoint: Checkpoint) -> tuple[GPT, Snapshot]:
+        found = outline(checkpoint, model_only=True)
         torch.manual_seed(config.seed)  # again, where a damaged checkpoint was tried before
-        try:
-            model = build(snapshot, stream(store, checkpoint, model_only=True))
-        except DamagedError as error:
-            if config.checkpoint == checkpoint.name:
-                raise
-            store.reject(checkpoint.name, str(error))
-            continue
-        logger.info("sampling from %s in %s (iteration %d)", checkpoint.name, config.out_dir, checkpoint.iter_num)
-        return model, snapshot
+        return build(found, stream(store, checkpoint, model_only=True)), found
+
+    checkpoint, loaded = first_whole(store, config.checkpoint, load_whole)
+    logger.info("sampling from %s in %s (iteration %d)", checkpoint.name, config.out_dir, checkpoint.iter_num)
+    return loaded
 
 
 def build(snapshot: Snapshot, tensors: Iterable[tuple[str, Tensor]]) -> GPT:

@@ -18,22 +18,18 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import pytest
 from fsspec import get_filesystem_class
 
+from benchmarks._topics import prepare_topics
 from orchestrator.checkpoint.snapshot import Snapshot
 from orchestrator.checkpoint.store import CheckpointStore
 from orchestrator.config import TrainConfig
-from orchestrator.data.prepare import PrepareConfig, prepare
 from tests.servers import FaultyProxy, S3Server, ServerMissingError, SFTPServer
 
 
 @pytest.fixture(scope="session")
 def data_dir(tmp_path_factory: pytest.TempPathFactory) -> str:
     """A folder with the dataset `tiny`: some English of the Python manual, by characters."""
-    from pydoc_data.topics import topics
-
     folder = tmp_path_factory.mktemp("data")
-    text = folder / "text.txt"
-    text.write_text("\n".join(topics[name] for name in sorted(topics))[:100_000], encoding="utf-8")
-    prepare(PrepareConfig("tiny", text=(str(text),), tokenizer="char", data_dir=str(folder)))
+    prepare_topics("tiny", folder)
     return str(folder)
 
 

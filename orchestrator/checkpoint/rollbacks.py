@@ -32,27 +32,18 @@ class Rollback:
     why: str
 
 
-def read_rollbacks(store: CheckpointStore) -> list[Rollback]:
-    """Return what was undone, oldest first.
-
-    Raises:
-        CheckpointError: the storage does not answer.
-    """
-    return [Rollback(**entry) for entry in store.read_json(_FILE).get("rollbacks", [])]
-
-
-def same_rollbacks(store: CheckpointStore, world: World) -> list[Rollback]:
-    """Return what was undone as rank 0 reads it, on all ranks.
+def read_rollbacks(store: CheckpointStore, world: World) -> list[Rollback]:
+    """Return what was undone, oldest first, as rank 0 reads it, on all ranks.
 
     Raises:
         CheckpointError: on all ranks alike, the storage does not answer.
     """
 
-    def read() -> list[Rollback]:
-        return patiently_read(lambda: read_rollbacks(store), store) if world.is_main else []
+    def read() -> list[dict[str, Any]]:
+        return list(store.read_json(_FILE).get("rollbacks", []))
 
-    found = world.broadcast_json([asdict(rollback) for rollback in world.together(read)])
-    return [Rollback(**entry) for entry in found]
+    found = world.together(lambda: patiently_read(read, store) if world.is_main else [])
+    return [Rollback(**entry) for entry in world.broadcast_json(found)]
 
 
 def write_rollbacks(store: CheckpointStore, rollbacks: Sequence[Rollback]) -> None:

@@ -203,21 +203,6 @@ class CheckpointStore:
                 "Restore one from a copy, or give another --out_dir to begin anew"
             )
 
-    def read_selected(self, which: str = "auto", model_only: bool = False) -> tuple[Checkpoint, Snapshot]:
-        """Select and read a checkpoint; one that turns out damaged is passed over, unless it was asked for by name.
-
-        Raises:
-            CheckpointError: there is none, or the named one is damaged.
-        """
-        while True:
-            checkpoint = self.select(which)
-            try:
-                return checkpoint, self.read(checkpoint, model_only)
-            except CheckpointError as error:
-                if which not in _CHOICES:
-                    raise
-                self.reject(checkpoint.name, str(error))
-
     def _whole(self) -> list[Checkpoint]:
         return [checkpoint for checkpoint in self.newest_first() if checkpoint.name not in self.damaged]
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -13,9 +13,27 @@ from orchestrator.checkpoint.snapshot import Snapshot
 from orchestrator.checkpoint.store import Checkpoint, CheckpointStore
 from orchestrator.errors import CheckpointError
 
+T = TypeVar("T")
+
 
 class DamagedError(CheckpointError):
     """The checkpoint that is read is not whole: an older one may be. What was made of it is of no use."""
+
+
+def first_whole(store: CheckpointStore, which: str, read: Callable[[Checkpoint], T]) -> tuple[Checkpoint, T]:
+    """Select a checkpoint and return it with what `read` makes of it; a damaged one is passed over for an older one.
+
+    Raises:
+        CheckpointError: there is none, or the one that was asked for by name is damaged.
+    """
+    while True:
+        checkpoint = store.select(which)
+        try:
+            return checkpoint, read(checkpoint)
+        except DamagedError as error:
+            if which == checkpoint.name:
+                raise
+            store.reject(checkpoint.name, str(error))
 
 
 def outline(checkpoint: Checkpoint, model_only: bool = False) -> Snapshot:

@@ -58,8 +58,9 @@ def prestart(worker_group: Any, each: dict[str, float]) -> None:
     try:
         workers = worker_group.get_workers()
         environment = ray.get(workers[0].execute_async(_environment), timeout=_ANSWER_S)
-        addresses = {node["NodeID"]: f"{node['NodeManagerAddress']}:{node['NodeManagerPort']}" for node in ray.nodes()}
-        for node_id, count in wanted(Counter(worker.metadata.node_id for worker in workers), ray.nodes(), each).items():
+        nodes = ray.nodes()
+        addresses = {node["NodeID"]: f"{node['NodeManagerAddress']}:{node['NodeManagerPort']}" for node in nodes}
+        for node_id, count in wanted(Counter(worker.metadata.node_id for worker in workers), nodes, each).items():
             _ask(addresses[node_id], environment, count)
         here = ray.get_runtime_context().get_node_id()
         _ask(addresses[here], _environment(), 1)  # for the actor at which a group's ranks meet, beside its controller

@@ -90,13 +90,9 @@ def test_storage_that_is_down_while_failing_over_is_waited_for(
     last = [record for record in read_metrics(config.out_dir) if record["kind"] == "begin"][-1]
     assert last["time"] > down_s[1], "it went on without its storage"
     assert last["iter"] == 13
-    assert "worker_lost" in causes_in(config.out_dir)
+    assert "worker_lost" in causes(config.out_dir)
     store = CheckpointStore(config.out_dir)
     assert tensors_equal(store.read(store.select("latest")), undisturbed(tiny, 2))
-
-
-def causes_in(out_dir: str) -> list[str]:
-    return [record["cause"] for record in read_events(out_dir) if record["kind"] == "failure"]
 
 
 @pytest.mark.usefixtures("cluster")
