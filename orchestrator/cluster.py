@@ -20,6 +20,13 @@ logger = logging.getLogger(__name__)
 _KNOCK_TIMEOUT_S = 10.0
 _LOCAL_OBJECT_STORE_BYTES = 100 * 2**20  # nothing of ours passes through Ray's object store
 
+# What a head is started with, here and in cluster.yaml: the room that a lost attempt leaves is found again within this;
+# otherwise Ray waits longer each time, up to a second.
+HEAD_SETTINGS = {
+    "RAY_gcs_create_placement_group_retry_min_interval_ms": "10",
+    "RAY_gcs_create_placement_group_retry_max_interval_ms": "100",
+}
+
 
 class ClusterLostError(Exception):
     """A cluster that has answered before does not any more."""
@@ -90,6 +97,8 @@ def _knock(address: str) -> None:
 def _start_cluster() -> None:
     # No dashboard runs. An actor of Train looks for one all the same, and stumbles where two runs share a machine.
     os.environ.setdefault("RAY_API_SERVER_ADDRESS", "http://127.0.0.1:9")
+    for name, value in HEAD_SETTINGS.items():
+        os.environ.setdefault(name, value)
     ray.init(
         address="local",
         num_cpus=os.cpu_count(),
