@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import os
-import socket
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Iterator
-from contextlib import ExitStack, suppress
+from contextlib import suppress
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -20,6 +18,7 @@ from ray.job_submission import JobStatus, JobSubmissionClient
 
 from orchestrator.checkpoint.store import CheckpointStore
 from orchestrator.config import TrainConfig
+from tests.ports import free_ports, wait_for_port
 
 pytestmark = pytest.mark.filterwarnings("default")  # Ray and its parts warn of themselves
 
@@ -54,24 +53,6 @@ def job_server() -> Iterator[str]:
             yield f"http://127.0.0.1:{dashboard}"
         finally:
             end(head)
-
-
-def free_ports(count: int) -> list[int]:
-    with ExitStack() as stack:
-        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
-        for each in sockets:
-            each.bind(("127.0.0.1", 0))
-        return [each.getsockname()[1] for each in sockets]
-
-
-def wait_for_port(port: int, head: subprocess.Popen[Any], log: Path) -> None:
-    deadline_s = time.monotonic() + 60
-    while True:
-        assert head.poll() is None, log.read_text()
-        assert time.monotonic() < deadline_s, log.read_text()
-        with suppress(OSError), socket.create_connection(("127.0.0.1", port), timeout=1):
-            return
-        time.sleep(0.2)
 
 
 def end(head: subprocess.Popen[Any]) -> None:
