@@ -37,7 +37,11 @@ def autoscaling_cluster(worker_types: dict[str, Any]) -> Iterator[str]:
         command = [
             *(str(Path(sys.executable).with_name("ray")), "start", "--head", "--block", "--num-cpus=0"),
             *(f"--port={port}", "--node-ip-address=127.0.0.1", "--min-worker-port=0", "--max-worker-port=0"),
-            *(f"--object-store-memory={_OBJECT_STORE_BYTES}", "--include-dashboard=false", "--dashboard-agent-listen-port=0"),
+            *(
+                f"--object-store-memory={_OBJECT_STORE_BYTES}",
+                "--include-dashboard=false",
+                "--dashboard-agent-listen-port=0",
+            ),
             *(f"--autoscaling-config={config}", f"--temp-dir={folder}"),
         ]
         environment = {
