@@ -1,6 +1,7 @@
 """A cluster with an autoscaler on this machine: Ray's fake provider starts raylets where a cloud would start machines.
 
-Ray's own `AutoscalingCluster` lacks a file in the wheel and ends every Ray on the machine, so this one has its settings.
+Ray's own `AutoscalingCluster` lacks a file in the wheel and ends every Ray on the machine.
+The provider itself is there.
 """
 
 from __future__ import annotations
@@ -10,13 +11,14 @@ import os
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import psutil
+import ray
+import ray.util
 from ray.autoscaler._private.fake_multi_node.node_provider import FAKE_HEAD_NODE_ID, FAKE_HEAD_NODE_TYPE
 
 from tests.ports import free_ports, wait_for_port
@@ -31,12 +33,13 @@ def autoscaling_cluster(worker_types: dict[str, Any]) -> Iterator[str]:
     worker_types: as `available_node_types` of a cluster.yaml.
     """
     (port,) = free_ports(1)
+    address = f"{ray.util.get_node_ip_address()}:{port}"
     with tempfile.TemporaryDirectory(prefix="ray-", ignore_cleanup_errors=True) as folder:  # a socket's path is short
         config, log = Path(folder) / "config.json", Path(folder) / "head.log"
-        config.write_text(json.dumps(_config(worker_types, f"127.0.0.1:{port}")))
+        config.write_text(json.dumps(_config(worker_types, address)))
         command = [
             *(str(Path(sys.executable).with_name("ray")), "start", "--head", "--block", "--num-cpus=0"),
-            *(f"--port={port}", "--node-ip-address=127.0.0.1", "--min-worker-port=0", "--max-worker-port=0"),
+            *(f"--port={port}", "--min-worker-port=0", "--max-worker-port=0"),
             *(
                 f"--object-store-memory={_OBJECT_STORE_BYTES}",
                 "--include-dashboard=false",
@@ -57,7 +60,7 @@ def autoscaling_cluster(worker_types: dict[str, Any]) -> Iterator[str]:
             head = subprocess.Popen(command, env=environment, stdout=file, stderr=file, start_new_session=True)
         try:
             wait_for_port(port, head, log)
-            yield f"127.0.0.1:{port}"
+            yield address
         finally:
             end(head)
 
@@ -86,7 +89,8 @@ def _config(worker_types: dict[str, Any], address: str) -> dict[str, Any]:
         "cluster_name": "fake",
         "max_workers": sum(each["max_workers"] for each in worker_types.values()),
         "provider": {
-            "type": "fake_multinode",
+            "type": "external",
+            "module": "ray.autoscaler._private.fake_multi_node.node_provider.FakeMultiNodeProvider",
             "use_node_id_as_ip": True,
             "disable_node_updaters": True,
             "disable_launch_config_check": True,
