@@ -26,7 +26,6 @@ os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
 os.environ.setdefault("RAY_DEDUP_LOGS_SKIP_REGEX", "State API may be temporarily unavailable|'PreemptionWatcher'")
 
 import ray
-from fsspec.implementations.local import LocalFileSystem as LocalStorage
 from ray.train import CheckpointConfig, FailureConfig, LoggingConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig
 
@@ -45,13 +44,13 @@ from orchestrator.recovery import spares
 from orchestrator.recovery.causes import Budgets, GivenUpError
 from orchestrator.recovery.elastic import ElasticTrainer
 from orchestrator.recovery.overseer import Overseer
+from orchestrator.registry import REGISTRY_FILE, storage_for_ray
 from orchestrator.storage_options import public
 from orchestrator.telemetry.display import Display
 from orchestrator.worker import job_of, run_worker
 
 logger = logging.getLogger(__name__)
 
-REGISTRY_FILE = "checkpoint_manager_snapshot.json"  # Ray's list of checkpoints; ours is what lies in storage whole
 EVALUATION_FOLDER = ".evaluation"  # where Ray puts what it needs of a folder when eval_only is set: an empty file
 _CONTROLLERS, _LONG_S = 3, 300.0  # so many of Ray Train's that end within that time, one after the other, have a cause
 
@@ -176,8 +175,6 @@ def _prepare_out_dir(config: TrainConfig, store: CheckpointStore, lease: Lease |
 def _trainer(
     config: TrainConfig, store: CheckpointStore, gpus: float, worker: Callable[..., Any], job: dict[str, Any]
 ) -> ElasticTrainer:
-    from pyarrow.fs import FSSpecHandler, LocalFileSystem, PyFileSystem
-
     each = {"CPU": config.cpus_per_worker} | ({"GPU": gpus} if gpus else {})
     budgets = Budgets(config.max_failures, config.max_preemptions, config.iters_per_checkpoint)
     parent, _, name = store.root.rstrip("/").rpartition("/")
@@ -198,9 +195,7 @@ def _trainer(
         run_config=RunConfig(
             name=name,
             storage_path=parent or "/",
-            storage_filesystem=LocalFileSystem()
-            if isinstance(store.fs, LocalStorage)
-            else PyFileSystem(FSSpecHandler(store.fs)),
+            storage_filesystem=storage_for_ray(store.fs),
             # Ray restarts without end; what is worth a restart is the overseer's to decide
             failure_config=FailureConfig(max_failures=-1, max_preemption_failures=-1, controller_failure_limit=-1),
             checkpoint_config=CheckpointConfig(),  # what is kept is decided where it is written (CheckpointStore.prune)

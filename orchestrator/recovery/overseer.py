@@ -16,7 +16,7 @@ from typing import Any
 
 import ray
 from ray._raylet import RAY_NODE_ID_KEY  # type: ignore[attr-defined]
-from ray.exceptions import RayActorError
+from ray.exceptions import OutOfMemoryError, RayActorError
 from ray.train import ControllerError
 from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError
 from ray.train.v2._internal.execution.callback import ControllerCallback, WorkerGroupCallback
@@ -149,6 +149,8 @@ class Overseer(WorkerGroupCallback, ControllerCallback):  # type: ignore[misc]
         if isinstance(error, WorkerHealthCheckFailedError):
             error = error.health_check_failure
         text = _in_short(str(error))
+        if isinstance(error, OutOfMemoryError):  # Ray's memory monitor has ended the process
+            return Ending(rank, Cause.OUT_OF_MEMORY, text, self._iter)
         if isinstance(error, RayActorError):
             return Ending(rank, self._cause_of_death(rank, error, text), text, self._iter)
         return ending_of(error, rank, self._iter)
@@ -156,8 +158,6 @@ class Overseer(WorkerGroupCallback, ControllerCallback):  # type: ignore[misc]
     def _cause_of_death(self, rank: int, error: RayActorError, text: str) -> Cause:
         if error.preempted:
             return Cause.PREEMPTED
-        if "NODE_OUT_OF_MEMORY" in text or "running low on memory" in text:
-            return Cause.OUT_OF_MEMORY
         node_id = self._group.get_workers()[rank].metadata.node_id
         lives = any(node["Alive"] for node in ray.nodes() if node["NodeID"] == node_id)
         return Cause.WORKER_LOST if lives and "node died" not in text else Cause.NODE_LOST

@@ -9,6 +9,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import psutil
 
 from orchestrator.config import TrainConfig
@@ -37,7 +38,20 @@ class Outside(Fault):
                 time.sleep(0.02)
 
 
-_KINDS = {"driver": Fault, "controller": ControllerKilled, "outside": Outside}
+class Glutton(Fault):
+    """This process takes more and more memory, until Ray's monitor ends it."""
+
+    def fire(self) -> None:
+        if not self.marker.exists():
+            self.marker.touch()
+            taken = []
+            while len(taken) < 600:  # of 10 MB: more than the limit that the test has set
+                taken.append(np.ones(10 * 2**17))
+                time.sleep(0.01)
+            time.sleep(5)
+
+
+_KINDS = {"driver": Fault, "controller": ControllerKilled, "outside": Outside, "memory": Glutton}
 
 
 def main() -> None:

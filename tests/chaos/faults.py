@@ -18,7 +18,9 @@ from orchestrator.worker import run_worker
 class Fault:
     """Kill a process at a point.
 
-    point: of a training step: forward | optimizer | after_optimizer | evaluate;
+    point: of a training step: forward | all_reduce (right after one of all ranks' has begun) | optimizer |
+        after_optimizer | evaluate;
+        of a restore: restore (before a file is read; iter_num is not looked at);
         of a state on its way to node memory: copy (half of its tensors are there) | seal (before it is renamed) |
         sealed (right after);
         of a checkpoint on its way to storage: upload (before a file) | during (after the first bytes of a file) |
@@ -70,10 +72,11 @@ def arm(fault: Fault) -> None:
     import torch.optim.optimizer as optim
 
     from orchestrator import loop
-    from orchestrator.checkpoint import copying, durable
+    from orchestrator.checkpoint import copying, durable, restore
     from orchestrator.checkpoint.memory import Slot
     from orchestrator.checkpoint.saver import Saver
     from orchestrator.checkpoint.store import CheckpointStore
+    from orchestrator.world import World
 
     step = {"iter_num": -1}
     times = {"reached": 0}
@@ -121,6 +124,8 @@ def arm(fault: Fault) -> None:
     optim.register_optimizer_step_post_hook(lambda *_: reached("after_optimizer", step["iter_num"], is_exact=True))
     wrap(durable, "_write", lambda _store, name, *_: _iter_of(name), before="upload", after="write")
     wrap(CheckpointStore, "commit", lambda _store, name, *_: _iter_of(name), before="commit", after="committed")
+    wrap(World, "vote", lambda *_: step["iter_num"] + 1, after="all_reduce")
+    wrap(restore, "stream_tensors", lambda *_: fault.iter_num, before="restore")
     wrap(Slot, "seal", lambda _slot, name, *_: _iter_of(name), before="seal", after="sealed")
 
     copied = {"tensors": 0, "of": 0, "iter_num": -1}

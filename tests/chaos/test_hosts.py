@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 
+from orchestrator.checkpoint.snapshot import tensors_equal
 from orchestrator.config import TrainConfig
 from orchestrator.recovery.ledger import account
 from orchestrator.telemetry.metrics import read_events, read_metrics
@@ -51,13 +52,13 @@ class Bed:
             return subprocess.Popen(command, env=self._environment, stdout=file, stderr=file)
 
     def ray_on(self, host: str) -> list[str]:
-        """Return the processes of Ray's on a host."""
+        """Return the raylets and the workers on a host."""
         pids = subprocess.run(["ip", "netns", "pids", f"fx-{host}"], capture_output=True, text=True, check=True).stdout
         names = []
         for pid in pids.split():
             with suppress(FileNotFoundError):
                 names.append(Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode())
-        return [name for name in names if "ray" in name]
+        return [name for name in names if name.startswith("ray::") or "/raylet " in name]
 
 
 @pytest.fixture
@@ -114,6 +115,25 @@ def test_a_host_that_is_gone_is_done_without(
     final, expected = final_state(config.out_dir), undisturbed(replace(config, memory_dir=tiny.memory_dir), 2)
     assert final.iter_num == config.max_iters
     assert abs(final.best_val_loss - expected.best_val_loss) < 0.02
+
+
+def test_all_nodes_lost_at_once_are_waited_for(
+    bed: Bed, tiny: TrainConfig, tmp_path: Path, undisturbed: Undisturbed
+) -> None:
+    config = replace(tiny, num_workers=2, max_iters=1000, eval_interval=500, memory_dir="/dev/shm")
+    config = replace(config, checkpoint_interval=100, cpus_per_worker=1.0)
+    driver, marker, log = begin(config, tmp_path, bed)
+    for host in ("node1", "node2"):
+        bed.do("crash", host)
+    marker.with_suffix(".done").touch()
+    kinds = lambda: [record["kind"] for record in read_events(config.out_dir)]
+    wait_for("a second attempt", lambda: kinds().count("attempt_starting") > 1, driver, log)
+    for host in ("node1", "node2"):
+        bed.do("boot", host)
+    assert driver.wait(_LONG_S) == 0, log.read_text()[-3000:]
+    first, second = (record for record in read_metrics(config.out_dir) if record["kind"] == "begin")
+    assert (first["iter"], second["iter"]) in [(0, 200), (0, 300)], "what was in storage, for no memory is left"
+    assert tensors_equal(final_state(config.out_dir), undisturbed(replace(config, memory_dir=tiny.memory_dir), 2))
 
 
 def test_without_the_head_no_worker_runs_on(bed: Bed, tiny: TrainConfig, tmp_path: Path) -> None:

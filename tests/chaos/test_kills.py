@@ -20,6 +20,7 @@ from orchestrator.checkpoint.snapshot import tensors_equal
 from orchestrator.checkpoint.store import CheckpointStore
 from orchestrator.config import TrainConfig
 from orchestrator.launch import RunFailedError, launch
+from orchestrator.registry import REGISTRY_FILE
 from orchestrator.telemetry.metrics import read_events, read_metrics
 from tests.chaos.clusters import small_cluster
 from tests.chaos.faults import Fault, worker_with
@@ -58,6 +59,9 @@ def causes(out_dir: str) -> list[str]:
     [
         (2, "forward", 1, 10),
         (3, "optimizer", 0, 13),
+        pytest.param(3, "all_reduce", 2, 11, marks=pytest.mark.slow),
+        pytest.param(3, "copy", 1, 12, marks=pytest.mark.slow),
+        pytest.param(3, "during", 1, 12, marks=pytest.mark.slow),
         pytest.param(3, "write", 2, 16, marks=pytest.mark.slow),
         pytest.param(2, "commit", 0, 12, marks=pytest.mark.slow),
         pytest.param(3, "evaluate", 1, 16, marks=pytest.mark.slow),
@@ -78,6 +82,43 @@ def test_killed_worker_changes_no_bit(
     expected = undisturbed(tiny, world_size)
     assert tensors_equal(final_state(config.out_dir), expected)
     assert final_state(config.out_dir).best_val_loss == expected.best_val_loss
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("cluster")
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_second_kill_while_recovering_changes_no_bit(
+    tiny: TrainConfig, tmp_path: Path, undisturbed: Undisturbed, rank: int
+) -> None:
+    faults = [Fault("forward", 11, 1, tmp_path / "first"), Fault("restore", 0, rank, tmp_path / "second")]
+    config = replace(tiny, num_workers=3)
+    launch(config, worker_with(*faults))
+    assert [fault.marker.exists() for fault in faults] == [True, True]
+    assert causes(config.out_dir) == ["worker_lost", "worker_lost"]
+    assert attempts(config.out_dir) == 2, "the one between them has not begun"
+    assert steps_repeated(config.out_dir) == 0
+    assert tensors_equal(final_state(config.out_dir), undisturbed(tiny, 3))
+
+
+class RegistryTaken(Fault):
+    """Ray's list of checkpoints cannot be written any more: a folder has its place."""
+
+    def fire(self) -> None:
+        if not self.marker.exists():
+            self.marker.touch()
+            registry = self.marker.parent / "run" / REGISTRY_FILE
+            registry.unlink()
+            registry.mkdir()
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("cluster")
+def test_a_registry_that_cannot_be_written_ends_nothing(tiny: TrainConfig, tmp_path: Path) -> None:
+    config = replace(tiny, num_workers=2, out_dir=str(tmp_path / "run"))
+    launch(config, worker_with(RegistryTaken("forward", 14, 0, tmp_path / "fired")))
+    assert (tmp_path / "run" / REGISTRY_FILE).is_dir(), "the fault did not fire"
+    assert causes(config.out_dir) == []
+    assert final_state(config.out_dir).iter_num == config.max_iters
 
 
 @pytest.mark.usefixtures("cluster")

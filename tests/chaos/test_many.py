@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import random
 import resource
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +25,7 @@ from orchestrator.recovery.ledger import account
 from orchestrator.telemetry.metrics import read_events, read_metrics
 from tests.chaos.clusters import small_cluster
 from tests.chaos.faults import Fault, worker_with
-from tests.chaos.test_kills import causes, steps_repeated
+from tests.chaos.test_kills import OWN_CLUSTER, causes, steps_repeated
 from tests.conftest import Storage, Undisturbed, final_state
 from tests.servers import S3Server
 
@@ -58,6 +61,25 @@ def test_a_memory_limit_is_recognised(tiny: TrainConfig, tmp_path: Path, undistu
     assert causes(config.out_dir) == ["out_of_memory"]
     assert steps_repeated(config.out_dir) == 0
     assert tensors_equal(final_state(config.out_dir), undisturbed(tiny, 2))
+
+
+def test_rays_memory_monitor_is_recognised(tiny: TrainConfig, tmp_path: Path, undisturbed: Undisturbed) -> None:
+    marker, spec = tmp_path / "fired", tmp_path / "spec.json"
+    fault = {"point": "forward", "iter_num": 9, "rank": 1, "marker": str(marker)}
+    spec.write_text(json.dumps({"config": asdict(replace(tiny, num_workers=2)), "fault": fault, "whom": "memory"}))
+    memory = psutil.virtual_memory()
+    limit = {"RAY_memory_usage_threshold": str((memory.used + 4 * 2**30) / memory.total)}
+    command = [sys.executable, "-m", "tests.chaos.driver", str(spec)]
+    done = subprocess.run(
+        command, timeout=240, capture_output=True, check=False, text=True, env={**OWN_CLUSTER, **limit}
+    )
+    assert done.returncode == 0, done.stderr
+    assert marker.exists()
+    ledger = account([*read_events(tiny.out_dir), *read_metrics(tiny.out_dir)])
+    # Ray may end small processes of its own as well, the controller's among them
+    assert ledger.incidents[0].cause == "out_of_memory"
+    assert sum(incident.steps_repeated for incident in ledger.incidents) == 0
+    assert tensors_equal(final_state(tiny.out_dir), undisturbed(tiny, 2))
 
 
 def test_storage_that_is_down_while_failing_over_is_waited_for(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -97,6 +98,16 @@ class NodeKilled(Fault):
             super().fire()
 
 
+class NodeTerminated(Fault):
+    """SIGTERM for `ray start --block`, as from systemd or at the end of a container; it is the pid."""
+
+    def fire(self) -> None:
+        if not self.marker.exists():
+            self.marker.touch()
+            assert self.pid
+            os.kill(self.pid, signal.SIGTERM)
+
+
 def settings(tiny: TrainConfig) -> TrainConfig:
     return replace(tiny, num_workers=2, cpus_per_worker=1.0, max_iters=400, eval_interval=100, checkpoint_interval=100)
 
@@ -141,6 +152,36 @@ def test_a_lost_node_is_replaced_by_another(tiny: TrainConfig, tmp_path: Path, u
     assert [record["reached_iter"] for record in read_events(config.out_dir) if record["kind"] == "failure"] == [33]
 
 
+@pytest.mark.parametrize("cluster", [1], indirect=True)
+def test_sigterm_on_a_node_is_a_notice(
+    cluster: Cluster, tiny: TrainConfig, tmp_path: Path, undisturbed: Undisturbed
+) -> None:
+    command = [str(Path(sys.executable).with_name("ray")), "start", f"--address={cluster.address}", "--num-cpus=1"]
+    flags = ["--object-store-memory=80000000", "--disable-usage-stats", "--block", '--resources={"going": 1}']
+    with (tmp_path / "node.log").open("wb") as log:
+        node = subprocess.Popen([*command, *flags], stdout=log, stderr=log)
+    try:
+        deadline_s = time.monotonic() + 60
+        while not ray.cluster_resources().get("going"):
+            assert time.monotonic() < deadline_s, (tmp_path / "node.log").read_text()
+            time.sleep(0.1)
+        fault = NodeTerminated("forward", 33, 1, tmp_path / "fired", pid=node.pid)
+        config = replace(settings(tiny), max_failures=0)
+        trained = threading.Thread(target=launch, args=(config, worker_with(fault, replace(fault, rank=0))))
+        trained.start()
+        while not causes(config.out_dir) and trained.is_alive():
+            time.sleep(0.1)
+        cluster.add_node(num_cpus=1, object_store_memory=80 * 2**20)  # only the main thread may
+        trained.join(timeout=120)
+        assert fault.marker.exists(), "the fault did not fire"
+        assert causes(config.out_dir) == ["preempted"]
+        assert steps_repeated(config.out_dir) == 0
+        assert tensors_equal(final_state(config.out_dir), undisturbed(config, 2))
+    finally:
+        node.terminate()
+        node.wait(60)
+
+
 @pytest.mark.parametrize("cluster", [2], indirect=True)
 def test_fewer_machines_go_on_at_once_and_more_are_used_when_they_come(
     cluster: Cluster, tiny: TrainConfig, tmp_path: Path, undisturbed: Undisturbed
@@ -157,7 +198,7 @@ def test_fewer_machines_go_on_at_once_and_more_are_used_when_they_come(
 
     trained = threading.Thread(target=launch, args=(config, worker_with(fault)))
     trained.start()
-    bring_a_node()  # only the main thread may
+    bring_a_node()  # in this thread: only the main one may
     trained.join(timeout=240)
     assert returned.is_set()
     begins = [record for record in read_metrics(config.out_dir) if record["kind"] == "begin"]

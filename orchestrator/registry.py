@@ -1,0 +1,55 @@
+"""Ray's registry: the list of checkpoints that Ray Train keeps in out_dir, which is of use to others and never needed.
+
+What a run goes on from is what lies in storage whole. So the list may be missing, old or damaged; but Ray ends a run
+whose list cannot be written, and waits for one that hangs. Here such a write is given up, with a warning.
+"""
+
+from __future__ import annotations
+
+import io
+import logging
+import threading
+
+import fsspec
+import pyarrow
+from pyarrow.fs import FSSpecHandler, PyFileSystem
+
+REGISTRY_FILE = "checkpoint_manager_snapshot.json"
+
+_WRITE_S = 10.0
+_writing: list[threading.Thread] = []  # of the controller's process: the latest
+
+logger = logging.getLogger(__name__)
+
+
+def storage_for_ray(fs: fsspec.AbstractFileSystem) -> PyFileSystem:
+    """Return a filesystem for Ray Train, on which the registry is written if that can be done."""
+    return PyFileSystem(_Handler(fs))
+
+
+class _Handler(FSSpecHandler):  # type: ignore[misc]
+    def open_output_stream(self, path: str, metadata: dict[str, str] | None) -> pyarrow.NativeFile:
+        if path.rpartition("/")[2] == REGISTRY_FILE:
+            return pyarrow.PythonFile(_Registry(self.fs, path), mode="w")
+        return super().open_output_stream(path, metadata)
+
+
+class _Registry(io.BytesIO):
+    """The list as it is being written; it goes to storage as a whole, when it is closed."""
+
+    def __init__(self, fs: fsspec.AbstractFileSystem, path: str) -> None:
+        super().__init__()
+        self._fs, self._path = fs, path
+
+    def close(self) -> None:
+        if not self.closed and not any(thread.is_alive() for thread in _writing):  # one that hangs is not joined
+            _writing[:] = [threading.Thread(target=self._write, args=(self.getvalue(),), daemon=True)]
+            _writing[0].start()
+            _writing[0].join(_WRITE_S)
+        super().close()
+
+    def _write(self, content: bytes) -> None:
+        try:
+            self._fs.pipe_file(self._path, content)
+        except Exception as error:  # whatever it is, the next checkpoint writes the list again
+            logger.warning("Ray's list of checkpoints could not be written: %s: %s", type(error).__name__, error)

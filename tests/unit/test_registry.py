@@ -1,0 +1,54 @@
+"""Ray's list of checkpoints: written through pyarrow as Ray does it, where it can be written and where not."""
+
+from __future__ import annotations
+
+import os
+import pickle
+from pathlib import Path
+
+import pytest
+from fsspec.implementations.local import LocalFileSystem
+from pyarrow.fs import FileType
+
+from orchestrator import registry
+from orchestrator.registry import REGISTRY_FILE, storage_for_ray
+
+
+def write(path: Path, content: bytes) -> None:
+    storage = pickle.loads(pickle.dumps(storage_for_ray(LocalFileSystem())))  # it travels to Ray's controller
+    with storage.open_output_stream(str(path)) as stream:
+        stream.write(content[:3])
+        stream.write(content[3:])
+
+
+def test_it_is_written(tmp_path: Path) -> None:
+    for content in (b"the first list", b"a list"):
+        write(tmp_path / REGISTRY_FILE, content)
+        assert (tmp_path / REGISTRY_FILE).read_bytes() == content
+
+
+def test_where_it_cannot_be_written_nothing_ends(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (tmp_path / REGISTRY_FILE).mkdir()
+    write(tmp_path / REGISTRY_FILE, b"a list")
+    assert "Ray's list of checkpoints could not be written: IsADirectoryError" in caplog.text
+
+
+def test_a_write_that_hangs_is_left_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(registry, "_WRITE_S", 0.2)
+    pipe = tmp_path / REGISTRY_FILE
+    os.mkfifo(pipe)  # opening it waits for a reader
+    write(pipe, b"the first list")
+    write(pipe, b"a second list")  # of which there is no second thread
+    with pipe.open("rb") as reader:
+        assert reader.read() == b"the first list"
+    registry._writing[0].join(10)
+    pipe.unlink()
+    write(pipe, b"a third list")
+    assert pipe.read_bytes() == b"a third list"
+
+
+def test_all_else_fails_as_it_does(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError):
+        write(tmp_path / "nowhere" / "file", b"content")
+    write(tmp_path / "file", b"content")
+    assert storage_for_ray(LocalFileSystem()).get_file_info(str(tmp_path / "file")).type == FileType.File
