@@ -24,6 +24,11 @@ from ray.autoscaler._private.fake_multi_node.node_provider import FAKE_HEAD_NODE
 from tests.ports import free_ports, wait_for_port
 
 _OBJECT_STORE_BYTES = 80 * 2**20
+_LISTS = (  # which an external provider's configuration must have
+    *("cluster_synced_files", "initialization_commands"),
+    *("setup_commands", "head_setup_commands", "worker_setup_commands"),
+    *("head_start_ray_commands", "worker_start_ray_commands"),
+)
 
 
 @contextmanager
@@ -102,8 +107,6 @@ def _config(worker_types: dict[str, Any], address: str) -> dict[str, Any]:
         "head_node_type": FAKE_HEAD_NODE_TYPE,
         "idle_timeout_minutes": 10,
         "upscaling_speed": 1.0,
-        "file_mounts": {},
-        "setup_commands": [],
-        "head_start_ray_commands": [],
-        "worker_start_ray_commands": [],
+        **{key: {} for key in ("auth", "file_mounts")},
+        **{key: [] for key in _LISTS},
     }
