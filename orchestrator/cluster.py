@@ -140,7 +140,7 @@ def wait_for_room(config: TrainConfig, may_wait: bool, stop: threading.Event, on
 
 
 def _gpus_per_worker(config: TrainConfig) -> float:
-    """Return the GPUs of each worker: where they are not set, 1 if the cluster has GPUs or its autoscaler can bring some.
+    """Return the GPUs of each worker: where they are not set, 1 if there are any, or an autoscaler can bring some.
 
     Raises:
         ConfigError: nobody can say whether it can.
@@ -163,7 +163,7 @@ def _gpus_per_worker(config: TrainConfig) -> float:
             time.sleep(_LOOK_EVERY_S)
     if can_bring is None:
         raise ConfigError(
-            f"gpus_per_worker: no GPU is in the cluster now, and its autoscaler has said nothing for {_VERDICT_S:.0f} s: "
+            f"gpus_per_worker: no GPU is in the cluster now, and its autoscaler was silent for {_VERDICT_S:.0f} s: "
             "see `ray status`, or give --gpus_per_worker=1, or 0 to train on CPUs"
         )
     return float(can_bring)
@@ -178,8 +178,8 @@ def _wait_for_autoscaler(config: TrainConfig, each: dict[str, float], stop: thre
             waited_s, room = time.monotonic() - began_s, _room(each)
             if request.verdict() is False and room < config.min_workers:
                 raise ConfigError(
-                    f"{_too_much(config, each['GPU'], room)}, and its autoscaler cannot start machines for the rest: no "
-                    f"node type has such resources, or their max_workers are too few. {_REMEDY}, or change the "
+                    f"{_too_much(config, each['GPU'], room)}, and its autoscaler cannot start machines for the rest: "
+                    f"no node type has such resources, or their max_workers are too few. {_REMEDY}, or change the "
                     "configuration of the cluster"
                 )
             if waited_s - told_s >= _TELL_EVERY_S:
