@@ -122,11 +122,10 @@ def test_a_stopped_job_saves_and_the_same_command_goes_on(
         client.stop_job("stopped")
         done = first.result()
     assert client.get_job_status("stopped") == JobStatus.STOPPED
-    assert done.returncode == 1
+    assert done.returncode == 0, "what Ray's client says of a job that was stopped"
     stopped_at = CheckpointStore(config.out_dir).select("latest").iter_num
     assert 100 < stopped_at < 1000, "saved where it stopped"
     assert f"stopped at iteration {stopped_at} of 2000, saved in" in client.get_job_logs("stopped")
-    assert client.get_job_info("stopped").driver_exit_code is None, "Ray forgets it"
 
     again = submit(job_server, "again", *flags)
     assert again.returncode == 0, again.stdout + again.stderr
