@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # A training run on Slurm: Ray on all nodes of the allocation, the driver on the first.
 #
-#   sbatch deploy/slurm/train.sh configs/finetune_gpt2_xl.py --data_dir=/shared/data --out_dir=/shared/runs/mine --num_workers=2-4
+#   sbatch deploy/slurm/train.sh configs/finetune_gpt2_xl.py --data_dir=/shared/data --out_dir=/shared/runs/mine
 #
 # Submit from a clone on a file system that all nodes share, with the environment in .venv. Nodes that are taken away
 # cost nothing while the first one stays; when that is gone, or the time is up, Slurm queues the job again, and the same
@@ -22,6 +22,7 @@
 
 set -euo pipefail
 cd "${SLURM_SUBMIT_DIR}"
+# shellcheck source=/dev/null
 . .venv/bin/activate
 
 mapfile -t hosts < <(scontrol show hostnames "${SLURM_JOB_NODELIST}")
@@ -33,25 +34,32 @@ export RAY_AUTH_TOKEN RAY_AUTH_MODE=token
 export RAY_health_check_initial_delay_ms=1000 RAY_health_check_period_ms=1000
 export RAY_health_check_timeout_ms=2000 RAY_health_check_failure_threshold=3
 
+log="ray-${SLURM_JOB_ID}.log"
 each=(--num-cpus="${SLURM_CPUS_PER_TASK:-1}" --num-gpus="${SLURM_GPUS_ON_NODE:-0}" --object-store-memory=1000000000)
-ray start --head --block --port="${address##*:}" --node-ip-address="$(getent ahostsv4 "${hosts[0]}" | awk 'NR == 1 {print $1}')" \
-    --include-dashboard=false --temp-dir="/tmp/ray-${SLURM_JOB_ID}" "${each[@]}" > "ray-${SLURM_JOB_ID}.log" 2>&1 &
+ray start --head --block --port="${address##*:}" --include-dashboard=false "${each[@]}" > "${log}" 2>&1 &
 head=$!
 for host in "${hosts[@]:1}"; do # one step each, so that a lost node ends no other
     srun --overlap --nodes=1 --ntasks=1 --nodelist="${host}" \
-        ray start --block --address="${address}" "${each[@]}" >> "ray-${SLURM_JOB_ID}.log" 2>&1 &
+        ray start --block --address="${address}" "${each[@]}" >> "${log}" 2>&1 &
 done
-for _ in {1..60}; do
-    ray health-check --address="${address}" > /dev/null 2>&1 && break
-    sleep 1
-done
-for _ in {1..60}; do # all nodes, or those that come within a minute
-    nodes="$(RAY_ADDRESS="${address}" python -c 'import ray; ray.init(logging_level="ERROR"); print(sum(n["Alive"] for n in ray.nodes()))')"
-    [ "${nodes}" -ge "${#hosts[@]}" ] && break
-    sleep 1
-done
+export RAY_ADDRESS="${address}"
+python - "${#hosts[@]}" << 'END' # waits for all nodes, or for those that come within two minutes
+import os, socket, sys, time
+import ray
 
-RAY_ADDRESS="${address}" python -m orchestrator train "$@" &
+until, (host, port) = time.monotonic() + 120, os.environ["RAY_ADDRESS"].split(":")
+while time.monotonic() < until:
+    try:
+        socket.create_connection((host, int(port)), timeout=1).close()
+        break
+    except OSError:
+        time.sleep(0.5)
+ray.init(logging_level="ERROR")
+while time.monotonic() < until and sum(node["Alive"] for node in ray.nodes()) < int(sys.argv[1]):
+    time.sleep(0.5)
+END
+
+python -m orchestrator train "$@" &
 driver=$!
 is_told=false
 trap 'is_told=true; kill -TERM "${driver}"' TERM
