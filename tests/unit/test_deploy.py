@@ -1,4 +1,4 @@
-"""What is deployed from deploy/: accepted by Kubernetes' schemas and by Ray, and shell that shellcheck has no word about."""
+"""What is deployed from deploy/: accepted by Kubernetes' schemas and by Ray; shell that shellcheck finds nothing in."""
 
 from __future__ import annotations
 
