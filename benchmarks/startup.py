@@ -1,7 +1,7 @@
 """From the command to the first optimizer step: on a running cluster, on a fresh one, and under torchrun.
 
 The same loop, model and number of workers in all three. `ratio` is a running cluster's time over torchrun's,
-`fresh_ratio` that of a cluster which is started for the run. Phases, by the run's own events: `check` until the settings
+`fresh_ratio` that of a cluster which is started for the run. Phases, by the run's events: `check` until the settings
 are checked and the driver begins, `cluster` until Ray has been joined and asked for workers, `place` until their
 processes are there, `start` until they have met, `set_up` until model and data are there, `first_step`. Medians.
 """
