@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 import signal
 import socket
-from collections.abc import Iterator
+import threading
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import ray
 
-from orchestrator import resubmit
+from orchestrator import autoscaler, resubmit
 from orchestrator.config import TrainConfig
 from orchestrator.errors import ConfigError, DataError
+from orchestrator.recovery.elastic import room_for
+from orchestrator.recovery.ledger import duration
 
 logger = logging.getLogger(__name__)
 
@@ -28,8 +33,18 @@ HEAD_SETTINGS = {
 }
 
 
+_VERDICT_S = 60.0  # an autoscaler looks every 5 s
+_LOOK_EVERY_S = 0.5
+_TELL_EVERY_S = 30.0
+_REMEDY = "Lower --num_workers, --cpus_per_worker or --gpus_per_worker"
+
+
 class ClusterLostError(Exception):
     """A cluster that has answered before does not any more."""
+
+
+class StoppedError(Exception):
+    """The driver was asked to stop while it waited for machines."""
 
 
 @contextmanager
@@ -108,32 +123,100 @@ def _start_cluster() -> None:
     )
 
 
-def check_capacity(config: TrainConfig, may_wait: bool) -> float:
-    """Return the GPUs of each worker, if the cluster has room for all workers.
+def wait_for_room(config: TrainConfig, may_wait: bool, stop: threading.Event, on_wait: Callable[[], None]) -> float:
+    """Return the GPUs of each worker, once the cluster has room for all workers, or for the least of a range.
 
-    may_wait: it had room before, and what is missing may come back: the run waits for it.
+    What other runs use counts as room: they end. What is missing is waited for where an autoscaler can bring it.
+    may_wait: the cluster had room before, and what is missing may come back: the run waits for it by itself.
+    stop: ends the waiting. on_wait: is called when it begins.
 
     Raises:
-        ConfigError: it has not; says what is there and what was asked.
+        ConfigError: there will never be so much; says what is there and what was asked.
+        StoppedError: it was stopped before there was room.
     """
-    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    has_gpus = any(node.get("GPU") for node in nodes) and config.device != "cpu"
-    gpus = config.gpus_per_worker if config.gpus_per_worker is not None else float(has_gpus)
-    wanted = {"CPU": config.cpus_per_worker, "GPU": gpus}
-    room = sum(min(int(node.get(kind, 0) / each) for kind, each in wanted.items() if each) for node in nodes)
-    if room < config.min_workers:
-        if may_wait:
-            logger.warning(
-                "the cluster has room for %d of %s workers now: waiting for machines", room, config.num_workers
-            )
-            return gpus
-        there = {kind: sum(node.get(kind, 0) for node in nodes) for kind in wanted}
-        raise ConfigError(
-            f"num_workers={config.num_workers} with {config.cpus_per_worker:g} CPU and {gpus:g} GPU each is more than "
-            f"the cluster can give: it has {there['CPU']:g} CPU and {there['GPU']:g} GPU on {len(nodes)} node(s), "
-            f"room for {room}. Lower --num_workers, --cpus_per_worker or --gpus_per_worker, or add nodes"
-        )
+    gpus = _gpus_per_worker(config)
+    each = {"CPU": config.cpus_per_worker, "GPU": gpus}
+    if (room := _room(each)) >= config.min_workers:
+        return gpus
+    if may_wait:
+        logger.warning("the cluster has room for %d of %s workers now: waiting for machines", room, config.num_workers)
+        return gpus
+    if not autoscaler.version():
+        raise ConfigError(f"{_too_much(config, gpus, room)}. {_REMEDY}, or add nodes")
+    on_wait()
+    _wait_for_autoscaler(config, each, stop)
     return gpus
+
+
+def _gpus_per_worker(config: TrainConfig) -> float:
+    """Return the GPUs of each worker: where they are not set, 1 if there are any, or an autoscaler can bring some.
+
+    Raises:
+        ConfigError: nobody can say whether it can.
+    """
+    if config.gpus_per_worker is not None or config.device == "cpu":
+        return config.gpus_per_worker or 0.0
+    if any(node["Resources"].get("GPU") for node in ray.nodes() if node["Alive"]):
+        return 1.0
+    version = autoscaler.version()
+    if version == 1:
+        raise ConfigError(
+            "gpus_per_worker: no GPU is in the cluster now, and its autoscaler does not tell whether it can bring any: "
+            "give --gpus_per_worker=1, or 0 to train on CPUs"
+        )
+    if version == 0:
+        return 0.0
+    with autoscaler.asked_for({"CPU": config.cpus_per_worker, "GPU": 1.0}, 1) as request:
+        deadline_s = time.monotonic() + _VERDICT_S
+        while (can_bring := request.verdict()) is None and time.monotonic() < deadline_s:
+            time.sleep(_LOOK_EVERY_S)
+    if can_bring is None:
+        raise ConfigError(
+            f"gpus_per_worker: no GPU is in the cluster now, and its autoscaler was silent for {_VERDICT_S:.0f} s: "
+            "see `ray status`, or give --gpus_per_worker=1, or 0 to train on CPUs"
+        )
+    return float(can_bring)
+
+
+def _wait_for_autoscaler(config: TrainConfig, each: dict[str, float], stop: threading.Event) -> None:
+    began_s, told_s = time.monotonic(), -math.inf
+    with autoscaler.asked_for(each, config.min_workers) as request:
+        while not request.is_there(_LOOK_EVERY_S):
+            if stop.is_set():
+                raise StoppedError
+            waited_s, room = time.monotonic() - began_s, _room(each)
+            if request.verdict() is False and room < config.min_workers:
+                raise ConfigError(
+                    f"{_too_much(config, each['GPU'], room)}, and its autoscaler cannot start machines for the rest: "
+                    f"no node type has such resources, or their max_workers are too few. {_REMEDY}, or change the "
+                    "configuration of the cluster"
+                )
+            if waited_s - told_s >= _TELL_EVERY_S:
+                told_s = waited_s
+                logger.info(
+                    "waiting for machines since %s: there is room for %d of at least %d workers with %g CPU and %g GPU "
+                    "each%s",
+                    duration(waited_s),
+                    room,
+                    config.min_workers,
+                    each["CPU"],
+                    each["GPU"],
+                    f"; {doing}" if (doing := autoscaler.doing()) else "",
+                )
+
+
+def _room(each: dict[str, float]) -> int:
+    return room_for(each, ray.nodes(), set(), {})
+
+
+def _too_much(config: TrainConfig, gpus: float, room: int) -> str:
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    there = {kind: sum(node.get(kind, 0) for node in nodes) for kind in ("CPU", "GPU")}
+    return (
+        f"num_workers={config.num_workers} with {config.cpus_per_worker:g} CPU and {gpus:g} GPU each is more than "
+        f"the cluster can give: it has {there['CPU']:g} CPU and {there['GPU']:g} GPU on {len(nodes)} node(s), "
+        f"room for {room}"
+    )
 
 
 def first_line(error: BaseException) -> str:

@@ -70,7 +70,7 @@ class TrainConfig:
     # the cluster (ours from here on)
     num_workers: int | str = 1  # DDP workers, one per GPU; 2-8: as many as there is room for, fewer when machines go
     cpus_per_worker: float = 1.0  # CPUs reserved for each worker, and its number of threads
-    gpus_per_worker: float | None = None  # GPUs reserved for each worker; None: 1 where the cluster has GPUs
+    gpus_per_worker: float | None = None  # GPUs reserved for each worker; None: 1 where the cluster has or can get any
     max_failures: int = 8  # failures of one cause, without a checkpoint's progress in between; -1 = no limit
     max_preemptions: int = -1  # the same for machines that were taken away with notice
     hang_timeout_s: float = 600.0  # seconds without progress (or 20 median steps, if longer) after which it restarts

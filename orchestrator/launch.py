@@ -32,7 +32,7 @@ from ray.train.torch import TorchConfig
 from orchestrator import preflight, resubmit
 from orchestrator.board import open_board, take_from
 from orchestrator.checkpoint.store import CheckpointStore
-from orchestrator.cluster import ClusterLostError, check_capacity, cluster_of, first_line
+from orchestrator.cluster import ClusterLostError, StoppedError, cluster_of, first_line, wait_for_room
 from orchestrator.config import TrainConfig
 from orchestrator.errors import UserError
 from orchestrator.events import Events, events_of
@@ -122,7 +122,10 @@ def _train_on_ray(
     config = plan.config
     with cluster_of(plan.no_data):
         may_wait = not is_first or bool(os.environ.get(resubmit.VARIABLE))
-        gpus_per_worker = check_capacity(config, may_wait)
+        try:
+            gpus_per_worker = wait_for_room(config, may_wait, stop, lambda: events.tell("attempt_waiting"))
+        except StoppedError:
+            raise InterruptedRunError("stopped while waiting for machines, nothing was begun") from None
         ids = _prepare_out_dir(config, plan.store, lease)
         events.begin()
         logger.info("%s", plan.start.summary)

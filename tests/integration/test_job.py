@@ -3,23 +3,29 @@
 from __future__ import annotations
 
 import os
-import socket
+import shutil
 import subprocess
 import sys
 import tempfile
 import time
+import zipfile
 from collections.abc import Iterator
-from contextlib import ExitStack, suppress
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
+from ray._private.runtime_env.packaging import create_package
 from ray.job_submission import JobStatus, JobSubmissionClient
 
+from orchestrator.checkpoint.snapshot import tensors_equal
 from orchestrator.checkpoint.store import CheckpointStore
 from orchestrator.config import TrainConfig
+from tests.conftest import Undisturbed, final_state
+from tests.ports import free_ports, wait_for_port
 
 pytestmark = pytest.mark.filterwarnings("default")  # Ray and its parts warn of themselves
 
@@ -28,6 +34,7 @@ BIN = Path(sys.executable).parent
 # `python` in a job is the first on the head's PATH.
 ENVIRONMENT = {**os.environ, "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}"}
 ENVIRONMENT.pop("RAY_ADDRESS", None)
+STOP_WAIT = {"RAY_JOB_STOP_WAIT_TIME_S": "60"}  # as in cluster.yaml: a stopped job has so long to save
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +51,7 @@ def job_server() -> Iterator[str]:
         with log.open("w") as file:
             head = subprocess.Popen(
                 [*command, f"--temp-dir={folder}"],
-                env=ENVIRONMENT,
+                env=ENVIRONMENT | STOP_WAIT,
                 stdout=file,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
@@ -54,24 +61,6 @@ def job_server() -> Iterator[str]:
             yield f"http://127.0.0.1:{dashboard}"
         finally:
             end(head)
-
-
-def free_ports(count: int) -> list[int]:
-    with ExitStack() as stack:
-        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
-        for each in sockets:
-            each.bind(("127.0.0.1", 0))
-        return [each.getsockname()[1] for each in sockets]
-
-
-def wait_for_port(port: int, head: subprocess.Popen[Any], log: Path) -> None:
-    deadline_s = time.monotonic() + 60
-    while True:
-        assert head.poll() is None, log.read_text()
-        assert time.monotonic() < deadline_s, log.read_text()
-        with suppress(OSError), socket.create_connection(("127.0.0.1", port), timeout=1):
-            return
-        time.sleep(0.2)
 
 
 def end(head: subprocess.Popen[Any]) -> None:
@@ -117,3 +106,62 @@ def test_job_trains_and_a_mistake_is_told(tiny: TrainConfig, job_server: str) ->
     assert wrong.returncode == 1
     assert client.get_job_info("wrong").driver_exit_code == 2, "a user's mistake"
     assert "error: out_dir=out is a folder in this job's copy of the code" in wrong.stdout
+
+
+@pytest.mark.slow
+def test_a_stopped_job_saves_and_the_same_command_goes_on(
+    tiny: TrainConfig, job_server: str, undisturbed: Undisturbed
+) -> None:
+    config = replace(tiny, num_workers=2, max_iters=2000, eval_interval=1000, checkpoint_interval=1000)
+    flags = [f"--{key}={value}" for key, value in asdict(config).items()]
+    client = JobSubmissionClient(job_server)
+
+    with ThreadPoolExecutor() as pool:
+        first = pool.submit(submit, job_server, "stopped", *flags)
+        wait_for_line(client, "stopped", "iter 100:")
+        client.stop_job("stopped")
+        done = first.result()
+    assert client.get_job_status("stopped") == JobStatus.STOPPED
+    assert done.returncode == 0, "what Ray's client says of a job that was stopped"
+    stopped_at = CheckpointStore(config.out_dir).select("latest").iter_num
+    assert 100 < stopped_at < 1000, "saved where it stopped"
+    assert f"stopped at iteration {stopped_at} of 2000, saved in" in client.get_job_logs("stopped")
+
+    again = submit(job_server, "again", *flags)
+    assert again.returncode == 0, again.stdout + again.stderr
+    assert f"iter {stopped_at}:" in again.stdout
+    assert f"iter {stopped_at - 1}:" not in again.stdout
+    assert tensors_equal(final_state(config.out_dir), undisturbed(config, 2))
+
+
+def wait_for_line(client: JobSubmissionClient, name: str, start: str) -> None:
+    deadline_s = time.monotonic() + 60
+    while True:
+        with suppress(RuntimeError):  # not there yet
+            if any(line.startswith(start) for line in client.get_job_logs(name).splitlines()):
+                return
+            assert not client.get_job_status(name).is_terminal(), client.get_job_logs(name)
+        assert time.monotonic() < deadline_s, f"no {start}"
+        time.sleep(0.1)
+
+
+def test_what_a_job_takes_along_is_small(tmp_path: Path) -> None:
+    tracked = subprocess.run(["git", "ls-files"], cwd=CLONE, capture_output=True, text=True, check=True).stdout.split()
+    clone, package = tmp_path / "clone", tmp_path / "package.zip"
+    for name in tracked:
+        (clone / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(CLONE / name, clone / name)
+    heavy = [
+        *(".venv/lib/torch.so", ".git/objects/pack/all.pack", "out/run/checkpoint/model.safetensors", "out-xl/ckpt.pt"),
+        *("data/openwebtext/train.bin", "wandb/run.wandb", ".mypy_cache/3.11/cache.json"),
+    ]
+    for name in heavy:
+        (clone / name).parent.mkdir(parents=True, exist_ok=True)
+        (clone / name).write_bytes(os.urandom(2**20))  # nothing that a zip makes small
+
+    create_package(str(clone), package, include_gitignore=True)
+    with zipfile.ZipFile(package) as archive:
+        names = archive.namelist()
+    assert {"orchestrator/data/dataset.py", "model/__init__.py", "configs/finetune_gpt2_xl.py"} <= set(names)
+    assert [name for name in names if name.startswith(("data/", "out", ".venv", ".git/", "tests/", "wandb"))] == []
+    assert package.stat().st_size < 2**20

@@ -7,7 +7,8 @@ import inspect
 import ray
 from ray._private.ray_constants import WORKER_PROCESS_SETUP_HOOK_ENV_VAR
 from ray._private.state import state as cluster
-from ray.core.generated.autoscaler_pb2 import DrainNodeReason
+from ray.autoscaler.v2 import monitor
+from ray.core.generated.autoscaler_pb2 import AutoscalingState, DrainNodeReason, GetClusterStatusReply
 from ray.core.generated.node_manager_pb2 import PrestartWorkersRequest
 from ray.scripts import scripts
 from ray.train.torch import TorchTrainer
@@ -67,3 +68,14 @@ def test_a_node_can_be_drained() -> None:
         scripts.drain_node.callback
     )
     assert DrainNodeReason.Value("DRAIN_NODE_REASON_PREEMPTION")
+
+
+def test_the_autoscaler_tells_what_it_cannot_bring() -> None:
+    assert {field.name for field in GetClusterStatusReply.DESCRIPTOR.fields} == {
+        "autoscaling_state",
+        "cluster_resource_state",
+    }
+    fields = {field.name for field in AutoscalingState.DESCRIPTOR.fields}
+    told = {"infeasible_gang_resource_requests", "last_seen_cluster_resource_state_version"}
+    assert fields >= told | {"pending_instances", "pending_instance_requests", "failed_instance_requests"}
+    assert "report_autoscaling_state(" in inspect.getsource(monitor)
