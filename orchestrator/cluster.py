@@ -25,13 +25,6 @@ logger = logging.getLogger(__name__)
 _KNOCK_TIMEOUT_S = 10.0
 _LOCAL_OBJECT_STORE_BYTES = 100 * 2**20  # nothing of ours passes through Ray's object store
 
-# What a head is started with, here and in cluster.yaml: the room that a lost attempt leaves is found again within this;
-# otherwise Ray waits longer each time, up to a second.
-HEAD_SETTINGS = {
-    "RAY_gcs_create_placement_group_retry_min_interval_ms": "10",
-    "RAY_gcs_create_placement_group_retry_max_interval_ms": "100",
-}
-
 
 _VERDICT_S = 60.0  # an autoscaler looks every 5 s
 _LOOK_EVERY_S = 0.5
@@ -112,8 +105,6 @@ def _knock(address: str) -> None:
 def _start_cluster() -> None:
     # No dashboard runs. An actor of Train looks for one all the same, and stumbles where two runs share a machine.
     os.environ.setdefault("RAY_API_SERVER_ADDRESS", "http://127.0.0.1:9")
-    for name, value in HEAD_SETTINGS.items():
-        os.environ.setdefault(name, value)
     ray.init(
         address="local",
         num_cpus=os.cpu_count(),
