@@ -67,7 +67,10 @@ class TrainConfig:
     device: str = "cuda"  # cuda or cpu; without a GPU always cpu
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # auto: bfloat16, float16 or, on a CPU, float32
     compile: bool = True  # torch.compile the model; without a compiler it runs uncompiled
-    # the cluster (ours from here on)
+    # memory of a training step (ours from here on)
+    activation_checkpointing: bool = False  # keep only what goes into each block, compute it again: a third more time
+    loss_chunk: int = 0  # tokens whose logits exist at the same time, such as 1024; 0 = all of a micro-step
+    # the cluster
     num_workers: int | str = 1  # DDP workers, one per GPU; 2-8: as many as there is room for, fewer when machines go
     cpus_per_worker: float = 1.0  # CPUs reserved for each worker, and its number of threads
     gpus_per_worker: float | None = None  # GPUs reserved for each worker; None: 1 where the cluster has or can get any
@@ -124,7 +127,7 @@ _BOUNDS: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "keep_checkpoints": _AT_LEAST_1,
     **dict.fromkeys(("max_iters", "warmup_iters", "lr_decay_iters", "min_lr", "weight_decay"), _AT_LEAST_0),
     **dict.fromkeys(("grad_clip", "seed", "gpus_per_worker"), _AT_LEAST_0),
-    **dict.fromkeys(("checkpoint_interval", "snapshot_interval"), _AT_LEAST_0),
+    **dict.fromkeys(("checkpoint_interval", "snapshot_interval", "loss_chunk"), _AT_LEAST_0),
     **dict.fromkeys(("max_bad_steps", "loss_spike_z", "replica_check_interval"), _AT_LEAST_0),
     **dict.fromkeys(("dropout", "beta1", "beta2"), _FRACTION),
     **dict.fromkeys(("learning_rate", "cpus_per_worker", "hang_timeout_s"), _POSITIVE),

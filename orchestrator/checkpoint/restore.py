@@ -83,6 +83,7 @@ def begin(
 def _build(config: TrainConfig, model_args: dict[str, Any], world: World) -> TrainState:
     torch.manual_seed(config.seed)
     model = GPT(GPTConfig(**model_args)).to(world.device)
+    model.transformer.recompute, model.loss_chunk = config.activation_checkpointing, config.loss_chunk
     optimizer = model.configure_optimizers(
         config.weight_decay, config.learning_rate, (config.beta1, config.beta2), world.device.type
     )
