@@ -188,7 +188,8 @@ class GPT(nn.Module):
         def summed(x: Tensor, targets: Tensor) -> Tensor:
             return F.cross_entropy(self.lm_head(x), targets, ignore_index=-1, reduction="sum")
 
-        chunks = zip(x.flatten(0, 1).split(self.loss_chunk), targets.flatten().split(self.loss_chunk), strict=True)
+        of_x, of_targets = (torch.split(every, self.loss_chunk) for every in (x.flatten(0, 1), targets.flatten()))
+        chunks = zip(of_x, of_targets, strict=True)
         sums = [checkpoint(summed, *chunk, use_reentrant=False, preserve_rng_state=False) for chunk in chunks]
         return torch.stack(sums).sum() / (targets != -1).sum()
 

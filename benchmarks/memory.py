@@ -1,0 +1,101 @@
+"""Memory of a training step of GPT-2 124M, block 1024, with and without each saving.
+
+    plain         batch_size=2, nothing saved
+    activations   activation_checkpointing=True
+    loss          loss_chunk=256
+    both          both of them
+    copies        plain, but gradients are averaged from copies (DDP with gradient_as_bucket_view=False) instead of in place
+    ddp           plain with DDP as the loop sets it up
+
+Each runs in a process of its own, for three steps. What is compared is the step's own memory: the process's peak less
+what weights, gradients and moments take (16 bytes per parameter) and an empty process; of `ddp` over `copies` the peak
+less an empty process. `..._time` is the median step's time over plain's.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import resource
+import subprocess
+import sys
+import time
+from statistics import median
+from typing import Any
+
+CASES = ("plain", "activations", "loss", "both", "copies", "ddp")
+BATCH_SIZE, BLOCK_SIZE, STEPS, LOSS_CHUNK = 2, 1024, 3, 256
+_STATE_BYTES = 16  # per parameter: weight, gradient and two moments in float32
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare this benchmark's options."""
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="default: %(default)s")
+
+
+def run(args: argparse.Namespace) -> dict[str, Any]:
+    """Measure, print and return bytes, seconds and ratios."""
+    # freed tensors go back to the system at once, in all cases alike: the peak is what is in use
+    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
+    found: dict[str, Any] = {}
+    for case in CASES:
+        command = [sys.executable, "-m", "benchmarks.memory", case, args.dtype]
+        done = subprocess.run(command, check=True, capture_output=True, text=True, env=environment)
+        found[case] = json.loads(done.stdout.splitlines()[-1])
+        size = found[case]
+        print(
+            f"{case:<12} peak {size['peak_bytes'] / 1e9:6.2f} GB, of the step {size['step_bytes'] / 1e9:6.2f} GB",
+            end="",
+        )
+        print(f", {size['seconds']:6.2f} s per step", flush=True)
+    plain = found["plain"]
+    for case in ("activations", "loss", "both"):
+        found[f"{case}_ratio"] = found[case]["step_bytes"] / plain["step_bytes"]
+        found[f"{case}_time"] = found[case]["seconds"] / plain["seconds"]
+        print(f"{case:<12} memory {found[f'{case}_ratio']:.2f}, time {found[f'{case}_time']:.2f}")
+    found["ddp_ratio"] = found["ddp"]["peak_bytes"] / found["copies"]["peak_bytes"]
+    print(f"{'ddp':<12} memory {found['ddp_ratio']:.2f} of that with copies of the gradients")
+    return found
+
+
+def measure(case: str, dtype: str) -> dict[str, float]:
+    """Train for a few steps in this process; return its peak, the step's part of it, and the median time."""
+    import torch
+    import torch.distributed as dist
+    from torch.nn.parallel import DistributedDataParallel
+
+    from model import GPT, GPTConfig
+
+    empty_bytes = _peak_bytes()
+    model = GPT(GPTConfig(block_size=BLOCK_SIZE, vocab_size=50304, dropout=0.0))
+    model.transformer.recompute = case in ("activations", "both")
+    model.loss_chunk = LOSS_CHUNK if case in ("loss", "both") else 0
+    optimizer = model.configure_optimizers(0.1, 1e-4, (0.9, 0.95), "cpu")
+    net: torch.nn.Module = model
+    if case in ("copies", "ddp"):
+        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+        net = DistributedDataParallel(model, gradient_as_bucket_view=case == "ddp", init_sync=False)
+    X = torch.randint(50257, (BATCH_SIZE, BLOCK_SIZE))
+    times = []
+    for _ in range(STEPS):
+        began_s = time.perf_counter()
+        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == "bfloat16"):
+            _, loss = net(X, X)
+        loss.backward()
+        del loss
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        times.append(time.perf_counter() - began_s)
+    peak_bytes = _peak_bytes() - empty_bytes
+    state_bytes = _STATE_BYTES * sum(parameter.numel() for parameter in model.parameters())
+    return {"peak_bytes": peak_bytes, "step_bytes": peak_bytes - state_bytes, "seconds": median(times)}
+
+
+def _peak_bytes() -> int:
+    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+if __name__ == "__main__":
+    print(json.dumps(measure(*sys.argv[1:])))
