@@ -4,7 +4,7 @@
     activations   activation_checkpointing=True
     loss          loss_chunk=256
     both          both of them
-    copies        plain, but gradients are averaged from copies (DDP with gradient_as_bucket_view=False) instead of in place
+    copies        plain, but gradients are averaged from copies (DDP with gradient_as_bucket_view=False)
     ddp           plain with DDP as the loop sets it up
 
 Each runs in a process of its own, for three steps. What is compared is the step's own memory: the process's peak less
@@ -20,6 +20,7 @@ import os
 import resource
 import subprocess
 import sys
+import tempfile
 import time
 from statistics import median
 from typing import Any
@@ -74,7 +75,7 @@ def measure(case: str, dtype: str) -> dict[str, float]:
     optimizer = model.configure_optimizers(0.1, 1e-4, (0.9, 0.95), "cpu")
     net: torch.nn.Module = model
     if case in ("copies", "ddp"):
-        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+        dist.init_process_group("gloo", init_method=f"file://{tempfile.mkdtemp()}/store", rank=0, world_size=1)
         net = DistributedDataParallel(model, gradient_as_bucket_view=case == "ddp", init_sync=False)
     X = torch.randint(50257, (BATCH_SIZE, BLOCK_SIZE))
     times = []
