@@ -31,7 +31,7 @@ class TrainConfig:
     eval_interval: int = 2000  # iterations between evaluations
     log_interval: int = 1  # iterations between log lines
     eval_iters: int = 200  # batches per split in an evaluation
-    eval_only: bool = False  # evaluate once, print the losses and exit
+    eval_only: bool = False  # evaluate once, print losses, perplexity and bits per byte, and exit
     always_save_checkpoint: bool = True  # False: `sample` and `export` take the best state instead of the newest
     init_from: str = "scratch"  # scratch, resume, gpt2[-medium, -large, -xl], a ckpt.pt, a Hugging Face folder
     # wandb logging

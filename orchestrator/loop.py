@@ -167,7 +167,8 @@ def train_on(
                     losses = evaluate(net, data, config, world)
                     val_loss = losses["val"]
                     lr = learning_rate(config, state.iter_num)
-                    say("eval", train_loss=losses["train"], val_loss=val_loss, lr=lr, mfu=running_mfu)
+                    more = perplexity(val_loss, data) if config.eval_only and world.is_main else {}
+                    say("eval", train_loss=losses["train"], val_loss=val_loss, lr=lr, mfu=running_mfu, **more)
                     state.best_val_loss = min(state.best_val_loss, val_loss)
                     watch.evaluated()
                 state.evaluated_at, state.val_loss = state.iter_num, val_loss
@@ -327,6 +328,16 @@ def evaluate(net: nn.Module, data: Dataset, config: TrainConfig, world: World) -
     return means
 
 
+def perplexity(val_loss: float, data: Dataset) -> dict[str, float]:
+    """Return the perplexity of a validation loss (nats per token) and, where tokens are known, its bits per byte.
+
+    Bits per byte compare models with different tokenizers: tokens are as long as they are in the whole split.
+    """
+    length_bytes = data.bytes_per_token("val")
+    bits = {"bits_per_byte": val_loss / math.log(2) / length_bytes} if length_bytes else {}
+    return {"perplexity": math.exp(val_loss), **bits}
+
+
 def learning_rate(config: TrainConfig, it: int) -> float:
     """Return the learning rate of an iteration: linear warm-up, cosine decay, then min_lr.
 
@@ -383,7 +394,7 @@ def origin_of(state: TrainState) -> Record:
     return {
         "from": resumed.checkpoint.name,
         "restore_s": resumed.seconds,
-        "size_bytes": resumed.checkpoint.size_bytes,
+        "size_bytes": resumed.size_bytes,
         "from_storage_bytes": resumed.from_storage_bytes,
     }
 

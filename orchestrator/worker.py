@@ -56,7 +56,7 @@ def run_worker(job: dict[str, Any]) -> dict[str, Any]:
 
     try:
         watcher = world.together(_watch_cloud)
-        world.together(lambda: _check_shared(config, job["start_id"]))
+        world.together(lambda: _check_shared(config, job))
         with open_telemetry(config, world, poster.post) as tell:
             outcome = train(config, world, tell, _register, should_stop, _keep)
         if outcome.preempted:
@@ -165,14 +165,15 @@ def _log_through(poster: Poster) -> None:
             log.setLevel(logging.WARNING)
 
 
-def _check_shared(config: TrainConfig, start_id: str | None) -> None:
-    """Check that this node sees the folder that the driver has prepared.
+def _check_shared(config: TrainConfig, job: dict[str, Any]) -> None:
+    """Check that this node sees the folder that the driver has prepared; for an evaluation, the one that it has read.
 
     Raises:
         CheckpointError: it does not.
     """
     store = CheckpointStore(config.out_dir, storage_options_of(config))
-    if patiently_read(lambda: store.read_json("run.json"), store).get("start_id") != start_id:
+    key = "run_id" if config.eval_only else "start_id"  # another driver may begin anew while a run is evaluated
+    if patiently_read(lambda: store.read_json("run.json"), store).get(key) != job[key]:
         raise CheckpointError(
             f"out_dir={config.out_dir} is not the driver's on node {os.uname().nodename}: it must be a folder that all "
             "nodes share (NFS) or a URL (s3://bucket/run)"

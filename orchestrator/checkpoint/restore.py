@@ -11,7 +11,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -71,7 +71,7 @@ def begin(
             continue
         check_same_run(config, saved.state, scratch_args["vocab_size"])
         state = _build(config, {**saved.state["model_args"], "dropout": config.dropout}, world)
-        if resumed := _fill_from(state, places, world, store):
+        if resumed := _fill_from(state, places, world, store, model_only=config.eval_only):
             state.resumed_from = resumed
             return state
     world.together(store.check_not_lost)
@@ -147,16 +147,23 @@ def _in_memory(world: World, nodes: Nodes) -> dict[str, list[Place]]:
     return places
 
 
-def _fill_from(state: TrainState, places: list[Place], world: World, store: CheckpointStore) -> Resumed | None:
-    """Read and verify a state from its places and fill the live one; None where a file is whole nowhere."""
+def _fill_from(
+    state: TrainState, places: list[Place], world: World, store: CheckpointStore, *, model_only: bool
+) -> Resumed | None:
+    """Read and verify a state from its places and fill the live one; None where a file is whole nowhere.
+
+    model_only: the optimizer's files stay unread, and it keeps no moments.
+    """
     began_s = time.perf_counter()
     checkpoint = places[0].checkpoint
     places = [place for place in places if place.checkpoint.files == checkpoint.files]  # the same bits
-    tensors = _live_tensors(state, set(checkpoint.state["tensors"]))
+    files = checkpoint.model_files if model_only else checkpoint.files
+    wanted = {name for name, entry in checkpoint.state["tensors"].items() if entry["file"] in files}
+    tensors = _live_tensors(state, wanted)
     sender: dict[str, int] = {}  # of every file that is not read by all
     refused: dict[str, dict[str, str]] = {}  # file -> place -> what is wrong with it there
     from_storage_bytes = [0]
-    left = checkpoint.files
+    left = files
     while left:
         plan = _assign(left, places, refused, world)
         if lost := sorted(left.keys() - plan.keys()):
@@ -182,7 +189,8 @@ def _fill_from(state: TrainState, places: list[Place], world: World, store: Chec
         state.evaluated_at, state.val_loss = state.iter_num, checkpoint.val_loss
     total_bytes = int(world.sum(torch.tensor(from_storage_bytes)).item())
     is_durable = any(place.is_storage for place in places)
-    return Resumed(checkpoint, is_durable, total_bytes, time.perf_counter() - began_s)
+    size_bytes = sum(record.size_bytes for record in files.values())
+    return Resumed(checkpoint, is_durable, size_bytes, total_bytes, time.perf_counter() - began_s)
 
 
 def _fall_back(places: list[Place], why: str, store: CheckpointStore) -> None:
@@ -299,6 +307,8 @@ def _adopt(state: TrainState, saved: Snapshot, world: World) -> None:
 def _import(config: TrainConfig, world: World) -> TrainState:
     """Start from a ckpt.pt or from GPT-2 weights: rank 0 reads, the others receive."""
     snapshot = world.together(lambda: read_start(config) if world.is_main else None)
+    if snapshot and config.eval_only:  # which steps nothing
+        snapshot = replace(snapshot, optimizer={})
     mine = {**snapshot.model, **snapshot.optimizer} if snapshot else {}
     description, names = world.broadcast_json([describe(snapshot), sorted(mine)] if snapshot else None)
     del snapshot  # so that every tensor goes as soon as it is copied

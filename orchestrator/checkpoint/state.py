@@ -22,11 +22,12 @@ class Resumed:
     """The state of this run that filled the live one.
 
     is_durable: it lies in storage; else in node memory only.
-    from_storage_bytes: what was read of storage, by all ranks together.
+    size_bytes: what was read in all; from_storage_bytes: of storage, by all ranks together.
     """
 
     checkpoint: Checkpoint
     is_durable: bool
+    size_bytes: int
     from_storage_bytes: int
     seconds: float
 

@@ -16,7 +16,10 @@ from torch import Tensor
 
 from orchestrator.data.sampling import Sampling, Split, Stream, offsets
 from orchestrator.data.token_files import TokenFiles, open_token_files
-from orchestrator.data.tokenizers import Tokenizer
+from orchestrator.data.tokenizers import GPT2Tokenizer, Tokenizer
+from orchestrator.errors import DataError
+
+_AT_ONCE = 2**20  # tokens that are counted at once
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,6 +50,22 @@ class Dataset:
     def fingerprint(self) -> str:
         """Return a hash that tells one dataset from another, for comparing nodes and attempts."""
         return self.files.fingerprint()
+
+    def bytes_per_token(self, split: Split) -> float | None:
+        """Return the mean length in UTF-8 of a token of this split, None where the tokenizer's tokens are not known.
+
+        A folder without a description, as nanoGPT makes it of OpenWebText, is taken for GPT-2's tokens.
+        """
+        tokenizer = self.tokenizer or (GPT2Tokenizer() if self.vocab_size is None else None)
+        try:
+            sizes = tokenizer.sizes_bytes() if tokenizer else None
+        except DataError:
+            sizes = None
+        if sizes is None:
+            return None
+        tokens = self.files.splits[split]
+        size_bytes = sum(int(sizes[tokens[i : i + _AT_ONCE]].sum()) for i in range(0, len(tokens), _AT_ONCE))
+        return size_bytes / len(tokens)
 
     def batch(self, split: Split, iter_num: int, micro_step: int, *, evaluation: bool = False) -> tuple[Tensor, Tensor]:
         """Return inputs and next-token targets, contiguous int64 (B, T) each, of one micro-step of one iteration.

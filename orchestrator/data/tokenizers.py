@@ -56,6 +56,9 @@ class Tokenizer(Protocol):
     def decoder(self) -> StreamDecoder:
         """Return a decoder that takes one token id at a time."""
 
+    def sizes_bytes(self) -> NDArray[np.int64]:
+        """Return the length in UTF-8 of every token id (vocab_size,), 0 of special tokens, which are no text."""
+
     def to_json(self) -> dict[str, Any]:
         """Return a JSON value from which `tokenizer_from_json` makes this tokenizer again."""
 
@@ -101,6 +104,9 @@ class CharTokenizer:
 
     def decoder(self) -> StreamDecoder:
         return self  # a character is never split over tokens, so there is nothing to remember
+
+    def sizes_bytes(self) -> NDArray[np.int64]:
+        return np.array([len(char.encode("utf-8", "surrogatepass")) for char in self.chars])
 
     def push(self, token: int) -> str:
         return self.chars[token] if 0 <= token < self.vocab_size else _REPLACEMENT
@@ -151,6 +157,17 @@ class GPT2Tokenizer:
 
     def decoder(self) -> StreamDecoder:
         return _BytesDecoder()
+
+    def sizes_bytes(self) -> NDArray[np.int64]:
+        """Return the length of every token id, 0 of the end of a text.
+
+        Raises:
+            DataError: GPT-2's vocabulary cannot be had on this machine.
+        """
+        encoding = load_gpt2_encoding()
+        sizes = [len(encoding.decode_single_token_bytes(token)) for token in range(GPT2_VOCAB_SIZE)]
+        sizes[GPT2_END_OF_TEXT] = 0
+        return np.array(sizes)
 
     def to_json(self) -> dict[str, Any]:
         return {"kind": "gpt2"}

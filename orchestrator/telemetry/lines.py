@@ -25,7 +25,9 @@ def _step(r: Record) -> str:
 
 
 def _eval(r: Record) -> str:
-    return f"step {r['iter']}: train loss {r['train_loss']:.4f}, val loss {r['val_loss']:.4f}"
+    more = f", perplexity {r['perplexity']:.3f}" if "perplexity" in r else ""
+    more += f", {r['bits_per_byte']:.4f} bits per byte" if "bits_per_byte" in r else ""
+    return f"step {r['iter']}: train loss {r['train_loss']:.4f}, val loss {r['val_loss']:.4f}{more}"
 
 
 def _begin(r: Record) -> str:

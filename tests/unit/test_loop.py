@@ -12,11 +12,14 @@ from typing import Any
 import pytest
 import torch
 
+from orchestrator import loop
 from orchestrator.checkpoint import durable
 from orchestrator.checkpoint.nanogpt import write_nanogpt
 from orchestrator.checkpoint.snapshot import tensors_equal
+from orchestrator.checkpoint.state import TrainState, capture
 from orchestrator.checkpoint.store import CheckpointStore
 from orchestrator.config import TrainConfig
+from orchestrator.data.dataset import open_dataset
 from orchestrator.errors import CheckpointError, ConfigError, StorageError
 from orchestrator.loop import Outcome, dropout_seed, learning_rate, train
 from orchestrator.process import resolve
@@ -95,10 +98,41 @@ def test_a_resumed_iteration_is_neither_evaluated_nor_saved_again(tiny: TrainCon
 
 def test_eval_only_evaluates_once_and_writes_nothing(tiny: TrainConfig) -> None:
     run(replace(tiny, max_iters=8))
-    before = CheckpointStore(tiny.out_dir).names()
+    before = contents(tiny.out_dir)
     _, records = run(replace(tiny, eval_only=True), attempt="b")
     assert [r["kind"] for r in records] == ["begin", "eval"]
-    assert CheckpointStore(tiny.out_dir).names() == before
+    assert contents(tiny.out_dir) == before
+
+
+def contents(out_dir: str) -> dict[Path, bytes]:
+    return {path: path.read_bytes() for path in Path(out_dir).rglob("*") if path.is_file()}
+
+
+def test_an_evaluation_has_no_moments_and_reads_none(tiny: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    run(replace(tiny, max_iters=8))
+    begun: list[TrainState] = []
+    original = loop.begin
+    monkeypatch.setattr(loop, "begin", lambda *args: begun.append(original(*args)) or begun[-1])
+    _, records = run(replace(tiny, eval_only=True), attempt="b")
+    assert not begun[0].optimizer.state
+    assert all(parameter.grad is None for parameter in begun[0].model.parameters())
+    weights_bytes = sum(parameter.nbytes for parameter in begun[0].model.parameters())
+    assert weights_bytes <= records[0]["from_storage_bytes"] < 1.1 * weights_bytes
+    assert tensors_equal(replace(last_state(tiny), optimizer={}), capture(begun[0]))
+
+
+def test_an_evaluation_tells_perplexity_and_bits_per_byte(tiny: TrainConfig) -> None:
+    run(replace(tiny, max_iters=8))
+    _, (_, record) = run(replace(tiny, eval_only=True), attempt="b")
+    data = open_dataset(tiny.data_dir, tiny.dataset, loop.sampling_of(tiny))
+    assert data.tokenizer
+    tokens = data.files.splits["val"]
+    text_bytes = len(data.tokenizer.decode(tokens).encode())
+    assert record["perplexity"] == pytest.approx(math.exp(record["val_loss"]))
+    assert record["bits_per_byte"] == pytest.approx(record["val_loss"] / math.log(2) * len(tokens) / text_bytes)
+    line = line_of(record)
+    assert line
+    assert line.endswith(f", perplexity {record['perplexity']:.3f}, {record['bits_per_byte']:.4f} bits per byte")
 
 
 def test_a_nanogpt_checkpoint_goes_on_with_optimizer_and_iteration(tiny: TrainConfig, tmp_path: Path) -> None:
