@@ -66,6 +66,14 @@ def test_empty_text_has_no_tokens():
     assert CharTokenizer("a").decode([]) == ""
 
 
+def test_sizes_are_those_of_the_text(gpt2):
+    for tokenizer in (gpt2, CharTokenizer.of_text(MIXED)):
+        sizes = tokenizer.sizes_bytes()
+        assert len(sizes) == tokenizer.vocab_size
+        assert sizes[tokenizer.encode(MIXED)].sum() == len(MIXED.encode())
+    assert gpt2.sizes_bytes()[gpt2.end_of_text] == 0
+
+
 def test_ids_outside_the_vocabulary_decode_to_the_replacement_character(gpt2):
     assert CharTokenizer("abc").decode([0, 3, -1, 2]) == "a��c"
     assert gpt2.decode([15496, 50257, 995, 50303]) == "Hello� world�"
