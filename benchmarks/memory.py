@@ -4,8 +4,8 @@
     activations   activation_checkpointing=True
     loss          loss_chunk=256
     both          both of them
-    copies        plain, but gradients are averaged from copies (DDP with gradient_as_bucket_view=False)
-    ddp           plain with DDP as the loop sets it up
+    copies        both, and gradients are averaged from copies (DDP with gradient_as_bucket_view=False)
+    ddp           both, and DDP as the loop sets it up: gradients are averaged in place
 
 Each runs in a process of its own, for three steps. What is compared is the step's own memory: the process's peak less
 what weights, gradients and moments take (16 bytes per parameter) and an empty process; of `ddp` over `copies` the peak
@@ -70,8 +70,8 @@ def measure(case: str, dtype: str) -> dict[str, float]:
 
     empty_bytes = _peak_bytes()
     model = GPT(GPTConfig(block_size=BLOCK_SIZE, vocab_size=50304, dropout=0.0))
-    model.transformer.recompute = case in ("activations", "both")
-    model.loss_chunk = LOSS_CHUNK if case in ("loss", "both") else 0
+    model.transformer.recompute = case not in ("plain", "loss")
+    model.loss_chunk = LOSS_CHUNK if case not in ("plain", "activations") else 0
     optimizer = model.configure_optimizers(0.1, 1e-4, (0.9, 0.95), "cpu")
     net: torch.nn.Module = model
     if case in ("copies", "ddp"):
