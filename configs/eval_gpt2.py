@@ -4,7 +4,7 @@
 #
 # The data are made by nanoGPT's data/openwebtext/prepare.py. One GPU with 8 GB will do, because nothing is kept for
 # gradients and AdamW: the weights take 0.5 GB (4 bytes per parameter), and the logits of 8 x 1024 positions over
-# 50,257 tokens about 4 GB, in bfloat16 and float32 (--loss_chunk=256 brings that under 0.1 GB).
+# 50,257 tokens about 4 GB, in bfloat16 and float32 (--loss_chunk=256 brings that to about 0.1 GB).
 
 out_dir = "out-eval-gpt2"
 init_from = "gpt2"  # n_layer=12, n_head=12, n_embd=768
