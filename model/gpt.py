@@ -146,6 +146,15 @@ class GPT(nn.Module):
                 nn.init.normal_(param, mean=0.0, std=0.02 / math.sqrt(2 * config.n_layer))
         log.info("number of parameters: %.2fM", self.get_num_params() / 1e6)
 
+    @classmethod
+    def empty(cls, config: GPTConfig, device: torch.device | str = "cpu") -> GPT:
+        """Return a GPT whose weights are still to be filled in: none are drawn, and no memory is touched."""
+        with torch.device("meta"):
+            model = cls(config)
+        model.to_empty(device=device)
+        model._tie_weights()  # which are two tensors now
+        return model
+
     def _tie_weights(self) -> None:
         self.transformer.wte.weight = self.lm_head.weight  # Source: https://arxiv.org/abs/1608.05859
 

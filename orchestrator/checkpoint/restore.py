@@ -70,7 +70,7 @@ def begin(
         if is_undone(saved.state, rollbacks):
             continue
         check_same_run(config, saved.state, scratch_args["vocab_size"])
-        state = _build(config, {**saved.state["model_args"], "dropout": config.dropout}, world)
+        state = _build(config, {**saved.state["model_args"], "dropout": config.dropout}, world, is_empty=True)
         if resumed := _fill_from(state, places, world, store, model_only=config.eval_only):
             state.resumed_from = resumed
             return state
@@ -80,9 +80,11 @@ def begin(
     return _import(config, world)
 
 
-def _build(config: TrainConfig, model_args: dict[str, Any], world: World) -> TrainState:
+def _build(config: TrainConfig, model_args: dict[str, Any], world: World, *, is_empty: bool = False) -> TrainState:
+    """Return the state of a new run; with is_empty, its weights are still to be filled in."""
     torch.manual_seed(config.seed)
-    model = GPT(GPTConfig(**model_args)).to(world.device)
+    args = GPTConfig(**model_args)
+    model = GPT.empty(args, world.device) if is_empty else GPT(args).to(world.device)
     model.transformer.recompute, model.loss_chunk = config.activation_checkpointing, config.loss_chunk
     optimizer = model.configure_optimizers(
         config.weight_decay, config.learning_rate, (config.beta1, config.beta2), world.device.type
@@ -313,7 +315,7 @@ def _import(config: TrainConfig, world: World) -> TrainState:
     description, names = world.broadcast_json([describe(snapshot), sorted(mine)] if snapshot else None)
     del snapshot  # so that every tensor goes as soon as it is copied
     saved = undescribe(description, {}, {})
-    state = _build(config, {**saved.model_args, "dropout": config.dropout}, world)
+    state = _build(config, {**saved.model_args, "dropout": config.dropout}, world, is_empty=True)
     tensors = _live_tensors(state, set(names))
     for name in names if world.is_main else ():
         tensors[name].copy_(mine.pop(name))
