@@ -44,9 +44,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         for _ in range(args.repeats):
             for side, done in runs.items():
                 done.append(measure(side, folder))
-                print(
-                    f"{side:<10} {done[-1]['seconds']:6.1f} s, {done[-1]['peak_bytes'] / size_bytes:.3f} times the weights"
-                )
+                taken, peak = done[-1]["seconds"], done[-1]["peak_bytes"] / size_bytes
+                print(f"{side:<10} {taken:6.1f} s, {peak:.3f} times the weights", flush=True)
     seconds = {side: median(each["seconds"] for each in done) for side, done in runs.items()}
     peaks = {side: max(each["peak_bytes"] for each in done) / size_bytes for side, done in runs.items()}
     found = {
