@@ -57,7 +57,7 @@ def causes(out_dir: str) -> list[str]:
 @pytest.mark.parametrize(
     ("world_size", "point", "rank", "iter_num"),
     [
-        (2, "forward", 1, 10),
+        pytest.param(2, "forward", 1, 10, marks=pytest.mark.slow),
         (3, "optimizer", 0, 13),
         pytest.param(3, "all_reduce", 2, 11, marks=pytest.mark.slow),
         pytest.param(3, "copy", 1, 12, marks=pytest.mark.slow),
@@ -146,6 +146,7 @@ def test_a_bug_stops_the_run_when_it_shows_twice(tiny: TrainConfig, tmp_path: Pa
     assert causes(config.out_dir) == ["user_error", "user_error"]
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("cluster")
 def test_an_error_that_passes_costs_no_step(tiny: TrainConfig, tmp_path: Path, undisturbed: Undisturbed) -> None:
     fault = Fault("forward", 9, 0, tmp_path / "fired", kind=None)
