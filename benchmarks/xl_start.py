@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import re
 import subprocess
 import sys
@@ -147,7 +146,8 @@ def _memory(key: str) -> int:
 
 
 if __name__ == "__main__":
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    import torch._dynamo  # which every run imports sooner or later
+
     if sys.argv[1] == "receiving":
         receiving(sys.argv[2])
     else:

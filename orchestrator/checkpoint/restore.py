@@ -11,6 +11,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -317,8 +318,12 @@ def _import(config: TrainConfig, world: World) -> TrainState:
     saved = undescribe(description, {}, {})
     state = _build(config, {**saved.model_args, "dropout": config.dropout}, world, is_empty=True)
     tensors = _live_tensors(state, set(names))
-    for name in names if world.is_main else ():
+
+    def fill(name: str) -> None:
         tensors[name].copy_(mine.pop(name))
+
+    with ThreadPoolExecutor(torch.get_num_threads()) as pool:  # each touches memory for the first time: one is slow
+        list(pool.map(fill, names if world.is_main else ()))
     _spread(state, tensors, dict.fromkeys(names, 0), world)
     _adopt(state, saved, world)
     return state
