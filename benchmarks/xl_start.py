@@ -146,8 +146,6 @@ def _memory(key: str) -> int:
 
 
 if __name__ == "__main__":
-    import torch._dynamo  # which every run imports sooner or later
-
     if sys.argv[1] == "receiving":
         receiving(sys.argv[2])
     else:

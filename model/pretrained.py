@@ -11,6 +11,7 @@ import pickle
 import tempfile
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -173,8 +174,11 @@ def _hub_files(model_type: str) -> Fetch:
     from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
     def fetch(name: str) -> Path:
+        repo = f"openai-community/{model_type}"
+        with suppress(LocalEntryNotFoundError):  # the Hub is asked, which takes half a minute offline, if need be only
+            return Path(hf_hub_download(repo, name, local_files_only=True))
         try:
-            return Path(hf_hub_download(repo_id=f"openai-community/{model_type}", filename=name))
+            return Path(hf_hub_download(repo, name))
         except EntryNotFoundError as e:
             if isinstance(e, LocalEntryNotFoundError):  # neither the Hub nor the cache answered
                 raise _unreachable(model_type, e) from e

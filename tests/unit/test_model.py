@@ -24,6 +24,20 @@ def tiny_gpt(**overrides: Any) -> GPT:
     return GPT(GPTConfig(**{**TINY, **overrides})).eval()
 
 
+def test_an_empty_model_is_one_that_is_filled_in() -> None:
+    before = torch.get_rng_state()
+    empty = GPT.empty(GPTConfig(**TINY))
+    assert torch.equal(torch.get_rng_state(), before), "nothing is drawn"
+    drawn = tiny_gpt()
+    assert [name for name, _ in empty.named_parameters()] == [name for name, _ in drawn.named_parameters()]
+    assert empty.lm_head.weight is empty.transformer.wte.weight
+    with torch.no_grad():
+        for a, b in zip(empty.parameters(), drawn.parameters(), strict=True):
+            a.copy_(b)
+    idx = torch.randint(11, (2, 8))
+    assert torch.equal(empty.eval()(idx, idx)[0], drawn(idx, idx)[0])
+
+
 def read_train_tokens() -> Tensor:
     text = TEXT.read_text()
     ids = {character: i for i, character in enumerate(sorted(set(text)))}
