@@ -169,7 +169,7 @@ def test_sizes_of_the_named_models(name: str, n_params: int) -> None:
 def test_unreachable_hub_says_how_to_bring_the_files(monkeypatch: pytest.MonkeyPatch) -> None:
     from huggingface_hub.errors import LocalEntryNotFoundError
 
-    def fail(**_: str) -> str:
+    def fail(*_: str, **__: bool) -> str:
         raise LocalEntryNotFoundError("offline")
 
     monkeypatch.setattr("huggingface_hub.hf_hub_download", fail)
@@ -180,14 +180,22 @@ def test_unreachable_hub_says_how_to_bring_the_files(monkeypatch: pytest.MonkeyP
 
 
 def test_named_model_comes_from_the_hub(folder: Path, expected: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
-    def download(repo_id: str, filename: str) -> str:
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    asked: list[bool] = []
+
+    def download(repo_id: str, filename: str, local_files_only: bool = False) -> str:
         assert repo_id == "openai-community/gpt2"
+        asked.append(not local_files_only)
+        if local_files_only:
+            raise LocalEntryNotFoundError("not in the cache")
         return str(folder / filename)
 
     monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
     monkeypatch.setitem(__import__("model.pretrained").pretrained.GPT2_SIZES, "gpt2", {"n_layer": 2})
     monkeypatch.setattr("model.pretrained.read_pretrained_args", lambda _: read_pretrained_args(str(folder)))
     assert_loads("gpt2", expected)
+    assert asked[:2] == [False, True], "the cache, then the Hub"
 
 
 def edit_config(folder: Path, **changes: Any) -> None:
