@@ -1,0 +1,197 @@
+"""Sampling with a cache: the tokens of a model that reads the whole text again for each; draws; the layers used."""
+
+from __future__ import annotations
+
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from model import GPT, GPTConfig
+from model.cache import KVCache
+from model.linear import Linear
+from model.sampling import ROUNDING, Choice, Reader, choose, is_clear, skip_draws
+
+SMALL: dict[str, Any] = {"n_layer": 3, "n_head": 4, "n_embd": 64, "block_size": 48, "vocab_size": 97}
+WIDE: dict[str, Any] = {
+    "n_layer": 2,
+    "n_head": 8,
+    "n_embd": 512,
+    "block_size": 24,
+    "vocab_size": 1031,
+}  # Linear in parts
+SHAPES = pytest.mark.parametrize("shape", [SMALL, WIDE], ids=["small", "wide"])
+DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+
+
+def new_gpt(shape: dict[str, Any], dtype: torch.dtype = torch.float32, seed: int = 0) -> GPT:
+    """Return a model that is surer of its tokens than one with fresh weights, and does not repeat itself."""
+    torch.manual_seed(seed)
+    model = GPT(GPTConfig(**shape))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.mul_(1 if ".ln_" in name else 30 if ".wpe." in name else 3)  # where it is decides what comes
+    return model.to(dtype).eval()
+
+
+@torch.no_grad()
+def uncached(model: GPT, idx: Tensor, n_tokens: int) -> Tensor:
+    """Continue greedily as nanoGPT does."""
+    for _ in range(n_tokens):
+        logits, _ = model(idx[:, -model.config.block_size :])
+        idx = torch.cat((idx, logits[:, -1].argmax(dim=-1, keepdim=True)), dim=1)
+    return idx
+
+
+@SHAPES
+@DTYPES
+@pytest.mark.parametrize("n_prompts", [1, 3])
+def test_greedy_tokens_are_those_of_the_uncached_model(
+    shape: dict[str, Any], dtype: torch.dtype, n_prompts: int
+) -> None:
+    model = new_gpt(shape, dtype)
+    prompts = torch.randint(shape["vocab_size"], (n_prompts, 5))
+    n_tokens = shape["block_size"] + 10  # beyond the context too, where the oldest token is cut off
+    found = model.generate(prompts, n_tokens, temperature=0)
+    assert torch.equal(found, uncached(model, prompts, n_tokens))
+    assert len(found[0, 5:].unique()) > 3, "a model that repeats itself would show little"
+
+
+@SHAPES
+@DTYPES
+@torch.no_grad()
+def test_the_cache_rounds_by_less_than_is_allowed_for(shape: dict[str, Any], dtype: torch.dtype) -> None:
+    worst = 0.0
+    for seed in range(3):
+        model = new_gpt(shape, dtype, seed)
+        idx = torch.randint(shape["vocab_size"], (2, shape["block_size"]))
+        reader = Reader(model, 2, shape["block_size"])
+        reader.read(idx[:, :1])
+        assert not reader.is_approximate
+        for length in range(2, shape["block_size"] + 1):
+            remembered = reader.read(idx[:, :length]).float()
+            whole = model(idx[:, :length])[0][:, -1].float()
+            assert reader.is_approximate
+            worst = max(worst, float((remembered - whole).abs().max() / whole.abs().max()))
+    assert 0 < worst < ROUNDING[dtype] / 2, "two logits may move towards each other"
+
+
+def test_where_two_tokens_are_as_likely_a_whole_pass_decides() -> None:
+    model = new_gpt(SMALL)
+    with torch.no_grad():
+        model.lm_head.weight[1::2] = model.lm_head.weight[:-1:2]  # every token has a twin
+    idx = torch.randint(SMALL["vocab_size"], (1, 5))
+    assert not is_clear(model(idx)[0][:, -1])
+    with mock.patch.object(Reader, "reread", autospec=True, side_effect=Reader.reread) as reread:
+        found = model.generate(idx, 20, temperature=0)
+    assert reread.call_count >= 20
+    assert torch.equal(found, uncached(model, idx, 20))
+
+
+def test_whole_passes_are_few() -> None:
+    model = new_gpt(SMALL)
+    with mock.patch.object(Reader, "reread", autospec=True, side_effect=Reader.reread) as reread:
+        model.generate(torch.randint(SMALL["vocab_size"], (1, 5)), 40, temperature=0)
+    assert reread.call_count <= 4, "the prompt, and what rounding could decide"
+
+
+def test_a_row_is_drawn_alike_alone_and_beside_others() -> None:
+    model = new_gpt(SMALL)
+    prompt = torch.randint(SMALL["vocab_size"], (1, 5))
+
+    def draw(seeds: list[int]) -> Tensor:
+        own = [torch.Generator().manual_seed(seed) for seed in seeds]
+        return model.generate(prompt.expand(len(seeds), -1), 60, 1.0, 50, own, top_p=0.95)
+
+    together = draw([1, 2, 3])
+    for row, seed in enumerate((1, 2, 3)):
+        assert torch.equal(together[row], draw([seed])[0])
+    assert not torch.equal(together[0], together[1])
+
+
+def test_a_stream_ends_when_every_row_has_ended() -> None:
+    model, end = new_gpt(SMALL), 0
+    prompts = torch.randint(1, SMALL["vocab_size"], (2, 5))
+    generators = [torch.Generator().manual_seed(seed) for seed in (1, 2)]
+    tokens = torch.cat(list(model.generate_stream(prompts, 4000, 2.0, generator=generators, end=end)), dim=1)
+    assert tokens.size(1) < 4000
+    firsts = [int((row == end).nonzero()[0]) for row in tokens]
+    assert max(firsts) == tokens.size(1) - 1
+    assert min(firsts) < max(firsts), "one row has waited for the other"
+
+
+@pytest.mark.parametrize(
+    ("top_p", "kept"),
+    [(0.05, {2}), (0.49, {2}), (0.51, {2, 0}), (0.79, {2, 0}), (0.81, {2, 0, 3}), (0.999, {0, 1, 2, 3})],
+)
+def test_top_p_draws_from_the_fewest_that_have_it(top_p: float, kept: set[int]) -> None:
+    logits = torch.tensor([[0.3, 0.05, 0.5, 0.15]]).log()
+    generator = torch.Generator().manual_seed(0)
+    drawn = [int(choose(logits, Choice(top_p=top_p), generator)) for _ in range(400)]
+    assert set(drawn) == kept
+    share = drawn.count(2) / len(drawn)
+    assert share == pytest.approx(0.5 / float(logits.exp()[0, sorted(kept)].sum()), abs=0.08), (
+        "as likely as among these"
+    )
+
+
+def test_top_p_comes_after_top_k() -> None:
+    logits = torch.tensor([[0.3, 0.05, 0.5, 0.15]]).log()
+    generator = torch.Generator().manual_seed(0)
+    drawn = {int(choose(logits, Choice(top_k=2, top_p=0.7), generator)) for _ in range(200)}
+    assert drawn == {0, 2}, "of the two, the likelier has 0.625"
+
+
+@pytest.mark.parametrize("top_k", [None, 7])
+def test_skipped_draws_leave_the_generator_as_draws_do(top_k: int | None) -> None:
+    logits, drawn, skipped = torch.randn(1, 311), torch.Generator().manual_seed(3), torch.Generator().manual_seed(3)
+    for _ in range(25):
+        choose(logits, Choice(0.8, top_k), drawn)
+    skip_draws(skipped, 25, 311)
+    assert torch.equal(drawn.get_state(), skipped.get_state())
+
+
+def test_a_cache_takes_a_prompt_then_single_tokens() -> None:
+    model = new_gpt(SMALL)
+    cache = KVCache.for_model(model, 1, 8)
+    with torch.no_grad():
+        model(torch.zeros((1, 6), dtype=torch.long), cache=cache)
+        with pytest.raises(ValueError, match="one token at a time"):
+            model(torch.zeros((1, 2), dtype=torch.long), cache=cache)
+        for _ in range(2):
+            model(torch.zeros((1, 1), dtype=torch.long), cache=cache)
+        with pytest.raises(ValueError, match="room for 0 more"):
+            model(torch.zeros((1, 1), dtype=torch.long), cache=cache)
+    cache.clear()
+    assert cache.length == 0
+
+
+@pytest.mark.parametrize("out_features", [2048, 2017])
+@pytest.mark.parametrize("shape", [(1,), (1, 1), (3, 1), (2, 4), (8, 1), (9, 1)])
+@pytest.mark.parametrize("has_bias", [True, False])
+def test_a_large_layer_multiplies_few_rows_in_parts(out_features: int, shape: tuple[int, ...], has_bias: bool) -> None:
+    torch.manual_seed(0)
+    layer, x = Linear(512, out_features, bias=has_bias), torch.randn(*shape, 512)
+    usual = F.linear(x, layer.weight, layer.bias)
+    assert torch.equal(layer(x), usual), "with gradients it is nn.Linear"
+    with torch.no_grad(), mock.patch("torch.bmm", side_effect=torch.bmm) as bmm:
+        found = layer(x)
+    assert bmm.called == (x.numel() // 512 <= 8)
+    assert found.shape == usual.shape
+    torch.testing.assert_close(found, usual, rtol=1e-5, atol=1e-6)
+
+
+@torch.no_grad()
+def test_other_layers_are_plain() -> None:
+    torch.manual_seed(0)
+    for layer, x in (
+        (Linear(64, 64), torch.randn(1, 64)),
+        (Linear(512, 2048).bfloat16(), torch.randn(1, 512).bfloat16()),
+        (Linear(512, 2048), torch.randn(0, 512)),
+    ):
+        assert torch.equal(layer(x), nn.Linear.forward(layer, x))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert Linear(512, 2048)(torch.randn(1, 512)).dtype == torch.bfloat16
