@@ -1,19 +1,22 @@
 """Begin an attempt: the newest whole state of the run, wherever it lies, else what init_from names.
 
 A state may lie in the memory of several nodes and in storage. Every file is read by one rank, from the nearest place
-that has it, straight into the live tensors, and sent from there to the other ranks: storage is read once at most,
-whatever the world size, and not at all where a node's memory has the state. On CPUs, where memory is faster than any
-network, every rank reads by itself what lies in its node's memory. Nothing is used before it is verified.
+that has it, straight into the live tensors, and sent from there to the other ranks while the next tensors are read:
+storage is read once at most, whatever the world size, and not at all where a node's memory has the state. On CPUs,
+where memory is faster than any network, every rank reads by itself what lies in its node's memory. What is sent may
+turn out to be damaged at the end of its file; then the file is read elsewhere. Nothing is used before it is verified.
 """
 
 from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import zip_longest
+from threading import Event
 from typing import Any
 
 import torch
@@ -34,7 +37,7 @@ from orchestrator.errors import CheckpointError
 from orchestrator.world import World
 
 logger = logging.getLogger(__name__)
-
+_RUN_BYTES = 32 * 2**20  # tensors that are sent together
 
 # file -> which ranks read it, and where; where it is one alone, that one sends it to the others
 Plan = dict[str, dict[int, "Place"]]
@@ -163,9 +166,8 @@ def _fill_from(
     files = checkpoint.model_files if model_only else checkpoint.files
     wanted = {name for name, entry in checkpoint.state["tensors"].items() if entry["file"] in files}
     tensors = _live_tensors(state, wanted)
-    sender: dict[str, int] = {}  # of every file that is not read by all
     refused: dict[str, dict[str, str]] = {}  # file -> place -> what is wrong with it there
-    from_storage_bytes = [0]
+    from_storage_bytes = 0
     left = files
     while left:
         plan = _assign(left, places, refused, world)
@@ -173,24 +175,22 @@ def _fill_from(
             if world.is_main:
                 _fall_back(places, "; ".join(f"{file} in {_listed(refused[file])}" for file in lost), store)
             return None
-        errors = _read_mine(plan, left, tensors, world, store, from_storage_bytes)
+        reading = _Reading(plan, left, tensors, checkpoint, world, store)
+        errors = reading.run()
+        from_storage_bytes += reading.from_storage_bytes
         for file, readers in plan.items():
             if file in errors:
                 refused.setdefault(file, {}).update(errors[file])
-                continue
-            rank, place = next(iter(readers.items()))
-            if len(readers) < world.size:
-                sender[file] = rank
-            if world.is_main and file in refused:
+            elif world.is_main and file in refused:
+                place = next(iter(readers.values()))
                 told = checkpoint.name, file, place.label, _listed(refused[file])
                 logger.warning("%s: %s was read from %s; passed over: %s", *told)
         left = {file: left[file] for file in plan if file in errors}
-    source = {name: sender[file] for name in tensors if (file := checkpoint.state["tensors"][name]["file"]) in sender}
-    _spread(state, tensors, source, world)
+    _share_steps(state, tensors)
     _adopt(state, checkpoint.snapshot({}), world)
     if checkpoint.state.get("is_evaluated", True):
         state.evaluated_at, state.val_loss = state.iter_num, checkpoint.val_loss
-    total_bytes = int(world.sum(torch.tensor(from_storage_bytes)).item())
+    total_bytes = int(world.sum(torch.tensor([from_storage_bytes])).item())
     is_durable = any(place.is_storage for place in places)
     size_bytes = sum(record.size_bytes for record in files.values())
     return Resumed(checkpoint, is_durable, size_bytes, total_bytes, time.perf_counter() - began_s)
@@ -231,44 +231,128 @@ def _assign(
     return plan
 
 
-def _read_mine(
-    plan: Plan,
-    records: dict[str, FileRecord],
-    tensors: dict[str, Tensor],
-    world: World,
-    store: CheckpointStore,
-    from_storage_bytes: list[int],
-) -> dict[str, dict[str, str]]:
-    """Read this rank's files into the live tensors; return what went wrong on any rank: file -> place -> why."""
+class _Reading:
+    """One pass over files that lie somewhere: this rank's are read by a thread, and sent by the one that calls `run`.
 
-    def place_of(name: str, dtype: torch.dtype, shape: list[int]) -> Tensor:
-        live = tensors.get(name)
-        if live is None or live.dtype != dtype or list(live.shape) != shape:
+    All ranks send and receive in the same order, whatever comes of reading: what could not be read is sent as it is.
+    from_storage_bytes: what this rank has read of storage.
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        records: dict[str, FileRecord],
+        tensors: dict[str, Tensor],
+        checkpoint: Checkpoint,
+        world: World,
+        store: CheckpointStore,
+    ) -> None:
+        self._plan, self._records, self._tensors, self._world, self._store = plan, records, tensors, world, store
+        entries = checkpoint.state["tensors"].items()  # in the order of their files
+        self._file_of = {name: entry["file"] for name, entry in entries if entry["file"] in plan}
+        self._is_there = {name: Event() for name in self._file_of}
+        self._begun: set[str] = set()
+        self._read_again: list[str] = []  # files of which another reading may have been sent
+        self.from_storage_bytes = 0
+
+    def run(self) -> dict[str, dict[str, str]]:
+        """Fill the tensors on all ranks; return what went wrong with a file on any rank: file -> place -> why."""
+        thread = ThreadPoolExecutor(1, "restore")
+        try:
+            reading = thread.submit(self._read_mine)
+            for rank, names in self._in_turns():
+                self._send(rank, names)
+            mine = reading.result()
+        finally:
+            thread.shutdown(wait=False)  # where a peer is gone, the rest of a file is not waited for
+        errors: dict[str, dict[str, str]] = {}
+        again = set()
+        for found, read_again in self._world.gather_json([mine, self._read_again]):
+            again.update(read_again)
+            for file, (label, why) in found.items():
+                errors.setdefault(file, {}).setdefault(label, why)
+        for file in sorted(again - errors.keys()):
+            if (sender := self._sender(file)) is not None:
+                self._send(sender, self._names(file))
+        return errors
+
+    def _names(self, file: str) -> list[str]:
+        return [name for name in self._file_of if self._file_of[name] == file]
+
+    def _sender(self, file: str) -> int | None:
+        """Return the rank that reads a file for others, None where each reads it for itself."""
+        readers = self._plan[file]
+        return next(iter(readers)) if len(readers) < self._world.size else None
+
+    def _in_turns(self) -> Iterator[tuple[int, list[str]]]:
+        """Yield what is sent, in order: the first tensors of every sender, then the next ones."""
+        runs: dict[int, list[list[str]]] = {}
+        for file in self._plan:
+            if (rank := self._sender(file)) is not None:
+                runs.setdefault(rank, []).extend(self._cut(self._names(file)))
+        for turn in zip_longest(*runs.values()):
+            yield from ((rank, names) for rank, names in zip(runs, turn, strict=True) if names)
+
+    def _cut(self, names: list[str]) -> Iterator[list[str]]:
+        """Yield tensors of a file in runs that are large enough to be sent at full speed."""
+        run: list[str] = []
+        for name in names:
+            run.append(name)
+            if sum(self._tensors[each].nbytes for each in run) >= _RUN_BYTES:
+                yield run
+                run = []
+        if run:
+            yield run
+
+    def _send(self, rank: int, names: list[str]) -> None:
+        for name in names:
+            if rank == self._world.rank:
+                self._is_there[name].wait()
+            else:
+                self._tensors[name].zero_()  # receiving into memory that nobody has touched takes three times as long
+        self._world.broadcast([self._tensors[name] for name in names], rank)
+
+    def _read_mine(self) -> dict[str, list[str]]:
+        """Read this rank's files into the live tensors; return what went wrong: file -> place, why."""
+        errors = {}
+        try:
+            for file, readers in self._plan.items():
+                if place := readers.get(self._world.rank):
+                    try:
+                        patiently_read(partial(self._read, file, place), self._store)
+                    except CheckpointError as error:
+                        errors[file] = [place.label, str(error)]
+                self._let_go(self._names(file))
+        finally:
+            self._let_go(self._is_there)  # whatever it is: the others wait for this rank
+        return errors
+
+    def _let_go(self, names: Iterable[str]) -> None:
+        for name in names:
+            self._is_there[name].set()
+
+    def _read(self, file: str, place: Place) -> None:
+        if file in self._begun:
+            self._read_again.append(file)
+        self._begun.add(file)
+        fs = self._store.fs if place.is_storage else LocalFileSystem()
+        counter = self._count if place.is_storage else lambda _bytes: None
+        path, record = f"{place.folders[file]}/{file}", self._records[file]
+        for name, tensor in stream_tensors(fs, path, record, partial(self._place_of, file), counter):
+            if tensor is not self._tensors[name]:
+                self._tensors[name].copy_(tensor)
+            self._is_there[name].set()
+
+    def _place_of(self, file: str, name: str, dtype: torch.dtype, shape: list[int]) -> Tensor:
+        if self._file_of.get(name) != file:  # damaged: what another file has brought must not be overwritten
+            raise CheckpointError(f"{file} holds {name}, which is none of its tensors")
+        live = self._tensors[name]
+        if live.dtype != dtype or list(live.shape) != shape:
             raise CheckpointError(f"{name} is not of the model's shape and type")
         return live if live.device.type == "cpu" and live.is_contiguous() else torch.empty(shape, dtype=dtype)
 
-    def count(size_bytes: int) -> None:
-        from_storage_bytes[0] += size_bytes
-
-    def read(file: str, place: Place) -> None:
-        fs = store.fs if place.is_storage else LocalFileSystem()
-        counter = count if place.is_storage else lambda _bytes: None
-        for name, tensor in stream_tensors(fs, f"{place.folders[file]}/{file}", records[file], place_of, counter):
-            if tensor is not tensors[name]:
-                tensors[name].copy_(tensor)
-
-    mine = {}
-    for file, readers in plan.items():
-        if place := readers.get(world.rank):
-            try:
-                patiently_read(partial(read, file, place), store)
-            except CheckpointError as error:
-                mine[file] = [place.label, str(error)]
-    errors: dict[str, dict[str, str]] = {}
-    for found in world.gather_json(mine):
-        for file, (label, why) in found.items():
-            errors.setdefault(file, {}).setdefault(label, why)
-    return errors
+    def _count(self, size_bytes: int) -> None:
+        self.from_storage_bytes += size_bytes
 
 
 def _live_tensors(state: TrainState, wanted: set[str]) -> dict[str, Tensor]:
@@ -286,13 +370,8 @@ def _live_tensors(state: TrainState, wanted: set[str]) -> dict[str, Tensor]:
     return tensors
 
 
-def _spread(state: TrainState, tensors: dict[str, Tensor], source: dict[str, int], world: World) -> None:
-    """Send tensors from the rank that has them (source: tensor -> rank) to all others."""
-    for name in source:
-        if source[name] != world.rank:
-            tensors[name].zero_()  # receiving into memory that nobody has touched takes three times as long as this
-    for rank in range(world.size):
-        world.broadcast([tensors[name] for name in sorted(source) if source[name] == rank], rank)
+def _share_steps(state: TrainState, tensors: dict[str, Tensor]) -> None:
+    """Give every parameter the one count of steps that was saved for all."""
     if "step" in tensors:
         for slots in state.optimizer.state.values():
             slots["step"].copy_(tensors["step"])
@@ -324,6 +403,10 @@ def _import(config: TrainConfig, world: World) -> TrainState:
 
     with ThreadPoolExecutor(torch.get_num_threads()) as pool:  # each touches memory for the first time: one is slow
         list(pool.map(fill, names if world.is_main else ()))
-    _spread(state, tensors, dict.fromkeys(names, 0), world)
+    if not world.is_main:
+        for tensor in tensors.values():
+            tensor.zero_()  # as in `_send`
+    world.broadcast([tensors[name] for name in names], 0)
+    _share_steps(state, tensors)
     _adopt(state, saved, world)
     return state

@@ -56,9 +56,10 @@ def capture(state: TrainState, val_loss: float | None = None) -> Snapshot:
     """Return the state as a snapshot that shares its tensors: nothing is copied, so use it before the next step."""
     names: dict[Tensor, str] = {parameter: name for name, parameter in state.model.named_parameters()}
     optimizer: dict[str, Tensor] = {}
-    for parameter, slots in state.optimizer.state.items():
-        optimizer |= {f"{moment}.{names[parameter]}": slots[moment] for moment in _MOMENTS}
-        optimizer["step"] = slots["step"]  # the same for all: every parameter is in every step
+    if state.optimizer.state:  # in the model's order, whatever the optimizer's own: equal states are equal files
+        slots_of = state.optimizer.state
+        optimizer = {f"{moment}.{names[p]}": slots_of[p][moment] for moment in _MOMENTS for p in names}
+        optimizer["step"] = next(iter(slots_of.values()))["step"]  # the same for all: every parameter is in every step
     groups = tuple(
         ParamGroup(
             params=tuple(names[parameter] for parameter in group["params"]),

@@ -22,7 +22,7 @@ from orchestrator.checkpoint.memory import run_path, share_path, states_in
 from orchestrator.checkpoint.snapshot import Snapshot, tensors_equal
 from orchestrator.checkpoint.store import Checkpoint, CheckpointStore, newest_name_first, parse_state, state_text
 from orchestrator.config import TrainConfig
-from orchestrator.errors import ConfigError
+from orchestrator.errors import ConfigError, UnreadableError
 from orchestrator.process import resolve
 from orchestrator.telemetry.metrics import read_metrics
 from orchestrator.world import World
@@ -234,6 +234,37 @@ def test_without_any_memory_storage_is_read_once(left: Callable[[str, str], Scen
     assert begin["world_size"] == world_size
     assert begin["from_storage_bytes"] == checkpoint.size_bytes, "headers included"
     assert tensors_equal(final_state(scene.config.out_dir), expected)
+
+
+def break_off_first_readings(rank: int) -> None:
+    """Let a process read wrong numbers at first, from a storage that stops answering at the end of the file."""
+    read, begun = restore.stream_tensors, set[str]()
+
+    def reading(fs: Any, path: str, *rest: Any) -> Any:
+        is_first = path not in begun
+        begun.add(path)
+        for name, tensor in read(fs, path, *rest):
+            if is_first:
+                tensor.add_(1)
+            yield name, tensor
+        if is_first:
+            os.write(1, f"\nrank {rank} is broken off in {path}\n".encode())
+            raise UnreadableError(f"{path} cannot be read: broken off")
+
+    restore.stream_tensors = reading
+
+
+def test_what_was_sent_of_a_reading_that_broke_off_is_sent_again(
+    left: Callable[[str, str], Scene], tiny: TrainConfig, undisturbed: Undisturbed
+) -> None:
+    scene = left("001", "same")
+    scene.lose("0", "1")
+    name = scene.store.select("latest").name
+    again = scene.train("001", "again", prepare=break_off_first_readings)
+    assert again.is_done, again.said
+    assert {int(rank) for rank in re.findall(r"rank (\d) is broken off", again.said)} == {0, 1, 2}
+    assert scene.begin_record()["from"] == name
+    assert tensors_equal(final_state(scene.config.out_dir), undisturbed(tiny, 3))
 
 
 def flip_a_bit(share: Path, file: str) -> None:
