@@ -141,7 +141,8 @@ def figures(steps: list[tuple[int, float]], struck_s: float) -> dict[str, float]
     after = [(it, at_s) for it, at_s in steps if at_s > struck_s]
     # what others had in their pipes when it struck belongs to the attempt that was lost
     first, at_s = next((it, at_s) for it, at_s in after if at_s > struck_s + 0.1 or it <= max(before))
-    return {"seconds": at_s - struck_s, "steps_repeated": max(before) + 1 - first}
+    # the last one's record may be gone with the process that was to write it: that one is not repeated
+    return {"seconds": at_s - struck_s, "steps_repeated": max(0, max(before) + 1 - first)}
 
 
 def kill_again_and_again(every_s: float, for_s: float) -> None:

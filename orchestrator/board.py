@@ -92,9 +92,12 @@ class Poster:
             self._posted_at_s = now_s
             self._take_answer(timeout_s=0)
             if self._answer is None:
-                self._answer = self._board.post.remote(self._waiting)
-                self._waiting = []
+                self._answer = self._send()
         return self._stopping
+
+    def hurry(self) -> None:
+        """Send what is waiting, from whatever thread: this process may be ended at any moment."""
+        self._send()
 
     def say_last(self, word: Record) -> None:
         """Leave word of why this process ends, before it does: whoever finds it gone will ask for it."""
@@ -104,8 +107,12 @@ class Poster:
     def close(self) -> None:
         """Send the rest and wait for it to arrive."""
         self._take_answer(timeout_s=5)
-        self._answer = self._board.post.remote(self._waiting)
+        self._answer = self._send()
         self._take_answer(timeout_s=5)
+
+    def _send(self) -> Any:
+        waiting, self._waiting = self._waiting, []
+        return self._board.post.remote(waiting)
 
     def _take_answer(self, timeout_s: float) -> None:
         if self._answer is None or not ray.wait([self._answer], timeout=timeout_s)[0]:

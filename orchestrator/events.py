@@ -1,10 +1,15 @@
-"""What happens to a driver's attempts: kept in events.jsonl in the run's folder, and summed up."""
+"""What happens to a driver's attempts: kept in events.jsonl in the run's folder, and summed up.
+
+On an object store, where metrics are uploaded now and then, what an attempt has told last may be gone with its rank 0.
+The driver has heard it, and keeps it once the next attempt begins: what is there already is the same, line by line.
+"""
 
 from __future__ import annotations
 
 import logging
 import sys
 import time
+from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -18,13 +23,19 @@ from orchestrator.telemetry.metrics import MetricsLog
 logger = logging.getLogger(__name__)
 
 _FLUSH_S = 5.0  # on an object store
+_UNSURE_S = 60.0  # metrics of so long before its end may not have been uploaded by an attempt
+_RECENT = 10_000  # records
 
 
 class Events:
-    """One driver's; without a log (an evaluation writes nothing) they are only summed up."""
+    """One driver's; without a log (an evaluation writes nothing) they are only summed up.
 
-    def __init__(self, log: MetricsLog | None) -> None:
-        self._log, self.ledger = log, Ledger()
+    metrics: where to keep the last metrics of an attempt that ended, where it may not have done so itself.
+    """
+
+    def __init__(self, log: MetricsLog | None, metrics: MetricsLog | None = None) -> None:
+        self._log, self._metrics, self.ledger = log, metrics, Ledger()
+        self._recent: deque[dict[str, Any]] = deque(maxlen=_RECENT)  # of this attempt
         self._waiting: list[dict[str, Any]] | None = []  # until the run may write to its folder
 
     @property
@@ -49,8 +60,25 @@ class Events:
 
     def heard(self, record: dict[str, Any]) -> None:
         """Sum up what a worker has told, which keeps its metrics itself."""
-        if "time" in record:
-            self.ledger.add(record)
+        if "time" not in record:  # a line for people
+            return
+        self.ledger.add(record)
+        if record["kind"] == "begin":
+            self.keep_metrics()
+        self._recent.append(record)
+
+    def keep_metrics(self) -> None:
+        """Keep what an attempt that has ended told last."""
+        for record in self._recent:
+            if self._metrics and record["time"] >= self._recent[-1]["time"] - _UNSURE_S:
+                self._metrics.write(record)
+        self._recent.clear()
+
+    def close(self) -> None:
+        """Store what is left."""
+        for log in (self._log, self._metrics):
+            if log:
+                log.close()
 
     def _write(self, event: dict[str, Any]) -> None:
         if self._log:
@@ -64,15 +92,18 @@ def events_of(config: TrainConfig, lease: Lease | None) -> Iterator[Events]:
         yield Events(None)
         return
     options = storage_options_of(config)
-    log = MetricsLog(config.out_dir, lease.start_id, storage_options=options, flush_interval_s=_FLUSH_S, stem="events")
-    events = Events(log)
+    more: dict[str, Any] = {"storage_options": options, "flush_interval_s": _FLUSH_S}
+    log = MetricsLog(config.out_dir, lease.start_id, stem="events", **more)
+    events = Events(log, None if log.is_local else MetricsLog(config.out_dir, lease.start_id, **more))
     events.tell("driver_started", start_id=lease.start_id)
     try:
         yield events
     finally:
         if events.has_begun:
             error = sys.exception()
+            if error:
+                events.keep_metrics()
             events.tell("driver_ended", outcome=type(error).__name__ if error else "finished")
-            log.close()
+            events.close()
         if events.ledger.attempts:
             logger.info("%s", summary_of(events.ledger))

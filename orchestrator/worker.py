@@ -42,6 +42,7 @@ def run_worker(job: dict[str, Any]) -> dict[str, Any]:
     with suppress(FileNotFoundError):
         os.chdir(job["cwd"])  # relative paths mean on every node what they mean for the driver
     poster = Poster(job["board"])
+    _posters[:] = [poster]
     _log_through(poster)
     config = resolve(config_of(job))
     world = _world(config)
@@ -87,7 +88,8 @@ def _watch_cloud() -> Watcher | None:
     return Watcher(cloud, partial(leave, workers_here=context.get_local_world_size())) if cloud else None
 
 
-_savers: list[Saver] = []  # of this process: one, once training has begun
+_posters: list[Poster] = []  # of this process: one
+_savers: list[Saver] = []  # one, once training has begun
 _rescuing: list[threading.Thread] = []
 
 
@@ -104,6 +106,8 @@ def begin_rescue() -> None:
 def end_rescue() -> tuple[int | None, float | None]:
     """Wait until that is done; return the iteration that is safe and when it was completed (seconds since 1970)."""
     _rescuing[-1].join()
+    for poster in _posters:
+        poster.hurry()
     return _rescue()
 
 

@@ -54,7 +54,7 @@ class MetricsLog:
         stem: str = "metrics",
     ) -> None:
         self._fs, self._root = locate(out_dir, storage_options)
-        self._is_local = isinstance(self._fs, LocalFileSystem)
+        self.is_local = isinstance(self._fs, LocalFileSystem)
         self._attempt, self._stem = attempt, stem
         self._flush_interval_s, self._close_timeout_s = flush_interval_s, close_timeout_s
         self._clock = clock
@@ -73,13 +73,13 @@ class MetricsLog:
         line = to_line({"iter": self._iter, "attempt": self._attempt, "time": now, **record})
         with self._lock:
             self._lines.append((self._iter, line))
-        if self._is_local or now - self._flushed_at >= self._flush_interval_s:
+        if self.is_local or now - self._flushed_at >= self._flush_interval_s:
             self.flush()
 
     def flush(self) -> None:
         """Store what was written; uploads go on behind, training does not wait for them."""
         self._flushed_at = self._clock()
-        if self._is_local:
+        if self.is_local:
             self._store()
         elif not (self._upload and self._upload.is_alive()):  # else these lines go with the next upload
             self._upload = threading.Thread(target=self._store, name="metrics upload", daemon=True)
@@ -104,7 +104,7 @@ class MetricsLog:
         if not lines:
             return
         try:
-            (self._append if self._is_local else self._put)(lines)
+            (self._append if self.is_local else self._put)(lines)
         except Exception as error:  # whatever a disk or a storage library fails with: training goes on
             self._keep_for_later(error)
             return

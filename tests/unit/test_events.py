@@ -1,0 +1,58 @@
+"""What a driver keeps of its attempts, the last metrics of one that was killed among it."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+from orchestrator.events import Events
+from orchestrator.telemetry.metrics import MetricsLog, read_events, read_metrics
+
+BEGAN_S = time.time() - 1000
+
+
+def record(kind: str, it: int, attempt: str, after_s: float) -> dict[str, Any]:
+    steps = {"count": 1, "step_s": 1.0, "eval_s": 0.0, "median_s": 1.0, "pause_s": 0.0} if kind == "steps" else {}
+    return {"kind": kind, "iter": it, "attempt": attempt, "time": BEGAN_S + after_s, **steps}
+
+
+def attempt(name: str, first: int, last: int) -> list[dict[str, Any]]:
+    """Return what rank 0 tells, an iteration each ten seconds."""
+    told = [record("begin", first, name, 10 * first)]
+    for it in range(first, last):
+        told += [record("step", it, name, 10 * it + 9), record("steps", it + 1, name, 10 * it + 9.5)]
+    return told
+
+
+def test_what_a_killed_rank_had_not_uploaded_is_kept_by_the_driver(tmp_path: Path) -> None:
+    url = f"memory://events/{tmp_path.name}"
+    uploaded = MetricsLog(url, "a", flush_interval_s=1e9)
+    events = Events(MetricsLog(url, "driver", stem="events"), MetricsLog(url, "driver"))
+    events.begin()
+    told = attempt("a", 0, 20)
+    for each in told[:30]:
+        uploaded.write(each)
+    uploaded.close()  # and the rest is lost with its process
+    for each in told:
+        events.heard(each)
+    uploaded = MetricsLog(url, "b")
+    again = attempt("b", 20, 22)
+    for each in again:
+        uploaded.write(each)
+        events.heard({**each})
+    uploaded.close()
+    events.heard({"kind": "note", "text": "a line for people"})
+    events.close()
+    assert read_metrics(url) == sorted(told + again, key=lambda each: each["iter"]), "all of it, once"
+    assert read_events(url) == []
+
+
+def test_of_a_run_that_fails_the_last_metrics_are_kept_too(tmp_path: Path) -> None:
+    url = f"memory://events/{tmp_path.name}"
+    events = Events(None, MetricsLog(url, "driver"))
+    for each in attempt("a", 0, 3):
+        events.heard(each)
+    events.keep_metrics()
+    events.close()
+    assert [each["iter"] for each in read_metrics(url) if each["kind"] == "step"] == [0, 1, 2]
