@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -109,3 +112,23 @@ def test_a_run_that_saves_memory_is_resumed_exactly(tiny: TrainConfig, tmp_path:
     again = ranks.train(config, 3, tmp_path / "again.log", [fault])
     assert again.is_done, again.said
     assert tensors_equal(final_state(config.out_dir), final_state(undisturbed.out_dir))
+
+
+def huge_pages() -> str:
+    try:
+        return Path("/sys/kernel/mm/transparent_hugepage/enabled").read_text()
+    except OSError:
+        return "[never]"
+
+
+@pytest.mark.skipif("[never]" in huge_pages(), reason="this kernel gives no huge pages")
+@pytest.mark.parametrize("first", ["import torch, orchestrator", "import orchestrator.worker"])
+def test_large_tensors_lie_in_huge_pages(first: str) -> None:
+    program = f"""{first}
+import re, torch
+before = torch.zeros(1)
+large = torch.zeros(64 * 2**20, dtype=torch.uint8)
+print(re.findall(r"AnonHugePages: +(\\d+)", open("/proc/self/smaps_rollup").read())[0])"""
+    environment = {key: value for key, value in os.environ.items() if key != "THP_MEM_ALLOC_ENABLE"}
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, env=environment)
+    assert int(done.stdout) > 32 * 1024
