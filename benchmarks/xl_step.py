@@ -4,9 +4,9 @@
 activation_checkpointing and loss_chunk. It is run twice: undisturbed, and with its worker killed as soon as the first
 step's checkpoint is whole. `is_equal` tells whether both end with the same bits, weights and moments.
 
-Weights, gradients and AdamW's two moments are 16 bytes per parameter, 24.9 GB, and a step takes 0.7 GB besides: where
-memory ends before that, swap has to take what is over (fallocate -l 8G FILE; mkswap FILE; swapon FILE). It takes half
-an hour on two cores, and 45 GB on the disk; that it is not part of any test is for that.
+Weights, gradients and AdamW's two moments are 16 bytes per parameter, 24.9 GB, and a step takes up to 2.5 GB besides:
+where memory ends before that, swap has to take what is over (fallocate -l 8G FILE; mkswap FILE; swapon FILE). It takes
+half an hour on two cores, and 45 GB on the disk; that it is not part of any test is for that.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ SETTINGS = (
     *("--num_workers=1", "--cpus_per_worker=2", "--warm_spares=False", "--hang_timeout_s=3600"),
     *("--device=cpu", "--dtype=float32", "--compile=False", "--dataset=topics"),
 )
-_OTHERS_BYTES = 2_500_000_000  # Python and PyTorch, the step itself, Ray and the driver
+_OTHERS_BYTES = 4_500_000_000  # Python and PyTorch, the step itself, Ray and the driver
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
