@@ -140,12 +140,14 @@ class GPT(nn.Module):
         self.transformer = Transformer(config)
         self.lm_head = Linear(config.n_embd, config.vocab_size, bias=False)
         self._tie_weights()
+        log.info("number of parameters: %.2fM", self.get_num_params() / 1e6)
+        if self.lm_head.weight.is_meta:  # to be filled in later; to draw nothing takes PyTorch milliseconds a tensor
+            return
         self.apply(self._init_weights)
         # Every block adds to the residual stream twice: scaled down so that its variance does not grow with depth.
         for name, param in self.named_parameters():
             if name.endswith("c_proj.weight"):
                 nn.init.normal_(param, mean=0.0, std=0.02 / math.sqrt(2 * config.n_layer))
-        log.info("number of parameters: %.2fM", self.get_num_params() / 1e6)
 
     @classmethod
     def empty(cls, config: GPTConfig, device: torch.device | str = "cpu") -> GPT:

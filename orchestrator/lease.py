@@ -256,7 +256,8 @@ class Lease:
 
     def _write(self) -> None:
         self._beats += 1
-        self._store.write_json(LEASE_FILE, {**asdict(self._me), "beat": self._beats})
+        beat = {**asdict(self._me), "beat": self._beats}
+        self._store.write_json(LEASE_FILE, beat, is_lasting=False)  # after a power cut no driver runs
 
     def _start_in_run_json(self) -> str | None:
         try:

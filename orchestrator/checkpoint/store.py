@@ -233,18 +233,19 @@ class CheckpointStore:
         Raises:
             CheckpointError: it cannot be written.
         """
-        self.write_json(_ATTEMPT_FILE, {"attempt": attempt})
+        self.write_json(_ATTEMPT_FILE, {"attempt": attempt}, is_lasting=False)  # after a power cut nobody is late
 
     def is_taken_over(self, attempt: str) -> bool:
         """Return whether a later attempt writes here: this one was cut off, and given up by the others."""
         return bool(self.read_json(_ATTEMPT_FILE).get("attempt", attempt) != attempt)
 
-    def write_json(self, name: str, value: dict[str, Any]) -> None:
-        """Write a JSON file whole or not at all."""
-        self._write_text(name, json.dumps(value, indent=1, allow_nan=False))
+    def write_json(self, name: str, value: dict[str, Any], *, is_lasting: bool = True) -> None:
+        """Write a JSON file whole or not at all; is_lasting: see `delivered`."""
+        self._write_text(name, json.dumps(value, indent=1, allow_nan=False), is_lasting=is_lasting)
 
-    def _write_text(self, name: str, text: str) -> None:
-        with delivered(f"{self.out_dir.rstrip('/')}/{name}", self.storage_options) as file:
+    def _write_text(self, name: str, text: str, *, is_lasting: bool = True) -> None:
+        url = f"{self.out_dir.rstrip('/')}/{name}"
+        with delivered(url, self.storage_options, is_lasting=is_lasting) as file:
             file.write_text(text)
 
     def read_json(self, name: str) -> dict[str, Any]:

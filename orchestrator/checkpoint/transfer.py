@@ -73,10 +73,11 @@ def fetched(url: str, storage_options: dict[str, Any] | None = None) -> Iterator
 
 
 @contextmanager
-def delivered(url: str, storage_options: dict[str, Any] | None = None) -> Iterator[Path]:
+def delivered(url: str, storage_options: dict[str, Any] | None = None, *, is_lasting: bool = True) -> Iterator[Path]:
     """Lend a scratch file to write, and put it in its place once the block ends without an error.
 
     Local: a temporary name beside it, then a rename. Object stores, which cannot rename: one put, checked by size.
+    is_lasting: on a local disk, wait until no power cut could take it back, which on a busy disk is a second or more.
 
     Raises:
         CheckpointError: the file could not be written; what was at the url before is still there.
@@ -84,7 +85,7 @@ def delivered(url: str, storage_options: dict[str, Any] | None = None) -> Iterat
     fs, path = locate(url, storage_options)
     try:
         if isinstance(fs, LocalFileSystem):
-            with _renamed_onto(Path(path)) as scratch_file:
+            with _renamed_onto(Path(path), is_lasting) as scratch_file:
                 yield scratch_file
             return
         with tempfile.TemporaryDirectory() as scratch:
@@ -103,13 +104,14 @@ def delivered(url: str, storage_options: dict[str, Any] | None = None) -> Iterat
 
 
 @contextmanager
-def _renamed_onto(path: Path) -> Iterator[Path]:
+def _renamed_onto(path: Path, is_lasting: bool) -> Iterator[Path]:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.urandom(4).hex()}.tmp")  # two nodes may have equal process ids
     try:
         yield temporary
-        with temporary.open("rb+") as file:
-            os.fsync(file.fileno())  # the content must be on disk before the name is
+        if is_lasting:
+            with temporary.open("rb+") as file:
+                os.fsync(file.fileno())  # the content must be on disk before the name is
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)

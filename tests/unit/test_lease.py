@@ -382,8 +382,8 @@ def test_it_beats_by_itself(store: CheckpointStore, monkeypatch: pytest.MonkeyPa
     third = threading.Event()
     original = store.write_json
 
-    def write_json(name: str, value: dict[str, Any]) -> None:
-        original(name, value)
+    def write_json(name: str, value: dict[str, Any], **options: Any) -> None:
+        original(name, value, **options)
         if value["beat"] >= 3:
             third.set()
 
