@@ -16,7 +16,7 @@ import pytest
 from fsspec.implementations.local import LocalFileSystem
 
 from orchestrator import loop
-from orchestrator.checkpoint import restore
+from orchestrator.checkpoint import reading
 from orchestrator.checkpoint.files import FileRecord, read_tensors
 from orchestrator.checkpoint.memory import run_path, share_path, states_in
 from orchestrator.checkpoint.snapshot import Snapshot, tensors_equal
@@ -238,9 +238,9 @@ def test_without_any_memory_storage_is_read_once(left: Callable[[str, str], Scen
 
 def break_off_first_readings(rank: int) -> None:
     """Let a process read wrong numbers at first, from a storage that stops answering at the end of the file."""
-    read, begun = restore.stream_tensors, set[str]()
+    read, begun = reading.stream_tensors, set[str]()
 
-    def reading(fs: Any, path: str, *rest: Any) -> Any:
+    def breaking(fs: Any, path: str, *rest: Any) -> Any:
         is_first = path not in begun
         begun.add(path)
         for name, tensor in read(fs, path, *rest):
@@ -251,7 +251,7 @@ def break_off_first_readings(rank: int) -> None:
             os.write(1, f"\nrank {rank} is broken off in {path}\n".encode())
             raise UnreadableError(f"{path} cannot be read: broken off")
 
-    restore.stream_tensors = reading
+    reading.stream_tensors = breaking
 
 
 def test_what_was_sent_of_a_reading_that_broke_off_is_sent_again(
@@ -326,12 +326,12 @@ def test_damage_in_the_memory_of_one_node(
 
 def tell_what_is_read_and_sent(rank: int) -> None:
     """Let a process say which files it reads at the beginning, and what it sends or receives."""
-    read, send = restore.stream_tensors, World.broadcast
+    read, send = reading.stream_tensors, World.broadcast
 
     def say(text: str) -> None:
         os.write(1, f"\n{text}\n".encode())  # at once, and on a line of its own: three processes write to one file
 
-    def reading(fs: Any, path: str, *rest: Any) -> Any:
+    def telling(fs: Any, path: str, *rest: Any) -> Any:
         say(f"rank {rank} reads {path}")
         return read(fs, path, *rest)
 
@@ -340,7 +340,7 @@ def tell_what_is_read_and_sent(rank: int) -> None:
             say(f"rank {rank} hears of rank {source}: {sum(tensor.nbytes for tensor in tensors)} bytes")
         send(world, tensors, source)
 
-    restore.stream_tensors, World.broadcast = reading, sending  # type: ignore[assignment,method-assign]
+    reading.stream_tensors, World.broadcast = telling, sending  # type: ignore[assignment,method-assign]
 
 
 @pytest.mark.parametrize("what", ["both nodes have it", "one node has it", "one file is damaged on one node"])

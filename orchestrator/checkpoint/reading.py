@@ -1,0 +1,163 @@
+"""Files of a state into live tensors: read by one rank each, verified, and sent to the others meanwhile.
+
+Knows no model and not which state it is; which rank reads what, and where, is decided before (restore.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from itertools import zip_longest
+from threading import Event
+
+import torch
+from fsspec.implementations.local import LocalFileSystem
+from torch import Tensor
+
+from orchestrator.checkpoint.durable import patiently_read
+from orchestrator.checkpoint.files import FileRecord, stream_tensors
+from orchestrator.checkpoint.store import Checkpoint, CheckpointStore
+from orchestrator.errors import CheckpointError
+from orchestrator.world import World
+
+_RUN_BYTES = 32 * 2**20  # tensors that are sent together
+
+# file -> which ranks read it, and where; where it is one alone, that one sends it to the others
+Plan = dict[str, dict[int, "Place"]]
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a state lies whole, and which ranks can read it there; folders: file -> its folder."""
+
+    label: str
+    ranks: tuple[int, ...]
+    checkpoint: Checkpoint
+    folders: dict[str, str]
+    is_storage: bool = False
+
+
+class Reading:
+    """One pass over files that lie somewhere: this rank's are read by a thread, and sent by the one that calls `run`.
+
+    All ranks send and receive in the same order, whatever comes of reading: what could not be read is sent as it is.
+    from_storage_bytes: what this rank has read of storage.
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        records: dict[str, FileRecord],
+        tensors: dict[str, Tensor],
+        checkpoint: Checkpoint,
+        world: World,
+        store: CheckpointStore,
+    ) -> None:
+        self._plan, self._records, self._tensors, self._world, self._store = plan, records, tensors, world, store
+        entries = checkpoint.state["tensors"].items()  # in the order of their files
+        self._file_of = {name: entry["file"] for name, entry in entries if entry["file"] in plan}
+        self._is_there = {name: Event() for name in self._file_of}
+        self._begun: set[str] = set()
+        self._read_again: list[str] = []  # files of which another reading may have been sent
+        self.from_storage_bytes = 0
+
+    def run(self) -> dict[str, dict[str, str]]:
+        """Fill the tensors on all ranks; return what went wrong with a file on any rank: file -> place -> why."""
+        thread = ThreadPoolExecutor(1, "restore")
+        try:
+            reading = thread.submit(self._read_mine)
+            for rank, names in self._in_turns():
+                self._send(rank, names)
+            mine = reading.result()
+        finally:
+            thread.shutdown(wait=False)  # where a peer is gone, the rest of a file is not waited for
+        errors: dict[str, dict[str, str]] = {}
+        again = set()
+        for found, read_again in self._world.gather_json([mine, self._read_again]):
+            again.update(read_again)
+            for file, (label, why) in found.items():
+                errors.setdefault(file, {}).setdefault(label, why)
+        for file in sorted(again - errors.keys()):
+            if (sender := self._sender(file)) is not None:
+                self._send(sender, self._names(file))
+        return errors
+
+    def _names(self, file: str) -> list[str]:
+        return [name for name in self._file_of if self._file_of[name] == file]
+
+    def _sender(self, file: str) -> int | None:
+        """Return the rank that reads a file for others, None where each reads it for itself."""
+        readers = self._plan[file]
+        return next(iter(readers)) if len(readers) < self._world.size else None
+
+    def _in_turns(self) -> Iterator[tuple[int, list[str]]]:
+        """Yield what is sent, in order: the first tensors of every sender, then the next ones."""
+        runs: dict[int, list[list[str]]] = {}
+        for file in self._plan:
+            if (rank := self._sender(file)) is not None:
+                runs.setdefault(rank, []).extend(self._cut(self._names(file)))
+        for turn in zip_longest(*runs.values()):
+            yield from ((rank, names) for rank, names in zip(runs, turn, strict=True) if names)
+
+    def _cut(self, names: list[str]) -> Iterator[list[str]]:
+        """Yield tensors of a file in runs that are large enough to be sent at full speed."""
+        run: list[str] = []
+        for name in names:
+            run.append(name)
+            if sum(self._tensors[each].nbytes for each in run) >= _RUN_BYTES:
+                yield run
+                run = []
+        if run:
+            yield run
+
+    def _send(self, rank: int, names: list[str]) -> None:
+        for name in names:
+            if rank == self._world.rank:
+                self._is_there[name].wait()
+            else:
+                self._tensors[name].zero_()  # receiving into memory that nobody has touched takes three times as long
+        self._world.broadcast([self._tensors[name] for name in names], rank)
+
+    def _read_mine(self) -> dict[str, list[str]]:
+        """Read this rank's files into the live tensors; return what went wrong: file -> place, why."""
+        errors = {}
+        try:
+            for file, readers in self._plan.items():
+                if place := readers.get(self._world.rank):
+                    try:
+                        patiently_read(partial(self._read, file, place), self._store)
+                    except CheckpointError as error:
+                        errors[file] = [place.label, str(error)]
+                self._let_go(self._names(file))
+        finally:
+            self._let_go(self._is_there)  # whatever it is: the others wait for this rank
+        return errors
+
+    def _let_go(self, names: Iterable[str]) -> None:
+        for name in names:
+            self._is_there[name].set()
+
+    def _read(self, file: str, place: Place) -> None:
+        if file in self._begun:
+            self._read_again.append(file)
+        self._begun.add(file)
+        fs = self._store.fs if place.is_storage else LocalFileSystem()
+        counter = self._count if place.is_storage else lambda _bytes: None
+        path, record = f"{place.folders[file]}/{file}", self._records[file]
+        for name, tensor in stream_tensors(fs, path, record, partial(self._place_of, file), counter):
+            if tensor is not self._tensors[name]:
+                self._tensors[name].copy_(tensor)
+            self._is_there[name].set()
+
+    def _place_of(self, file: str, name: str, dtype: torch.dtype, shape: list[int]) -> Tensor:
+        if self._file_of.get(name) != file:  # damaged: what another file has brought must not be overwritten
+            raise CheckpointError(f"{file} holds {name}, which is none of its tensors")
+        live = self._tensors[name]
+        if live.dtype != dtype or list(live.shape) != shape:
+            raise CheckpointError(f"{name} is not of the model's shape and type")
+        return live if live.device.type == "cpu" and live.is_contiguous() else torch.empty(shape, dtype=dtype)
+
+    def _count(self, size_bytes: int) -> None:
+        self.from_storage_bytes += size_bytes
