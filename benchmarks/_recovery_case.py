@@ -162,10 +162,6 @@ def kill_again_and_again(every_s: float, for_s: float) -> None:
 def main(case: dict[str, Any]) -> None:
     config = TrainConfig(**case["config"])
     strike = Strike(**case["strike"]) if case["strike"] else None
-    if case["side"] == "ours":
-        from orchestrator.cluster import TIMERS
-
-        os.environ.update(TIMERS)  # as in a cluster that is set up by this project's files
     with cluster(case["nodes"]):
         if case["every_s"]:
             args = (case["every_s"], case["for_s"])

@@ -24,12 +24,6 @@ logger = logging.getLogger(__name__)
 
 _KNOCK_TIMEOUT_S = 10.0
 _LOCAL_OBJECT_STORE_BYTES = 100 * 2**20  # nothing of ours passes through Ray's object store
-# A new group of workers gets the places of the one before it as soon as they are free, instead of up to a second later:
-# so often the head looks for room for a placement group. cluster.yaml and deploy/ set the same.
-TIMERS = {
-    "RAY_gcs_create_placement_group_retry_min_interval_ms": "20",
-    "RAY_gcs_create_placement_group_retry_max_interval_ms": "100",
-}
 
 
 _VERDICT_S = 60.0  # an autoscaler looks every 5 s
@@ -110,8 +104,7 @@ def _knock(address: str) -> None:
 
 def _start_cluster() -> None:
     # No dashboard runs. An actor of Train looks for one all the same, and stumbles where two runs share a machine.
-    for name, value in {"RAY_API_SERVER_ADDRESS": "http://127.0.0.1:9", **TIMERS}.items():
-        os.environ.setdefault(name, value)
+    os.environ.setdefault("RAY_API_SERVER_ADDRESS", "http://127.0.0.1:9")
     ray.init(
         address="local",
         num_cpus=os.cpu_count(),

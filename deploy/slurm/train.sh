@@ -33,8 +33,6 @@ export RAY_AUTH_TOKEN RAY_AUTH_MODE=token
 # A dead node is noticed in some 5 s instead of 20 s; shorter gives false alarms on busy nodes.
 export RAY_health_check_initial_delay_ms=1000 RAY_health_check_period_ms=1000
 export RAY_health_check_timeout_ms=2000 RAY_health_check_failure_threshold=3
-# A new group of workers gets the places of the one before it as soon as they are free, instead of up to a second later.
-export RAY_gcs_create_placement_group_retry_min_interval_ms=20 RAY_gcs_create_placement_group_retry_max_interval_ms=100
 
 log="ray-${SLURM_JOB_ID}.log"
 each=(--num-cpus="${SLURM_CPUS_PER_TASK:-1}" --num-gpus="${SLURM_GPUS_ON_NODE:-0}" --object-store-memory=1000000000)

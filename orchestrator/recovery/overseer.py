@@ -31,6 +31,7 @@ logger = logging.getLogger(__name__)
 _ANSWER_S = 2.0  # in which a worker that lives begins to rescue its state
 _RESCUE_S = 60.0  # in which it is done
 _BOARD_S = 2.0
+_PLACES_S = 1.0  # in which those of a group that has ended are free again
 _SPARES_AFTER_S = 3.0  # once training is under way: starting them takes cores for a moment
 
 
@@ -58,9 +59,11 @@ class Overseer(WorkerGroupCallback, ControllerCallback):  # type: ignore[misc]
             self._back_off_s = 0.0
         if self._is_placing:
             self._note("INFO", f"still no room for {worker_group_context.num_workers} workers: waiting for machines")
-        self._is_placing = True
         self._number += 1
         self._tell("attempt_starting", num_workers=worker_group_context.num_workers)
+        if self._number > 1 and not self._is_placing:
+            _wait_for_places(worker_group_context.num_workers, worker_group_context.resources_per_worker)
+        self._is_placing = True
 
     def after_worker_group_start(self, worker_group: Any) -> None:
         self._group, self._is_over, self._is_placing = worker_group, False, False
@@ -198,6 +201,19 @@ class Overseer(WorkerGroupCallback, ControllerCallback):  # type: ignore[misc]
 
     def _note(self, level: str, text: str) -> None:
         note_on(self._board, text, level)
+
+
+def _wait_for_places(num_workers: int, each: dict[str, float]) -> None:
+    """Wait a moment until the head knows that the places of the group before are free.
+
+    A placement group that is asked for before that is looked at again at Ray's next tick only, up to a second later.
+    """
+    deadline_s = time.monotonic() + _PLACES_S
+    while time.monotonic() < deadline_s:
+        free = ray.available_resources()
+        if all(free.get(resource, 0.0) >= num_workers * amount for resource, amount in each.items()):
+            return
+        time.sleep(0.02)
 
 
 def _in_short(text: str) -> str:
