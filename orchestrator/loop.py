@@ -293,8 +293,9 @@ def warm_up(ddp: DistributedDataParallel, data: Dataset, config: TrainConfig, wo
     first order where the undisturbed run's was summed in the second, and the bits would differ.
     """
     X, Y = to_device(data.batch("train", 0, 0), world.device)
+    rows = config.batch_size if config.compile else 1  # one shows the order; another shape would be compiled anew
     with autocast(config):
-        _, loss = ddp(X, Y)
+        _, loss = ddp(X[:rows], Y[:rows])
     loss.backward()
     ddp.zero_grad(set_to_none=True)
 
