@@ -72,7 +72,7 @@ def arm(fault: Fault) -> None:
     import torch.optim.optimizer as optim
 
     from orchestrator import loop
-    from orchestrator.checkpoint import copying, durable, restore
+    from orchestrator.checkpoint import copying, durable, reading
     from orchestrator.checkpoint.memory import Slot
     from orchestrator.checkpoint.saver import Saver
     from orchestrator.checkpoint.store import CheckpointStore
@@ -125,7 +125,7 @@ def arm(fault: Fault) -> None:
     wrap(durable, "_write", lambda _store, name, *_: _iter_of(name), before="upload", after="write")
     wrap(CheckpointStore, "commit", lambda _store, name, *_: _iter_of(name), before="commit", after="committed")
     wrap(World, "vote", lambda *_: step["iter_num"] + 1, after="all_reduce")
-    wrap(restore, "stream_tensors", lambda *_: fault.iter_num, before="restore")
+    wrap(reading, "stream_tensors", lambda *_: fault.iter_num, before="restore")
     wrap(Slot, "seal", lambda _slot, name, *_: _iter_of(name), before="seal", after="sealed")
 
     copied = {"tensors": 0, "of": 0, "iter_num": -1}
