@@ -7,6 +7,7 @@ The driver has heard it, and keeps it once the next attempt begins: what is ther
 from __future__ import annotations
 
 import logging
+import math
 import sys
 import time
 from collections import deque
@@ -69,9 +70,12 @@ class Events:
 
     def keep_metrics(self) -> None:
         """Keep what an attempt that has ended told last."""
-        for record in self._recent:
-            if self._metrics and record["time"] >= self._recent[-1]["time"] - _UNSURE_S:
-                self._metrics.write(record)
+        if self._metrics and self._recent:
+            since_s = self._recent[-1]["time"] - _UNSURE_S
+            for record in self._recent:
+                if record["time"] >= since_s:
+                    self._metrics.write(record)
+            self._metrics.flush()
         self._recent.clear()
 
     def close(self) -> None:
@@ -92,9 +96,10 @@ def events_of(config: TrainConfig, lease: Lease | None) -> Iterator[Events]:
         yield Events(None)
         return
     options = storage_options_of(config)
-    more: dict[str, Any] = {"storage_options": options, "flush_interval_s": _FLUSH_S}
-    log = MetricsLog(config.out_dir, lease.start_id, stem="events", **more)
-    events = Events(log, None if log.is_local else MetricsLog(config.out_dir, lease.start_id, **more))
+    where: dict[str, Any] = {"out_dir": config.out_dir, "attempt": lease.start_id, "storage_options": options}
+    log = MetricsLog(**where, stem="events", flush_interval_s=_FLUSH_S)
+    metrics = None if log.is_local else MetricsLog(**where, flush_interval_s=math.inf)  # all at once, by `keep_metrics`
+    events = Events(log, metrics)
     events.tell("driver_started", start_id=lease.start_id)
     try:
         yield events

@@ -12,6 +12,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
+from contextlib import suppress
 from typing import Any
 
 import ray
@@ -209,11 +210,12 @@ def _wait_for_places(num_workers: int, each: dict[str, float]) -> None:
     A placement group that is asked for before that is looked at again at Ray's next tick only, up to a second later.
     """
     deadline_s = time.monotonic() + _PLACES_S
-    while time.monotonic() < deadline_s:
-        free = ray.available_resources()
-        if all(free.get(resource, 0.0) >= num_workers * amount for resource, amount in each.items()):
-            return
-        time.sleep(0.02)
+    with suppress(Exception):  # a head that does not answer: whoever asks it next will say so
+        while time.monotonic() < deadline_s:
+            free = ray.available_resources()
+            if all(free.get(resource, 0.0) >= num_workers * amount for resource, amount in each.items()):
+                return
+            time.sleep(0.02)
 
 
 def _in_short(text: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,7 @@ def attempt(name: str, first: int, last: int) -> list[dict[str, Any]]:
 def test_what_a_killed_rank_had_not_uploaded_is_kept_by_the_driver(tmp_path: Path) -> None:
     url = f"memory://events/{tmp_path.name}"
     uploaded = MetricsLog(url, "a", flush_interval_s=1e9)
-    events = Events(MetricsLog(url, "driver", stem="events"), MetricsLog(url, "driver"))
+    events = Events(MetricsLog(url, "driver", stem="events"), MetricsLog(url, "driver", flush_interval_s=math.inf))
     events.begin()
     told = attempt("a", 0, 20)
     for each in told[:30]:
