@@ -16,6 +16,7 @@ import ray
 from ray._private.state import state as cluster
 from ray.train import ScalingConfig
 from ray.train.torch import TorchTrainer
+from ray.train.v2._internal.callbacks.datasets import DatasetsCallback
 from ray.train.v2._internal.execution.scaling_policy import (
     ElasticScalingPolicy,
     NoopDecision,
@@ -46,6 +47,10 @@ class ElasticTrainer(TorchTrainer):  # type: ignore[misc]
     def _initialize_and_run_controller(self, **kwargs: Any) -> Any:
         if self.scaling_config.elasticity_enabled:
             kwargs["scaling_policy"] = LivePolicy(self.scaling_config, self._board)
+        if (
+            "callbacks" in kwargs
+        ):  # one would start a process with each group, for datasets of Ray's, which we have none of
+            kwargs["callbacks"] = [each for each in kwargs["callbacks"] if not isinstance(each, DatasetsCallback)]
         return super()._initialize_and_run_controller(**kwargs)
 
 

@@ -28,6 +28,7 @@ logger = logging.getLogger(__name__)
 
 _KEEP_S = 7 * 24 * 3600  # Ray ends idle processes after a second otherwise
 _ANSWER_S = 5.0
+_ATTENDANTS = 2  # a group's actors beside its controller: where its ranks meet, and who watches for drain notices
 _REPLACEMENTS = 4  # nodes that are not used, and get spares: in a large cluster, not all of them
 _MODULES = (
     "orchestrator.worker",
@@ -63,7 +64,7 @@ def prestart(worker_group: Any, each: dict[str, float]) -> None:
         for node_id, count in wanted(Counter(worker.metadata.node_id for worker in workers), nodes, each).items():
             _ask(addresses[node_id], environment, count)
         here = ray.get_runtime_context().get_node_id()
-        _ask(addresses[here], _environment(), 1)  # for the actor at which a group's ranks meet, beside its controller
+        _ask(addresses[here], _environment(), _ATTENDANTS)
     except Exception as error:  # another version of Ray, a node that has just gone: the next attempt starts cold
         logger.info("no warm spares: %s: %s", type(error).__name__, error)
 

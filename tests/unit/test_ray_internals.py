@@ -15,7 +15,7 @@ from ray.train.torch import TorchTrainer
 from ray.train.v2._internal.execution.callback import ControllerCallback, WorkerGroupCallback
 from ray.train.v2._internal.execution.preemption import PreemptionContext
 from ray.train.v2._internal.execution.scaling_policy import ScalingPolicy
-from ray.train.v2._internal.execution.worker_group import Worker, WorkerGroup
+from ray.train.v2._internal.execution.worker_group import RayTrainWorker, Worker, WorkerGroup
 from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 
 from orchestrator.recovery.elastic import LivePolicy
@@ -59,6 +59,9 @@ def test_the_trainer_takes_a_scaling_policy() -> None:
     for name in ("make_decision_for_non_running_worker_group", "make_decision_for_running_worker_group"):
         ours, rays = (inspect.signature(getattr(policy, name)).parameters for policy in (LivePolicy, ScalingPolicy))
         assert list(ours) == list(rays)
+    assert "callbacks=self._create_default_callbacks()" in inspect.getsource(DataParallelTrainer.fit)
+    provider = inspect.signature(RayTrainWorker.init_train_context).parameters["dataset_shard_provider"]
+    assert provider.default is None, "it is only given where DatasetsCallback is among the callbacks"
     assert callable(cluster.get_draining_nodes)
     assert callable(cluster.available_resources_per_node)
 
