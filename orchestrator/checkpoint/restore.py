@@ -263,7 +263,7 @@ def _import(config: TrainConfig, world: World) -> TrainState:
         list(pool.map(fill, names if world.is_main else ()))
     if not world.is_main:
         for tensor in tensors.values():
-            tensor.zero_()  # as in `_send`
+            tensor.zero_()  # as in `Reading._send`
     world.broadcast([tensors[name] for name in names], 0)
     _share_steps(state, tensors)
     _adopt(state, saved, world)
