@@ -59,7 +59,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             out = f"--out_dir={folder}/{number}"
             plain = [*torchrun, "-m", "orchestrator.loop", *settings]
             taken["torchrun"].append(phases_of([*plain, f"{out}-torchrun"], environment))
-            ours = [*train, *settings, "--num_workers=2", "--warm_spares=False"]
+            ours = [*train, *settings, "--num_workers=2"]
             taken["fresh"].append(phases_of([*ours, f"{out}-fresh"], environment | {"RAY_ADDRESS": "local"}))
             with running_cluster(folder, environment) as address:
                 taken["running"].append(phases_of([*ours, f"{out}-running"], environment | {"RAY_ADDRESS": address}))

@@ -41,14 +41,16 @@ class StoppedError(Exception):
 
 
 @contextmanager
-def cluster_of(no_data: DataError | None) -> Iterator[None]:
+def cluster_of(no_data: DataError | None) -> Iterator[bool]:
     """Join the cluster that this process is in, or start one here and end it afterwards.
+
+    Lends whether the cluster is left then: not where the caller has joined it before.
 
     Raises:
         DataError: no_data, where this machine would be the whole cluster.
     """
     if ray.is_initialized():
-        yield
+        yield False
         return
     caught = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     if not _join():
@@ -60,7 +62,7 @@ def cluster_of(no_data: DataError | None) -> Iterator[None]:
     for number, handler in caught.items():  # Ray puts a SIGTERM handler of its own
         signal.signal(number, handler)
     try:
-        yield
+        yield True
     finally:
         ray.shutdown()
 

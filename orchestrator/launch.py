@@ -42,11 +42,11 @@ from orchestrator.preflight import Plan
 from orchestrator.process import process_group_backend
 from orchestrator.recovery import spares
 from orchestrator.recovery.causes import Budgets, GivenUpError
-from orchestrator.recovery.elastic import ElasticTrainer
 from orchestrator.recovery.overseer import Overseer
 from orchestrator.registry import REGISTRY_FILE, storage_for_ray
 from orchestrator.storage_options import public
 from orchestrator.telemetry.display import Display
+from orchestrator.trainer import Trainer
 from orchestrator.worker import job_of, run_worker
 
 logger = logging.getLogger(__name__)
@@ -120,7 +120,7 @@ def _train_on_ray(
 ) -> dict[str, Any]:
     """Train on a cluster until the run ends or Ray's controller of it is lost; return what rank 0 returned."""
     config = plan.config
-    with cluster_of(plan.no_data):
+    with cluster_of(plan.no_data) as leaves_cluster:
         may_wait = not is_first or bool(os.environ.get(resubmit.VARIABLE))
         try:
             gpus_per_worker = wait_for_room(config, may_wait, stop, lambda: events.tell("attempt_waiting"))
@@ -130,7 +130,10 @@ def _train_on_ray(
         events.begin()
         logger.info("%s", plan.start.summary)
         job = {**job_of(config), **ids, "cwd": str(Path.cwd()), "board": open_board()}
-        trainer = _trainer(config, plan.store, gpus_per_worker, worker, job)
+        each = {"CPU": config.cpus_per_worker} | ({"GPU": gpus_per_worker} if gpus_per_worker else {})
+        trainer = _trainer(config, plan.store, each, worker, job, leaves_cluster)
+        if config.warm_spares:
+            spares.prestart_first(config.max_workers, each)
         return _fit(trainer, job["board"], config, stop, lease, events)
 
 
@@ -176,23 +179,28 @@ def _prepare_out_dir(config: TrainConfig, store: CheckpointStore, lease: Lease |
 
 
 def _trainer(
-    config: TrainConfig, store: CheckpointStore, gpus: float, worker: Callable[..., Any], job: dict[str, Any]
-) -> ElasticTrainer:
-    each = {"CPU": config.cpus_per_worker} | ({"GPU": gpus} if gpus else {})
+    config: TrainConfig,
+    store: CheckpointStore,
+    each: dict[str, float],
+    worker: Callable[..., Any],
+    job: dict[str, Any],
+    leaves_cluster: bool,
+) -> Trainer:
     budgets = Budgets(config.max_failures, config.max_preemptions, config.iters_per_checkpoint)
     parent, _, name = store.root.rstrip("/").rpartition("/")
     if config.eval_only:  # it reads no registry: that one may be another driver's, and names what is gone
         parent, name = store.root, EVALUATION_FOLDER
     if config.is_elastic:  # nodes that were counted and turn out to be gone are not waited for
         os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "10")
-    return ElasticTrainer(
+    return Trainer(
         worker,
         board=job["board"],
+        leaves_cluster=leaves_cluster,
         train_loop_config=job,
-        torch_config=TorchConfig(backend=process_group_backend(config) if gpus else "gloo"),
+        torch_config=TorchConfig(backend=process_group_backend(config) if "GPU" in each else "gloo"),
         scaling_config=ScalingConfig(
             num_workers=(config.min_workers, config.max_workers) if config.is_elastic else config.min_workers,
-            use_gpu=gpus > 0,
+            use_gpu="GPU" in each,
             resources_per_worker=each,
         ),
         run_config=RunConfig(
@@ -210,7 +218,7 @@ def _trainer(
 
 
 def _fit(
-    trainer: ElasticTrainer, board: Any, config: TrainConfig, stop: threading.Event, lease: Lease | None, events: Events
+    trainer: Trainer, board: Any, config: TrainConfig, stop: threading.Event, lease: Lease | None, events: Events
 ) -> dict[str, Any]:
     """Run Ray's fit in a thread and show what the workers post; return what rank 0 returned.
 

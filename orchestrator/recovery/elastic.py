@@ -3,7 +3,7 @@
 Ray Train asks a policy before it starts a group and while one runs. Its own counts what the autoscaler has reserved for
 the run, which knows of a lost node 20 s late, and counts nodes that are about to be taken away. This one counts nodes
 that live and stay, less what other programs use on them. The class that it extends is not public: it stands here
-alone, a test pins what is relied on, and where the trainer has changed, Ray's own policy is used.
+alone, a test pins what is relied on, and where the trainer (`trainer.py`) has changed, Ray's own policy is used.
 """
 
 from __future__ import annotations
@@ -15,10 +15,9 @@ from typing import Any
 import ray
 from ray._private.state import state as cluster
 from ray.train import ScalingConfig
-from ray.train.torch import TorchTrainer
-from ray.train.v2._internal.callbacks.datasets import DatasetsCallback
 from ray.train.v2._internal.execution.scaling_policy import (
     ElasticScalingPolicy,
+    FixedScalingPolicy,
     NoopDecision,
     ResizeDecision,
     ScalingDecision,
@@ -34,39 +33,31 @@ _TIMES_THE_COST = 20.0  # a group runs for so many restarts' time before it is r
 _AT_LEAST_S = 10.0
 
 
-class ElasticTrainer(TorchTrainer):  # type: ignore[misc]
-    """A TorchTrainer whose number of workers, where that is a range, follows the nodes that live.
+class FixedPolicy(FixedScalingPolicy):  # type: ignore[misc]
+    """Always as many; what asks an autoscaler for them is the group's own request for places."""
 
-    board: where it is told that there are too few machines, or more than before.
-    """
+    def _send_resource_request(self) -> None:
+        pass
 
-    def __init__(self, *args: Any, board: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self._board = board
-
-    def _initialize_and_run_controller(self, **kwargs: Any) -> Any:
-        if self.scaling_config.elasticity_enabled:
-            kwargs["scaling_policy"] = LivePolicy(self.scaling_config, self._board)
-        if (
-            "callbacks" in kwargs
-        ):  # one would start a process with each group, for datasets of Ray's, which we have none of
-            kwargs["callbacks"] = [each for each in kwargs["callbacks"] if not isinstance(each, DatasetsCallback)]
-        return super()._initialize_and_run_controller(**kwargs)
+    _maybe_send_resource_request = _cancel_resource_request = _send_resource_request
 
 
 class LivePolicy(ElasticScalingPolicy):  # type: ignore[misc]
-    """As many workers as there is room for on nodes that live; more, while some run, only where that pays."""
+    """As many workers as there is room for on nodes that live; more, while some run, only where that pays.
 
-    def __init__(self, scaling_config: ScalingConfig, board: Any) -> None:
+    asks_for_machines: there is an autoscaler, which brings what is missing.
+    """
+
+    def __init__(self, scaling_config: ScalingConfig, board: Any, asks_for_machines: bool) -> None:
         super().__init__(scaling_config)
-        self._board = board
+        self._board, self._asks_for_machines = board, asks_for_machines
         self._used_by_others: dict[str, Resources] | None = None
         self._decided_s: float | None = None
         self._cost_s = 0.0  # of the last start of a group
         self._told_s = -math.inf  # while too few machines were there
 
     def make_decision_for_non_running_worker_group(self) -> ScalingDecision:
-        self._maybe_send_resource_request()  # so that an autoscaler brings what is missing
+        self._maybe_send_resource_request()
         each = self.scaling_config._resources_per_worker_not_none
         if self._used_by_others is None:
             self._used_by_others = used_by_others(ray.nodes(), cluster.available_resources_per_node(), {}, each)
@@ -104,6 +95,18 @@ class LivePolicy(ElasticScalingPolicy):  # type: ignore[misc]
         note_on(self._board, f"room for {room} workers: going on with them instead of {was}")
         self._decided_s = time.monotonic()
         return ResizeDecision(num_workers=room, resources_per_worker=each)
+
+    def _send_resource_request(self) -> None:
+        if self._asks_for_machines:
+            super()._send_resource_request()
+
+    def _maybe_send_resource_request(self) -> None:
+        if self._asks_for_machines:
+            super()._maybe_send_resource_request()
+
+    def _cancel_resource_request(self) -> None:
+        if self._asks_for_machines:
+            super()._cancel_resource_request()
 
     def _room(self) -> int:
         each = self.scaling_config._resources_per_worker_not_none

@@ -18,7 +18,7 @@ from ray.train.v2._internal.execution.scaling_policy import ScalingPolicy
 from ray.train.v2._internal.execution.worker_group import RayTrainWorker, Worker, WorkerGroup
 from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 
-from orchestrator.recovery.elastic import LivePolicy
+from orchestrator.recovery.elastic import FixedPolicy, LivePolicy
 from orchestrator.recovery.overseer import Overseer
 
 
@@ -56,14 +56,20 @@ def test_the_trainer_takes_a_scaling_policy() -> None:
     assert "def _initialize_and_run_controller(self, **controller_init_kwargs)" in inspect.getsource(
         DataParallelTrainer
     )
+    for name in ("_send_resource_request", "_maybe_send_resource_request", "_cancel_resource_request"):
+        assert {name} <= vars(ScalingPolicy).keys() & vars(FixedPolicy).keys() & vars(LivePolicy).keys()
     for name in ("make_decision_for_non_running_worker_group", "make_decision_for_running_worker_group"):
         ours, rays = (inspect.signature(getattr(policy, name)).parameters for policy in (LivePolicy, ScalingPolicy))
         assert list(ours) == list(rays)
-    assert "callbacks=self._create_default_callbacks()" in inspect.getsource(DataParallelTrainer.fit)
-    provider = inspect.signature(RayTrainWorker.init_train_context).parameters["dataset_shard_provider"]
-    assert provider.default is None, "it is only given where DatasetsCallback is among the callbacks"
     assert callable(cluster.get_draining_nodes)
     assert callable(cluster.available_resources_per_node)
+
+
+def test_parts_of_the_trainer_can_be_left_out() -> None:
+    assert "callbacks=self._create_default_callbacks()" in inspect.getsource(DataParallelTrainer.fit)
+    assert "PlacementGroupCleanerCallback()" in inspect.getsource(DataParallelTrainer._create_default_callbacks)
+    provider = inspect.signature(RayTrainWorker.init_train_context).parameters["dataset_shard_provider"]
+    assert provider.default is None, "it is only given where DatasetsCallback is among the callbacks"
 
 
 def test_a_node_can_be_drained() -> None:
