@@ -19,6 +19,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
+
+from benchmarks._processes import workers_of
+
 # Not the cluster that this process may be in; and no dashboard is waited for, by either side.
 os.environ.update(RAY_AUTH_MODE="disabled", RAY_USAGE_STATS_ENABLED="0", OMP_NUM_THREADS="1")
 os.environ.setdefault("RAY_API_SERVER_ADDRESS", "http://127.0.0.1:9")
@@ -46,8 +50,6 @@ class Strike:
         if (rank, iter_num) != (self.rank, self.iter_num) or marker.exists():
             return
         if self.kind == "node":
-            import psutil
-
             next(parent for parent in psutil.Process().parents() if parent.name() == "raylet").kill()
         marker.with_suffix(".host").write_text(socket.gethostname())
         new = marker.with_suffix(".new")
@@ -147,13 +149,10 @@ def figures(steps: list[tuple[int, float]], struck_s: float) -> dict[str, float]
 
 def kill_again_and_again(every_s: float, for_s: float) -> None:
     """Kill one of this machine's Ray Train workers every so often, then interrupt this process. In a thread."""
-    import psutil
-
     began_s = time.monotonic()
     for n in range(1, int(for_s / every_s) + 1):
         time.sleep(max(0.0, began_s + n * every_s - time.monotonic()))
-        ours = psutil.Process().children(recursive=True)
-        workers = [process for process in ours if (process.cmdline() or [""])[0].startswith("ray::RayTrainWorker")]
+        workers = workers_of(os.getpid())
         if n * every_s < for_s and workers:
             random.choice(workers).kill()
     os.kill(os.getpid(), signal.SIGINT)

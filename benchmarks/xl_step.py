@@ -23,6 +23,7 @@ from typing import Any
 
 import psutil
 
+from benchmarks._processes import workers_of
 from benchmarks._topics import prepare_topics
 from benchmarks.xl_start import SIZES, write_weights
 from orchestrator.checkpoint.store import Checkpoint, CheckpointStore
@@ -120,18 +121,6 @@ def train(folder: Path, side: str, *, is_killed: bool) -> dict[str, Any]:
 def newest(store: CheckpointStore) -> Checkpoint | None:
     """Return the newest checkpoint that is whole."""
     return next(store.newest_first(), None)
-
-
-def workers_of(driver_pid: int) -> list[psutil.Process]:
-    """Return the processes of a driver's cluster that train."""
-    found = []
-    for process in psutil.Process(driver_pid).children(recursive=True):
-        try:
-            if (process.cmdline() or [""])[0].startswith("ray::RayTrainWorker"):
-                found.append(process)
-        except psutil.NoSuchProcess:
-            continue
-    return found
 
 
 def used_bytes(process: psutil.Process) -> int:
