@@ -171,9 +171,11 @@ def main(case: dict[str, Any]) -> None:
             with suppress(InterruptedRunError):
                 launch(config, worker_with(strike, case["timed"]))
         else:
-            from benchmarks._recovery_plain import fit
+            from benchmarks._recovery_plain import fit, fit_until_interrupted
 
-            with suppress(KeyboardInterrupt):
+            if case["every_s"]:
+                fit_until_interrupted(config)
+            else:
                 fit(config, strike)
     steps = steps_of(config.out_dir, case["side"] == "ours")
     result: dict[str, Any] = figures(steps, float(Path(strike.marker).read_text())) if strike else {"steps": steps}

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import tempfile
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import ray.train
 import ray.train.torch
 import torch
-from ray.train import Checkpoint, FailureConfig, RunConfig, ScalingConfig
+from ray.train import Checkpoint, FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
 from ray.train.torch import TorchTrainer
 
 from model import GPT, GPTConfig
@@ -70,3 +71,9 @@ def fit(config: TrainConfig, fault: Any) -> None:
         ),
         run_config=RunConfig(name="run", storage_path=config.out_dir, failure_config=FailureConfig(max_failures=-1)),
     ).fit()
+
+
+def fit_until_interrupted(config: TrainConfig) -> None:
+    """Train as `fit` does, until SIGINT: what Ray Train makes of that varies, by where it is."""
+    with suppress(KeyboardInterrupt, SystemExit, ray.exceptions.RayError, TrainingFailedError):
+        fit(config, None)

@@ -47,6 +47,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         for entry, seconds in result.get("ledger", {}).items():
             name = "goodput" if entry == "productive" else f"ledger_{entry}"
             found[name] = seconds / sum(result["ledger"].values())
+        print(f"{side}: {found[f'{side}_work']:.4f} of the time was work that counts", flush=True)
     if "ours" in args.sides:
         found |= overhead()
     for name, value in found.items():

@@ -68,7 +68,7 @@ def prestart_first(num_workers: int, each: dict[str, float]) -> None:
     """
     try:
         nodes = ray.nodes()
-        _ask(nodes, first(num_workers, nodes, each), first_environment(), _KEEP_FIRST_S)
+        _ask(nodes, first_places(num_workers, nodes, each), first_environment(), _KEEP_FIRST_S)
     except Exception as error:  # another version of Ray, a node that has just gone: they start cold
         logger.info("workers start cold: %s: %s", type(error).__name__, error)
 
@@ -88,7 +88,7 @@ def prestart(worker_group: Any, each: dict[str, float]) -> None:
         logger.info("no warm spares: %s: %s", type(error).__name__, error)
 
 
-def first(num_workers: int, nodes: list[dict[str, Any]], each: dict[str, float]) -> dict[str, int]:
+def first_places(num_workers: int, nodes: list[dict[str, Any]], each: dict[str, float]) -> dict[str, int]:
     """Return how many of a run's first workers each node will have; nothing where Ray has a choice."""
     room = {node["NodeID"]: fit(each, node["Resources"], {}) for node in nodes if node["Alive"]}
     used = {node_id: min(count, num_workers) for node_id, count in room.items() if count}

@@ -9,7 +9,7 @@ import pytest
 
 from orchestrator.recovery.elastic import fit, room_for, used_by_others
 from orchestrator.recovery.reach import Lookout, silent_nodes
-from orchestrator.recovery.spares import first, wanted
+from orchestrator.recovery.spares import first_places, wanted
 
 
 def node(name: str, cpus: float, gpus: float = 0.0, alive: bool = True, port: int = 0) -> dict[str, Any]:
@@ -46,10 +46,10 @@ def test_nodes_that_may_replace_others_get_spares() -> None:
 
 def test_first_workers_are_foretold_only_where_ray_has_no_choice() -> None:
     nodes = [node("head", 0), node("a", 2), node("b", 1), node("dead", 2, alive=False)]
-    assert first(3, nodes, {"CPU": 1}) == {"a": 2, "b": 1}
-    assert first(8, nodes, {"CPU": 1}) == {"a": 2, "b": 1}  # of 2-8
-    assert first(2, nodes, {"CPU": 1}) == {}
-    assert first(2, [node("only", 8)], {"CPU": 1}) == {"only": 2}
+    assert first_places(3, nodes, {"CPU": 1}) == {"a": 2, "b": 1}
+    assert first_places(8, nodes, {"CPU": 1}) == {"a": 2, "b": 1}  # of 2-8
+    assert first_places(2, nodes, {"CPU": 1}) == {}
+    assert first_places(2, [node("only", 8)], {"CPU": 1}) == {"only": 2}
 
 
 @pytest.fixture
