@@ -1,12 +1,13 @@
 """Board: where the workers of a run post what the driver shows, and where it answers that they should stop.
 
-One small actor beside the driver. Posting never waits and never fails a run: what is lost here is only display,
-the metrics are in the run's folder.
+One small actor beside the driver. Posting never fails a run: what is lost here is only display, the metrics are in the
+run's folder. Nor does training wait for it: a call of Ray's takes milliseconds, so a thread makes them.
 """
 
 from __future__ import annotations
 
 import logging
+import threading
 import time
 from collections import deque
 from contextlib import suppress
@@ -18,7 +19,8 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 logger = logging.getLogger(__name__)
 
 Record = dict[str, Any]
-_POST_INTERVAL_S = 1.0  # a call of Ray takes a millisecond or two of training
+_POST_INTERVAL_S = 1.0
+_ANSWER_S = 5.0
 _KEPT_RECORDS = 10_000
 
 
@@ -72,27 +74,23 @@ def tell_on(board: Any, kind: str, **values: Any) -> None:
 
 
 class Poster:
-    """A worker's side of the board."""
+    """A worker's side of the board: a thread of its own hands over what is waiting and takes the answer."""
 
     def __init__(self, board: Any) -> None:
         self._board = board
-        self._waiting: list[Record] = []
-        self._answer: Any = None
-        self._posted_at_s = 0.0
+        self._waiting: deque[Record] = deque(maxlen=_KEPT_RECORDS)
+        self._sending = threading.Lock()  # what is taken first arrives first
+        self._closed = threading.Event()
         self._stopping = False
+        self._thread = threading.Thread(target=self._exchange, name="poster", daemon=True)
+        self._thread.start()
 
     def post(self, record: Record) -> None:
         """Hand a record over within a second or so."""
         self._waiting.append(record)
 
     def should_stop(self) -> bool:
-        """Send what is waiting and return whether the driver asks to stop; costs nothing most of the time."""
-        now_s = time.monotonic()
-        if now_s - self._posted_at_s >= _POST_INTERVAL_S:
-            self._posted_at_s = now_s
-            self._take_answer(timeout_s=0)
-            if self._answer is None:
-                self._answer = self._send()
+        """Return whether the driver asks to stop, as of the last answer."""
         return self._stopping
 
     def hurry(self) -> None:
@@ -106,19 +104,18 @@ class Poster:
 
     def close(self) -> None:
         """Send the rest and wait for it to arrive."""
-        self._take_answer(timeout_s=5)
-        self._answer = self._send()
-        self._take_answer(timeout_s=5)
+        self._closed.set()
+        self._thread.join(timeout=2 * _ANSWER_S)
+
+    def _exchange(self) -> None:
+        is_last = False
+        while not is_last:
+            is_last = self._closed.wait(_POST_INTERVAL_S)
+            try:
+                self._stopping = bool(ray.get(self._send(), timeout=_ANSWER_S))
+            except ray.exceptions.RayError:
+                logger.debug("the board does not answer", exc_info=True)
 
     def _send(self) -> Any:
-        waiting, self._waiting = self._waiting, []
-        return self._board.post.remote(waiting)
-
-    def _take_answer(self, timeout_s: float) -> None:
-        if self._answer is None or not ray.wait([self._answer], timeout=timeout_s)[0]:
-            return
-        try:
-            self._stopping = bool(ray.get(self._answer))
-        except ray.exceptions.RayError:
-            logger.debug("the board is gone", exc_info=True)
-        self._answer = None
+        with self._sending:
+            return self._board.post.remote([self._waiting.popleft() for _ in range(len(self._waiting))])

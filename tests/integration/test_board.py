@@ -1,0 +1,60 @@
+"""How workers and their driver talk: records arrive in order, the wish to stop comes back, and training never waits."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import ray
+
+from orchestrator.board import Poster, open_board, take_from
+from tests.chaos.clusters import small_cluster
+
+pytestmark = pytest.mark.filterwarnings("default")  # Ray and its parts warn of themselves
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cluster() -> Iterator[None]:
+    with small_cluster():
+        yield
+
+
+def test_records_arrive_in_order_and_the_wish_to_stop_comes_back() -> None:
+    board = open_board()
+    poster = Poster(board)
+    told = [{"iter": it} for it in range(100)]
+    for record in told[:50]:
+        poster.post(record)
+    poster.hurry()
+    for record in told[50:]:
+        poster.post(record)
+    taken = take_from(board, stop=False)
+    assert not poster.should_stop()
+    taken += take_from(board, stop=True)
+    deadline_s = time.monotonic() + 60
+    while not poster.should_stop():
+        assert time.monotonic() < deadline_s
+        time.sleep(0.05)
+    poster.close()
+    assert taken + take_from(board, stop=True) == told
+
+
+class Silent:
+    def post(self, _records: list[dict[str, Any]]) -> bool:
+        time.sleep(3600)
+        return False
+
+
+def test_training_does_not_wait_for_a_board_that_does_not_answer() -> None:
+    poster = Poster(ray.remote(Silent).options(num_cpus=0).remote())
+    longest_s = 0.0
+    deadline_s = time.monotonic() + 3
+    while time.monotonic() < deadline_s:  # some posts are under way by then
+        began_s = time.monotonic()
+        poster.post({"iter": 0})
+        assert not poster.should_stop()
+        longest_s = max(longest_s, time.monotonic() - began_s)
+        time.sleep(0.01)
+    assert longest_s < 1
