@@ -1,10 +1,10 @@
 """Trainer: Ray's TorchTrainer, less those parts of it that start a process each and do nothing for a run.
 
-    for datasets of Ray's          a run has none
-    that asks for machines         left out where no autoscaler is there to hear it, and where the number of workers is
-                                   fixed: then the group's request for its places says the same
-    that frees a dead group's      where the driver leaves the cluster when Ray's controller is lost, which frees them
-    places
+    what is for datasets of Ray's    a run has none
+    what asks for machines           where no autoscaler is there to hear it; and where the number of workers is fixed:
+                                     then the group's own request for places says as much
+    what frees the places of a dead  where the driver leaves the cluster when that is lost, which frees them too
+    controller's group
 
 Each of them takes a second or two of a core, just when the workers start. What is overridden here is not public: a test
 pins it, and where Ray has changed it, those parts run.
@@ -19,7 +19,7 @@ from ray.train.v2._internal.callbacks.datasets import DatasetsCallback
 from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
 
 from orchestrator import autoscaler
-from orchestrator.recovery.elastic import FixedPolicy, LivePolicy
+from orchestrator.recovery.elastic import FixedPolicy, LivePolicy, QuietLivePolicy
 
 
 class Trainer(TorchTrainer):  # type: ignore[misc]
@@ -35,11 +35,9 @@ class Trainer(TorchTrainer):  # type: ignore[misc]
         self._left_out = (DatasetsCallback, *((PlacementGroupCleanerCallback,) if leaves_cluster else ()))
 
     def _initialize_and_run_controller(self, **kwargs: Any) -> Any:
-        if self.scaling_config.elasticity_enabled:
-            policy = LivePolicy(self.scaling_config, self._board, asks_for_machines=bool(autoscaler.version()))
-        else:
+        if not self.scaling_config.elasticity_enabled:
             policy = FixedPolicy(self.scaling_config)
+        else:
+            policy = (LivePolicy if autoscaler.version() else QuietLivePolicy)(self.scaling_config, self._board)
         callbacks = [each for each in kwargs["callbacks"] if not isinstance(each, self._left_out)]
-        return super()._initialize_and_run_controller(
-            **{**kwargs, "scaling_policy": policy, "callbacks": callbacks},
-        )
+        return super()._initialize_and_run_controller(**{**kwargs, "scaling_policy": policy, "callbacks": callbacks})

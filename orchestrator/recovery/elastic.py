@@ -33,8 +33,8 @@ _TIMES_THE_COST = 20.0  # a group runs for so many restarts' time before it is r
 _AT_LEAST_S = 10.0
 
 
-class FixedPolicy(FixedScalingPolicy):  # type: ignore[misc]
-    """Always as many; what asks an autoscaler for them is the group's own request for places."""
+class Quiet:
+    """Of a policy that asks no autoscaler for machines: before Ray's in the order of its classes."""
 
     def _send_resource_request(self) -> None:
         pass
@@ -42,15 +42,16 @@ class FixedPolicy(FixedScalingPolicy):  # type: ignore[misc]
     _maybe_send_resource_request = _cancel_resource_request = _send_resource_request
 
 
+class FixedPolicy(Quiet, FixedScalingPolicy):  # type: ignore[misc]
+    """Always as many; what asks an autoscaler for them is the group's own request for places."""
+
+
 class LivePolicy(ElasticScalingPolicy):  # type: ignore[misc]
-    """As many workers as there is room for on nodes that live; more, while some run, only where that pays.
+    """As many workers as there is room for on nodes that live; more, while some run, only where that pays."""
 
-    asks_for_machines: there is an autoscaler, which brings what is missing.
-    """
-
-    def __init__(self, scaling_config: ScalingConfig, board: Any, asks_for_machines: bool) -> None:
+    def __init__(self, scaling_config: ScalingConfig, board: Any) -> None:
         super().__init__(scaling_config)
-        self._board, self._asks_for_machines = board, asks_for_machines
+        self._board = board
         self._used_by_others: dict[str, Resources] | None = None
         self._decided_s: float | None = None
         self._cost_s = 0.0  # of the last start of a group
@@ -96,18 +97,6 @@ class LivePolicy(ElasticScalingPolicy):  # type: ignore[misc]
         self._decided_s = time.monotonic()
         return ResizeDecision(num_workers=room, resources_per_worker=each)
 
-    def _send_resource_request(self) -> None:
-        if self._asks_for_machines:
-            super()._send_resource_request()
-
-    def _maybe_send_resource_request(self) -> None:
-        if self._asks_for_machines:
-            super()._maybe_send_resource_request()
-
-    def _cancel_resource_request(self) -> None:
-        if self._asks_for_machines:
-            super()._cancel_resource_request()
-
     def _room(self) -> int:
         each = self.scaling_config._resources_per_worker_not_none
         nodes = ray.nodes()
@@ -122,6 +111,10 @@ class LivePolicy(ElasticScalingPolicy):  # type: ignore[misc]
             least = self.scaling_config.min_workers
             tell_on(self._board, "attempt_waiting", room=room, least=least)
             note_on(self._board, f"waiting for machines: there is room for {room} of at least {least} workers")
+
+
+class QuietLivePolicy(Quiet, LivePolicy):
+    """The same where there is no autoscaler to hear."""
 
 
 def room_for(each: Resources, nodes: list[dict[str, Any]], leaving: set[str], used: dict[str, Resources]) -> int:

@@ -18,7 +18,7 @@ from ray.train.v2._internal.execution.scaling_policy import ScalingPolicy
 from ray.train.v2._internal.execution.worker_group import RayTrainWorker, Worker, WorkerGroup
 from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 
-from orchestrator.recovery.elastic import FixedPolicy, LivePolicy
+from orchestrator.recovery.elastic import FixedPolicy, LivePolicy, Quiet, QuietLivePolicy
 from orchestrator.recovery.overseer import Overseer
 
 
@@ -57,7 +57,8 @@ def test_the_trainer_takes_a_scaling_policy() -> None:
         DataParallelTrainer
     )
     for name in ("_send_resource_request", "_maybe_send_resource_request", "_cancel_resource_request"):
-        assert {name} <= vars(ScalingPolicy).keys() & vars(FixedPolicy).keys() & vars(LivePolicy).keys()
+        assert {name} <= vars(ScalingPolicy).keys() & vars(Quiet).keys()
+        assert all(getattr(policy, name) is vars(Quiet)[name] for policy in (FixedPolicy, QuietLivePolicy))
     for name in ("make_decision_for_non_running_worker_group", "make_decision_for_running_worker_group"):
         ours, rays = (inspect.signature(getattr(policy, name)).parameters for policy in (LivePolicy, ScalingPolicy))
         assert list(ours) == list(rays)
