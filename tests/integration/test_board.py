@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -48,7 +49,8 @@ class Silent:
 
 
 def test_training_does_not_wait_for_a_board_that_does_not_answer() -> None:
-    poster = Poster(ray.remote(Silent).options(num_cpus=0).remote())
+    board = ray.remote(Silent).options(num_cpus=0).remote()
+    poster = Poster(board)
     longest_s = 0.0
     deadline_s = time.monotonic() + 3
     while time.monotonic() < deadline_s:  # some posts are under way by then
@@ -57,4 +59,7 @@ def test_training_does_not_wait_for_a_board_that_does_not_answer() -> None:
         assert not poster.should_stop()
         longest_s = max(longest_s, time.monotonic() - began_s)
         time.sleep(0.01)
+    ray.kill(board)  # so that what it was asked ends, and the poster's thread does before the cluster
+    poster.close()
+    assert not [thread for thread in threading.enumerate() if thread.name == "poster"]
     assert longest_s < 1
