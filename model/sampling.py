@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from model.cache import KVCache
+from model.linear import Copies
 
 if TYPE_CHECKING:
     from model.gpt import GPT
@@ -90,6 +91,7 @@ class Reader:
     def __init__(self, model: GPT, batch_size: int, max_tokens: int) -> None:
         self.model, self.block_size = model, model.config.block_size
         self.cache = KVCache.for_model(model, batch_size, min(max_tokens, self.block_size))
+        self.copies = Copies(model, batch_size)
         self.is_approximate = False  # whether the last logits came from remembered keys and values
 
     def read(self, idx: Tensor) -> Tensor:
@@ -97,7 +99,8 @@ class Reader:
         if idx.size(1) > self.block_size or self.cache.length == 0:
             return self.reread(idx)
         self.is_approximate = True
-        logits, _ = self.model(idx[:, self.cache.length :], cache=self.cache)  # (B, 1, V)
+        with self.copies:
+            logits, _ = self.model(idx[:, self.cache.length :], cache=self.cache)  # (B, 1, V)
         return logits[:, -1]  # type: ignore[no-any-return]
 
     def reread(self, idx: Tensor) -> Tensor:

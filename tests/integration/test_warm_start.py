@@ -44,6 +44,6 @@ def test_first_workers_are_started_ahead(tiny: TrainConfig, tmp_path: Path) -> N
     [asked_s] = [event["time"] for event in read_events(tiny.out_dir) if event["kind"] == "attempt_starting"]
     born_s = [float(path.read_text()) for path in born.iterdir()]
     assert len(born_s) == 2
-    # A node starts as many at once as it has CPUs, two here, and Ray's other actors take their turns: the second worker's
-    # process may come late where the machine is busy. The first comes early only if its environment was foretold.
+    # A node starts as many at once as it has CPUs, two here, and Ray's other actors take their turns: where the machine
+    # is busy the second worker's process comes late. The first comes early only if its environment was foretold.
     assert min(born_s) < asked_s

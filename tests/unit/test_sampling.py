@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from typing import Any
 from unittest import mock
 
@@ -12,7 +13,7 @@ from torch.nn import functional as F
 
 from model import GPT, GPTConfig
 from model.cache import KVCache
-from model.linear import Linear
+from model.linear import Copies, Linear, has_onednn
 from model.sampling import ROUNDING, Choice, Reader, choose, is_clear, skip_draws
 
 SMALL: dict[str, Any] = {"n_layer": 3, "n_head": 4, "n_embd": 64, "block_size": 48, "vocab_size": 97}
@@ -44,6 +45,17 @@ def uncached(model: GPT, idx: Tensor, n_tokens: int) -> Tensor:
         logits, _ = model(idx[:, -model.config.block_size :])
         idx = torch.cat((idx, logits[:, -1].argmax(dim=-1, keepdim=True)), dim=1)
     return idx
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("default")  # torch and its compiler warn of themselves
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
+@pytest.mark.parametrize("n_prompts", [1, 3])
+def test_a_compiled_model_chooses_the_same_tokens(n_prompts: int) -> None:
+    prompts = torch.randint(WIDE["vocab_size"], (n_prompts, 5))
+    compiled = new_gpt(WIDE)
+    compiled.compile()
+    assert torch.equal(compiled.generate(prompts, 15, temperature=0), uncached(new_gpt(WIDE), prompts, 15))
 
 
 @SHAPES
@@ -170,18 +182,51 @@ def test_a_cache_takes_a_prompt_then_single_tokens() -> None:
 
 
 @pytest.mark.parametrize("out_features", [2048, 2017])
-@pytest.mark.parametrize("shape", [(1,), (1, 1), (3, 1), (2, 4), (8, 1), (9, 1)])
+@pytest.mark.parametrize("shape", [(1,), (1, 1), (3, 1), (2, 4), (32, 1), (33, 1)])
 @pytest.mark.parametrize("has_bias", [True, False])
-def test_a_large_layer_multiplies_few_rows_in_parts(out_features: int, shape: tuple[int, ...], has_bias: bool) -> None:
+def test_a_large_layer_multiplies_few_rows_another_way(
+    out_features: int, shape: tuple[int, ...], has_bias: bool
+) -> None:
     torch.manual_seed(0)
     layer, x = Linear(512, out_features, bias=has_bias), torch.randn(*shape, 512)
     usual = F.linear(x, layer.weight, layer.bias)
     assert torch.equal(layer(x), usual), "with gradients it is nn.Linear"
-    with torch.no_grad(), mock.patch("torch.bmm", side_effect=torch.bmm) as bmm:
+    with torch.no_grad(), mock.patch.object(nn.Linear, "forward") as forward:
         found = layer(x)
-    assert bmm.called == (x.numel() // 512 <= 8)
+    if x.numel() // 512 > 32:
+        assert forward.called
+        return
+    assert not forward.called
     assert found.shape == usual.shape
     torch.testing.assert_close(found, usual, rtol=1e-5, atol=1e-6)
+
+
+def test_this_torch_has_the_operators_that_are_not_documented() -> None:
+    assert has_onednn(), "several prompts at once are multiplied at half the speed: look for their new names"
+
+
+@torch.no_grad()
+def test_copies_of_weights_are_for_several_rows_and_for_the_time_of_a_with() -> None:
+    torch.manual_seed(0)
+    layer, x = Linear(512, 2048), torch.randn(4, 1, 512)
+    plain = layer(x)
+    with Copies(layer, 1):
+        assert layer.copy is None
+    with Copies(layer, 4):
+        assert layer.copy is not None
+        layer.weight, weight = nn.Parameter(torch.zeros_like(layer.weight)), layer.weight
+        torch.testing.assert_close(layer(x), plain, rtol=1e-5, atol=1e-6)
+        layer.weight = weight
+    assert layer.copy is None
+    with mock.patch("model.linear._MOST_COPIED_BYTES", layer.weight.nbytes - 1), Copies(layer, 4):
+        assert layer.copy is None
+
+
+@torch.no_grad()
+def test_without_those_operators_a_layer_is_plain() -> None:
+    layer, x = Linear(512, 2048), torch.randn(4, 512)
+    with mock.patch("model.linear.has_onednn", return_value=False), Copies(layer, 4):
+        assert torch.equal(layer(x), nn.Linear.forward(layer, x))
 
 
 @torch.no_grad()
