@@ -157,6 +157,7 @@ def test_an_error_that_passes_costs_no_step(tiny: TrainConfig, tmp_path: Path, u
     assert tensors_equal(final_state(config.out_dir), undisturbed(tiny, 2))
 
 
+@pytest.mark.slow
 def test_killed_driver_continues_when_started_again(
     tiny: TrainConfig, tmp_path: Path, undisturbed: Undisturbed
 ) -> None:

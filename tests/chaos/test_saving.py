@@ -22,14 +22,14 @@ def whole(out_dir: str) -> set[str]:
     ("point", "rank", "nth"),
     [
         ("copy", 1, 1),
-        ("seal", 2, 1),
+        pytest.param("seal", 2, 1, marks=pytest.mark.slow),
         ("sealed", 0, 1),
-        ("upload", 1, 1),
+        pytest.param("upload", 1, 1, marks=pytest.mark.slow),
         ("during", 2, 1),
-        ("write", 0, 1),
+        pytest.param("write", 0, 1, marks=pytest.mark.slow),
         ("write", 1, 2),
         ("commit", 0, 1),
-        ("committed", 0, 1),
+        pytest.param("committed", 0, 1, marks=pytest.mark.slow),
     ],
 )
 def test_killed_at_a_stage_of_a_save(

@@ -47,6 +47,7 @@ def test_cluster_that_does_not_answer(tiny: TrainConfig) -> None:
     assert not Path(tiny.out_dir).exists()
 
 
+@pytest.mark.slow
 def test_damaged_newest_checkpoint_costs_one_interval_and_no_bit(tiny: TrainConfig, undisturbed: Undisturbed) -> None:
     train_with_torchrun(replace(tiny, max_iters=16), world_size=2)
     (newest,) = Path(tiny.out_dir).glob("checkpoint_00000016_*")
