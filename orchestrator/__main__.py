@@ -68,12 +68,12 @@ Write a run's state in a format that other programs read.
 List the checkpoints that a run holds: iteration, validation loss, size, and which are the latest and the best.
 
   orchestrator inspect --out_dir=out/quickstart
-  orchestrator inspect --out_dir=s3://bucket/run --verify=True""",
+  orchestrator inspect --out_dir=s3://bucket/run --verify""",
     "report": """\
 Tell where the time of a run went: goodput, what the rest was lost to, and every failure by phase.
 
   orchestrator report --out_dir=out/quickstart
-  orchestrator report --out_dir=s3://bucket/run --json=True""",
+  orchestrator report --out_dir=s3://bucket/run --json""",
 }
 
 

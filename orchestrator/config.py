@@ -14,6 +14,7 @@ import re
 import traceback
 import typing
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any, Literal, TypeVar, cast
 
@@ -185,6 +186,7 @@ _VALUES = (bool, int, float, str, list, tuple, dict, type(None))  # what looks l
 def parse(kind: type[C], argv: Sequence[str], prog: str, description: str | None = None) -> C:
     """Read settings files and `--key=value` flags into a settings class, the later one winning.
 
+    `--key` alone is `--key=True` for a setting that is on or off.
     description: what `--help` says before it lists the keys; else it is the docstring of the class.
 
     Raises:
@@ -192,13 +194,21 @@ def parse(kind: type[C], argv: Sequence[str], prog: str, description: str | None
         SystemExit: 0 after `--help`; 2 after a wrong flag, which tyro has explained with the nearest one.
     """
     values: dict[str, Any] = {}
-    for is_file, words in _runs(argv):
+    for is_file, words in _runs(list(_completed(kind, argv))):
         if is_file:
             for word in words:
                 values |= _read_file(kind, Path(word), values)
         else:
             values = _parse_flags(kind, words, values, prog, description)
     return kind(**values)
+
+
+def _completed(kind: Any, argv: Sequence[str]) -> Iterator[str]:
+    """Yield argv's words, with True for each setting that is on or off and is given without a value."""
+    switches = {name for name, its_type in typing.get_type_hints(kind).items() if its_type is bool}
+    for word, following in zip_longest(argv, argv[1:]):
+        is_switch = word.startswith("--") and word[2:].replace("-", "_") in switches
+        yield f"{word}=True" if is_switch and following not in ("True", "False") else word
 
 
 def _runs(argv: Sequence[str]) -> Iterator[tuple[bool, list[str]]]:

@@ -198,6 +198,17 @@ def test_flags_with_and_without_equals_sign(write: Any) -> None:
     assert (config.max_iters, config.n_layer, config.dropout, config.bias) == (7, 3, 0.5, True)
 
 
+def test_a_flag_without_a_value_turns_on_what_is_on_or_off(write: Any) -> None:
+    file = write("n_layer = 3")
+    for words in (["--bias"], ["--bias", file], ["--bias", "--max_iters=7"], ["--bias=False", "--bias"]):
+        assert parsed(*words).bias is True
+    assert parsed("--bias", file).n_layer == 3
+    assert parsed("--always-save-checkpoint", "False").always_save_checkpoint is False
+    assert parsed("--activation-checkpointing").activation_checkpointing is True
+    with pytest.raises(SystemExit):
+        parsed("--max_iters")
+
+
 @pytest.mark.parametrize(
     ("word", "key", "value"),
     [
