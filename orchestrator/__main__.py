@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import os
+import select
 import shlex
 import shutil
 import sys
@@ -201,7 +202,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if words[0] not in COMMANDS:
             raise ConfigError(f"{words[0]}: no such command{nearest(words[0], COMMANDS)}\n\n{USAGE}")
-        return COMMANDS[words[0]](words[1:])
+        code = COMMANDS[words[0]](words[1:])
+        sys.stdout.flush()
+        return code
+    except BrokenPipeError:
+        if not _has_lost_its_reader(sys.stdout.fileno()):  # it is another pipe, or a connection
+            raise
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python complains when it flushes
+        return 1
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -209,6 +217,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         return int(end.code or 0)
     except KeyboardInterrupt:
         return 130
+
+
+def _has_lost_its_reader(pipe: int) -> bool:
+    """Return whether what we print goes to a program that has ended, as `head` does when it has enough."""
+    poll = select.poll()
+    poll.register(pipe, 0)
+    return any(event & select.POLLERR for _, event in poll.poll(0))
 
 
 if __name__ == "__main__":

@@ -5,7 +5,9 @@ from __future__ import annotations
 import importlib.util
 import json
 import logging
+import os
 import socket
+import subprocess
 import sys
 import zipfile
 from collections.abc import Callable, Iterator
@@ -404,6 +406,15 @@ def test_inspect_names_the_damaged_file(finished: TrainConfig, capsys: pytest.Ca
     assert main(["inspect", f"--out_dir={finished.out_dir}", "--verify=True"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert any(line.startswith(name) and "DAMAGED" in line and "model-00000-of-00001" in line for line in lines)
+
+
+def test_a_reader_that_has_enough_is_no_error(finished: TrainConfig) -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    command = [sys.executable, "-m", "orchestrator", "inspect", f"--out_dir={finished.out_dir}"]
+    done = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, text=True, check=False)
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (1, "")
 
 
 def test_damaged_checkpoint_by_name(refused: Refused, finished: TrainConfig) -> None:
