@@ -8,6 +8,7 @@ Must not know what the layer is for.
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 import torch
@@ -74,6 +75,7 @@ def _reordered(weight: Tensor, n_rows: int) -> Tensor:
     return torch.ops.mkldnn._reorder_linear_weight(weight.detach(), n_rows)  # type: ignore[no-any-return]
 
 
+@cache
 def has_onednn() -> bool:
     """Return whether this PyTorch has the operators that its compiler uses for a linear layer; no page describes them.
 

@@ -193,30 +193,35 @@ def main(argv: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if argv is None else argv)
     logging.basicConfig(format="%(message)s", stream=sys.stderr)
     logging.getLogger("orchestrator").setLevel(logging.INFO)  # other packages' say too much
-    if not words or words[0] in ("-h", "--help", "help"):
-        print(USAGE)
-        return 0
-    if words[0] == "--version":
-        print(__version__)
-        return 0
     try:
-        if words[0] not in COMMANDS:
-            raise ConfigError(f"{words[0]}: no such command{nearest(words[0], COMMANDS)}\n\n{USAGE}")
-        code = COMMANDS[words[0]](words[1:])
+        code = _run(words)
         sys.stdout.flush()
         return code
     except BrokenPipeError:
         if not _has_lost_its_reader(sys.stdout.fileno()):  # it is another pipe, or a connection
             raise
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python complains when it flushes
-        return 1
+        return 0
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    except SystemExit as end:  # tyro's: 0 after --help, 2 after a wrong flag
-        return int(end.code or 0)
     except KeyboardInterrupt:
         return 130
+
+
+def _run(words: list[str]) -> int:
+    if not words or words[0] in ("-h", "--help", "help"):
+        print(USAGE)
+        return 0
+    if words[0] == "--version":
+        print(__version__)
+        return 0
+    if words[0] not in COMMANDS:
+        raise ConfigError(f"{words[0]}: no such command{nearest(words[0], COMMANDS)}\n\n{USAGE}")
+    try:
+        return COMMANDS[words[0]](words[1:])
+    except SystemExit as end:  # tyro's: 0 after --help, 2 after a wrong flag
+        return int(end.code or 0)
 
 
 def _has_lost_its_reader(pipe: int) -> bool:
