@@ -135,6 +135,7 @@ def sftp_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SFTPServer
 @pytest.fixture
 def s3(s3_server: S3Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Storage:
     """A new folder in the bucket; the server's address and credentials are in the environment."""
+    s3_server.ensure()
     enter(monkeypatch, s3_server.environment)
     return Storage(f"{s3_server.url}/{tmp_path.name}")
 
@@ -142,12 +143,14 @@ def s3(s3_server: S3Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 @pytest.fixture
 def sftp(sftp_server: SFTPServer, tmp_path: Path) -> Storage:
     """A new folder on the SFTP server, with the key file in the options."""
+    sftp_server.ensure()
     return Storage(f"{sftp_server.url}/{tmp_path.name}", sftp_server.storage_options)
 
 
 @pytest.fixture
 def proxy(s3_server: S3Server, monkeypatch: pytest.MonkeyPatch) -> Iterator[FaultyProxy]:
     """A proxy before the S3 server; clients find it through the environment."""
+    s3_server.ensure()
     proxy = FaultyProxy(s3_server)
     enter(monkeypatch, proxy.environment)
     yield proxy

@@ -102,6 +102,11 @@ class S3Server:
             self._process = subprocess.Popen(command, env=environment, stdout=log, stderr=log)  # type: ignore[arg-type]
         _wait_until(self._has_bucket, self._process, "SeaweedFS")
 
+    def ensure(self) -> None:
+        """Start the server if it was killed: a test that failed has left it so."""
+        if not self._process:
+            self.start()
+
     def kill(self) -> None:
         """End the server at once, in the middle of whatever it does."""
         if self._process:
@@ -164,6 +169,11 @@ class SFTPServer:
             command = [str(self._program), "-D", "-e", "-f", str(self._folder / "sshd_config")]
             self._process = subprocess.Popen(command, stdout=log, stderr=log)
         _wait_until(self._answers, self._process, "sshd")
+
+    def ensure(self) -> None:
+        """Start the server if it was killed, as `S3Server.ensure` does."""
+        if not self._process:
+            self.start()
 
     def kill(self) -> None:
         """End the server and every connection to it at once."""
