@@ -67,6 +67,18 @@ class World:
             for tensor, part in zip(bucket, torch.split(flat, [tensor.numel() for tensor in bucket]), strict=True):
                 tensor.detach().copy_(part.view_as(tensor))
 
+    def spread(self, tensors: list[Tensor], sources: list[int]) -> None:
+        """Overwrite tensors on every rank with those of its source; sources: by rank, a source is its own."""
+        source = sources[self.rank]
+        if len(set(sources)) == 1:
+            self.broadcast(tensors, source)
+            return
+        # Every rank makes all groups, in the same order.
+        parts = {source: [rank for rank, its in enumerate(sources) if its == source] for source in sorted(set(sources))}
+        groups = {source: dist.new_group(ranks) for source, ranks in parts.items()}
+        replace(self, size=len(parts[source]), group=groups[source]).broadcast(tensors, source)
+        dist.destroy_process_group(groups[source])
+
     def broadcast_json(self, value: Any) -> Any:
         """Return rank 0's value on every rank."""
         return self.gather_json(value if self.is_main else None)[0]

@@ -80,6 +80,11 @@ def bytes_of(tensor: Tensor) -> memoryview:
     return tensor.detach().reshape(-1).view(torch.uint8).numpy().data if tensor.numel() else memoryview(b"")
 
 
+def checksum(tensor: Tensor) -> str:
+    """Return the xxh3_128 of a tensor's bytes, which may be on any device."""
+    return xxhash.xxh3_128_hexdigest(bytes_of(tensor.detach().cpu().contiguous()))
+
+
 def pieces_of(content: memoryview) -> Iterator[memoryview]:
     """Yield a buffer in pieces that are small enough to be told of one by one."""
     for start in range(0, len(content), _PIECE_BYTES):

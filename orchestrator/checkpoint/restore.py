@@ -21,12 +21,12 @@ from torch import Tensor
 
 from model import GPT, GPTConfig
 from orchestrator.checkpoint.durable import patiently_read
-from orchestrator.checkpoint.files import FileRecord
+from orchestrator.checkpoint.files import FileRecord, checksum
 from orchestrator.checkpoint.nodes import Nodes
 from orchestrator.checkpoint.reading import Place, Plan, Reading
 from orchestrator.checkpoint.rollbacks import Rollback, is_undone
 from orchestrator.checkpoint.snapshot import Snapshot, describe, undescribe
-from orchestrator.checkpoint.start import check_same_run, read_start
+from orchestrator.checkpoint.start import check_same_run, is_on_own_disk, read_start, source_of
 from orchestrator.checkpoint.state import Resumed, TrainState, adopt_groups, capture, make_slots
 from orchestrator.checkpoint.store import Checkpoint, CheckpointStore, newest_name_first
 from orchestrator.config import TrainConfig
@@ -63,7 +63,7 @@ def begin(
     world.together(store.check_not_lost)
     if config.init_from == "scratch":
         return _build(config, scratch_args, world)
-    return _import(config, world)
+    return _import(config, world, nodes)
 
 
 def _build(config: TrainConfig, model_args: dict[str, Any], world: World, *, is_empty: bool = False) -> TrainState:
@@ -244,27 +244,62 @@ def _adopt(state: TrainState, saved: Snapshot, world: World) -> None:
     state.iter_num, state.best_val_loss, state.guard = saved.iter_num, saved.best_val_loss, saved.guard
 
 
-def _import(config: TrainConfig, world: World) -> TrainState:
-    """Start from a ckpt.pt or from GPT-2 weights: rank 0 reads, the others receive."""
-    snapshot = world.together(lambda: read_start(config) if world.is_main else None)
-    if snapshot and config.eval_only:  # which steps nothing
-        snapshot = replace(snapshot, optimizer={})
+def _import(config: TrainConfig, world: World, nodes: Nodes) -> TrainState:
+    """Start from a ckpt.pt or from GPT-2 weights, with rank 0's bits on all ranks.
+
+    Rank 0 reads, and on every other node that has the same on a disk of its own, one rank does; the others receive.
+    """
+    snapshot = world.together(lambda: _read_here(config, world, nodes))
     mine = {**snapshot.model, **snapshot.optimizer} if snapshot else {}
-    description, names = world.broadcast_json([describe(snapshot), sorted(mine)] if snapshot else None)
+    shapes = {name: list(mine[name].shape) for name in sorted(mine)}
+    outlines = world.gather_json([describe(snapshot), shapes] if snapshot else None)
     del snapshot  # so that every tensor goes as soon as it is copied
+    description, names = outlines[0][0], list(outlines[0][1])
+    readers = [rank for rank, outline in enumerate(outlines) if outline == outlines[0]]
     saved = undescribe(description, {}, {})
     state = _build(config, {**saved.model_args, "dropout": config.dropout}, world, is_empty=True)
     tensors = _live_tensors(state, set(names))
 
-    def fill(name: str) -> None:
+    def fill(name: str) -> str:
         tensors[name].copy_(mine.pop(name))
+        return checksum(tensors[name]) if len(readers) > 1 else ""
 
     with ThreadPoolExecutor(torch.get_num_threads()) as pool:  # each touches memory for the first time: one is slow
-        list(pool.map(fill, names if world.is_main else ()))
-    if not world.is_main:
+        checksums = list(pool.map(fill, names if world.rank in readers else ()))
+    mine.clear()  # of a rank whose file is another one
+    sources = _nearest(world.gather_json(checksums), nodes)
+    if world.is_main and (others := {rank for rank, outline in enumerate(outlines) if outline} - set(sources)):
+        told = source_of(config), ", ".join(map(str, sorted(others)))
+        logger.warning("%s is another one on the nodes of ranks %s than on rank 0's, which all start from", *told)
+    if sources[world.rank] != world.rank:
         for tensor in tensors.values():
             tensor.zero_()  # as in `Reading._send`
-    world.broadcast([tensors[name] for name in names], 0)
+    world.spread([tensors[name] for name in names], sources)
     _share_steps(state, tensors)
     _adopt(state, saved, world)
     return state
+
+
+def _read_here(config: TrainConfig, world: World, nodes: Nodes) -> Snapshot | None:
+    """Return what the run starts from if this rank is to read it, mapped from a file where that can be.
+
+    Raises:
+        CheckpointError, ConfigError: on rank 0, it cannot be read.
+    """
+    snapshot = None
+    if world.is_main:
+        snapshot = read_start(config)
+    elif nodes.memory and nodes.share == 0 and is_on_own_disk(config):
+        try:
+            snapshot = read_start(config)
+        except Exception as error:  # whatever is wrong with this copy, rank 0's is sent
+            logger.warning("rank 0's weights are used: %s: %s", type(error).__name__, error)
+    if snapshot and config.eval_only:  # which steps nothing
+        snapshot = replace(snapshot, optimizer={})
+    return snapshot
+
+
+def _nearest(checksums: list[list[str]], nodes: Nodes) -> list[int]:
+    """Return, by rank, whose tensors it takes: those of a rank of its node that has rank 0's bits, else rank 0's."""
+    whole = [rank for rank, found in enumerate(checksums) if found == checksums[0]]
+    return [next((rank for rank in whole if nodes.ids[rank] == node), 0) for node in nodes.ids]

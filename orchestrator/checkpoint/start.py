@@ -1,6 +1,6 @@
 """What a new run starts from: init_from and out_dir, looked at before anything is started, read when it is.
 
-The driver calls `check_start`, rank 0 `read_start`. Knows nothing of ranks.
+The driver calls `check_start`, those ranks that read call `read_start`. Knows nothing of ranks.
 """
 
 from __future__ import annotations
@@ -11,9 +11,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
+import psutil
+from fsspec.implementations.local import LocalFileSystem
 from torch import Tensor
 
-from model.pretrained import read_pretrained, read_pretrained_args
+from model.pretrained import GPT2_SIZES, read_pretrained, read_pretrained_args
 from orchestrator.checkpoint.nanogpt import read_nanogpt
 from orchestrator.checkpoint.snapshot import Snapshot
 from orchestrator.checkpoint.store import CheckpointStore
@@ -24,6 +26,7 @@ from orchestrator.storage_options import storage_options_of
 GPT2_VOCAB_SIZE = 50304  # 50257 rounded up to a multiple of 64 for speed, as nanoGPT does without a meta file
 _SHAPE_KEYS = ("n_layer", "n_head", "n_embd", "block_size", "bias", "vocab_size")
 _POSITIONS = "transformer.wpe.weight"
+_DISKS = {"apfs", "btrfs", "ext2", "ext3", "ext4", "f2fs", "overlay", "tmpfs", "xfs", "zfs"}
 
 T = TypeVar("T")
 
@@ -110,6 +113,21 @@ def source_of(config: TrainConfig) -> str:
             "give the --out_dir of a run, or --init_from=scratch"
         )
     return f"{config.out_dir.rstrip('/')}/ckpt.pt"
+
+
+def is_on_own_disk(config: TrainConfig) -> bool:
+    """Return whether what a run starts from lies on this node's own disk, where reading it is at no other's cost.
+
+    A path may lead to a file server as well; what is not known for a disk is none.
+    """
+    place = config.out_dir if config.init_from == "resume" else config.init_from
+    protocol = place.partition("://")[0] if "://" in place else "file"
+    path = Path(LocalFileSystem._strip_protocol(place)).resolve()
+    if place in GPT2_SIZES or protocol not in LocalFileSystem.protocol or not path.exists():
+        return False
+    above = [mount for mount in psutil.disk_partitions(all=True) if path.is_relative_to(mount.mountpoint)]
+    above.reverse()  # of several at one place the last is the one that is seen
+    return bool(above) and max(above, key=lambda mount: len(mount.mountpoint)).fstype in _DISKS
 
 
 def _is_nanogpt(source: str) -> bool:

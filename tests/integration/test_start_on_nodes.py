@@ -1,0 +1,182 @@
+"""Three ranks on two nodes start from weights on local disks: who reads, who sends to whom, always the same bits."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import torch
+
+from model import GPT, GPTConfig
+from orchestrator.checkpoint import restore
+from orchestrator.checkpoint.huggingface import write_huggingface
+from orchestrator.checkpoint.nanogpt import write_nanogpt
+from orchestrator.checkpoint.snapshot import Snapshot, tensors_equal
+from orchestrator.checkpoint.start import is_on_own_disk
+from orchestrator.config import TrainConfig
+from orchestrator.world import World
+from tests import ranks
+from tests.conftest import final_state
+
+SHAPE = {
+    "n_layer": 2,
+    "n_head": 2,
+    "n_embd": 64,
+    "block_size": 16,
+    "vocab_size": 5000,
+    "bias": True,
+}  # over 1 MB: sent alone
+WEIGHTS = "weights"  # a relative path: every node has a folder of its own to find it in
+
+
+def weights(seed: int, activation: str = "gelu_tanh") -> Snapshot:
+    torch.manual_seed(seed)
+    args = {**SHAPE, "dropout": 0.0, "activation": activation}
+    model = GPT(GPTConfig(**args))
+    tensors = {name: tensor for name, tensor in model.state_dict().items() if name != "lm_head.weight"}
+    return Snapshot(tensors, {}, (), args, iter_num=0, best_val_loss=1e9)
+
+
+def enter_node(folder: str, layout: str, rank: int) -> None:
+    """Stand in the folder of this rank's node, and note down whether it reads, and from whom every rank has it."""
+    os.chdir(Path(folder, layout[rank]))
+    read, spread = restore.read_start, World.spread
+
+    def noted_read(config: TrainConfig) -> Any:
+        Path(folder, f"read-{rank}").touch()
+        return read(config)
+
+    def noted_spread(world: World, tensors: list[torch.Tensor], sources: list[int]) -> None:
+        Path(folder, f"sources-{rank}").write_text(json.dumps(sources))
+        spread(world, tensors, sources)
+
+    restore.read_start, World.spread = noted_read, noted_spread  # type: ignore[method-assign]
+
+
+@dataclass(frozen=True)
+class Nodes:
+    """Nodes in folders of this machine, each with a memory and a disk of its own."""
+
+    config: TrainConfig
+    folder: Path
+
+    def disk(self, node: str) -> Path:
+        path = self.folder / node
+        path.mkdir(exist_ok=True)
+        return path
+
+    def train(self, layout: str) -> str:
+        """Train with a rank per letter, which names its node; return what was said."""
+        for node in layout:
+            (self.disk(node) / "memory").mkdir(exist_ok=True)
+        memories = [str(self.disk(node) / "memory") for node in layout]
+        prepare = partial(enter_node, str(self.folder), layout)
+        ended = ranks.train(self.config, len(layout), self.folder / "log", memory_dirs=memories, prepare=prepare)
+        assert ended.is_done, ended.said
+        return ended.said
+
+    @property
+    def readers(self) -> list[int]:
+        return sorted(int(path.name.removeprefix("read-")) for path in self.folder.glob("read-*"))
+
+    @property
+    def sources(self) -> list[int]:
+        """From whom every rank had its tensors, by rank; all ranks were of one mind."""
+        (sources,) = {path.read_text() for path in self.folder.glob("sources-*")}
+        return list(json.loads(sources))
+
+
+@pytest.fixture
+def nodes(tiny: TrainConfig, memory_dir: str, tmp_path: Path) -> Iterator[Nodes]:
+    folder = Path(memory_dir, tmp_path.name)
+    folder.mkdir()
+    yield Nodes(replace(tiny, init_from=WEIGHTS, gradient_accumulation_steps=3, max_iters=3), folder)
+    shutil.rmtree(folder)
+
+
+@pytest.fixture(scope="module")
+def known() -> dict[str, Snapshot]:
+    """What `calm` has computed."""
+    return {}
+
+
+@pytest.fixture
+def calm(nodes: Nodes, tmp_path: Path, known: dict[str, Snapshot]) -> Snapshot:
+    """The end of the same run where one rank reads for all: on one node."""
+    if not known:
+        alone = Nodes(replace(nodes.config, out_dir=str(tmp_path / "calm")), tmp_path)
+        write_huggingface(weights(seed=1), alone.disk("0") / WEIGHTS)
+        alone.train("000")
+        assert (alone.readers, alone.sources) == ([0], [0, 0, 0])
+        known["end"] = final_state(alone.config.out_dir)
+    return known["end"]
+
+
+@pytest.mark.parametrize(("layout", "readers", "sources"), [("001", [0, 2], [0, 0, 2]), ("011", [0, 1], [0, 1, 1])])
+def test_one_rank_of_every_node_reads(
+    nodes: Nodes, calm: Snapshot, layout: str, readers: list[int], sources: list[int]
+) -> None:
+    for node in "01":
+        write_huggingface(weights(seed=1), nodes.disk(node) / WEIGHTS)
+    nodes.train(layout)
+    assert (nodes.readers, nodes.sources) == (readers, sources)
+    assert tensors_equal(final_state(nodes.config.out_dir), calm)
+
+
+@pytest.mark.parametrize(
+    "kind", ["absent", "of other bits", "of another shape", pytest.param("damaged", marks=pytest.mark.slow)]
+)
+def test_a_node_without_the_same_weights_receives_rank_0s(nodes: Nodes, calm: Snapshot, kind: str) -> None:
+    write_huggingface(weights(seed=1), nodes.disk("0") / WEIGHTS)
+    if kind != "absent":
+        other = weights(seed=2 if kind == "of other bits" else 1)
+        if kind == "of another shape":
+            other.model["transformer.ln_f.bias"] = torch.zeros(32)
+        write_huggingface(other, nodes.disk("1") / WEIGHTS)
+    if kind == "damaged":
+        (nodes.disk("1") / WEIGHTS / "model.safetensors").write_bytes(b"nothing")
+    said = nodes.train("011")
+    assert (nodes.readers, nodes.sources) == ([0] if kind == "absent" else [0, 1], [0, 0, 0])
+    assert tensors_equal(final_state(nodes.config.out_dir), calm)
+    told = "rank 1: rank 0's weights are used" if kind == "damaged" else "is another one on the nodes of ranks 1"
+    assert (told in said) == (kind != "absent")
+
+
+def test_nanogpts_optimizer_is_read_on_every_node(nodes: Nodes, tmp_path: Path) -> None:
+    model = weights(seed=1, activation="gelu")
+    moments = {f"{slot}.{name}": x.abs() for slot in ("exp_avg", "exp_avg_sq") for name, x in model.model.items()}
+    state = replace(model, optimizer={**moments, "step": torch.tensor(2.0)}, iter_num=2)
+    ends = []
+    for layout in ("000", "001"):
+        part = Nodes(replace(nodes.config, out_dir=str(tmp_path / layout), init_from="ckpt.pt"), nodes.folder / layout)
+        part.folder.mkdir()
+        for node in layout:
+            write_nanogpt(state, part.disk(node) / "ckpt.pt")
+        part.train(layout)
+        assert part.readers == sorted({layout.index(node) for node in layout})
+        ends.append(final_state(part.config.out_dir))
+    assert tensors_equal(*ends)
+    assert ends[0].optimizer["step"] == 3  # one on top of the two that it came with
+
+
+def test_a_file_server_is_no_disk_of_a_nodes_own(
+    tiny: TrainConfig, memory_dir: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = replace(tiny, init_from=memory_dir)
+    assert is_on_own_disk(config)
+    assert is_on_own_disk(replace(config, init_from=f"file://{memory_dir}"))
+    assert is_on_own_disk(replace(config, init_from="resume", out_dir=memory_dir))
+    for elsewhere in ("gpt2-xl", "s3://bucket/gpt2", f"{memory_dir}/absent"):
+        assert not is_on_own_disk(replace(config, init_from=elsewhere))
+    mounts = psutil.disk_partitions(all=True)
+    served = next(mount for mount in mounts if mount.mountpoint == "/")._replace(mountpoint=memory_dir, fstype="nfs4")
+    monkeypatch.setattr(psutil, "disk_partitions", lambda **_: [*mounts, served])
+    assert not is_on_own_disk(config)
