@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import copy
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
+import jsonschema
 import pytest
 import yaml
 
 from orchestrator.config import TrainConfig, check, parse
+from tests.kuberay import schema_of
 
 pytestmark = pytest.mark.filterwarnings("default")  # Ray's parts warn of themselves
 
@@ -45,17 +49,71 @@ def test_kubernetes_accepts_the_pods(file: Path) -> None:
             validate.validate(each, "1.30", strict=True)
 
 
+def of_kuberay(file: Path) -> dict[str, Any]:
+    """Return the one object in a file that KubeRay is to read."""
+    (found,) = (each for each in objects(file) if each["apiVersion"].startswith("ray.io/"))
+    return found
+
+
 @pytest.mark.parametrize("file", [RAYJOB, HEAD_FT], ids=lambda file: file.name)
 def test_kuberays_schema_accepts_it(file: Path) -> None:
+    jsonschema.validate(of_kuberay(file), schema_of(of_kuberay(file)["kind"]))
+
+
+def mistyped(job: dict[str, Any], path: str, value: Any) -> dict[str, Any]:
+    """Return the object with another value at a path such as spec.backoffLimit; None takes it out."""
+    job = copy.deepcopy(job)
+    *parents, last = path.split(".")
+    inner: Any = job
+    for name in parents:
+        inner = inner[int(name) if name.isdigit() else name]
+    inner[last] = value
+    if value is None:
+        del inner[last]
+    return job
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "message"),
+    [
+        ("apiVersion", "ray.io/v1alpha1", "v1alpha1"),
+        ("spec.backofLimit", 20, "'backofLimit' was unexpected"),
+        ("spec.backoffLimit", "20", "is not of type 'integer'"),
+        ("spec.rayClusterSpec.rayVersion", 2.6, "is not of type 'string'"),
+        ("spec.rayClusterSpec.headGroupSpec.replicas", 1, "'replicas' was unexpected"),
+        ("spec.rayClusterSpec.headGroupSpec.rayStartParams.num-cpus", 0, "is not of type 'string'"),
+        ("spec.rayClusterSpec.autoscalerOptions.version", "v3", "'v3' is not one of"),
+        ("spec.rayClusterSpec.workerGroupSpecs.0.template", None, "'template' is a required property"),
+        ("spec.rayClusterSpec.workerGroupSpecs.0.maxReplicas", 2**31, "greater than the maximum"),
+    ],
+)
+def test_kuberays_schema_finds_mistakes(path: str, value: Any, message: str) -> None:
+    with pytest.raises(jsonschema.ValidationError, match=message):
+        jsonschema.validate(mistyped(of_kuberay(RAYJOB), path, value), schema_of("RayJob"))
+
+
+@pytest.mark.parametrize("file", [RAYJOB, HEAD_FT], ids=lambda file: file.name)
+def test_kuberays_operator_accepts_it(file: Path) -> None:
+    """The operator refuses what no schema can: validation.go in its ray-operator/controllers/ray/utils."""
+    spec, cluster = of_kuberay(file)["spec"], cluster_spec(file)
+    assert re.fullmatch(r"[a-z]([-a-z0-9]{0,38}[a-z0-9])?", of_kuberay(file)["metadata"]["name"])
+    assert spec.get("shutdownAfterJobFinishes") or not spec.get("ttlSecondsAfterFinished")
+    assert cluster["enableInTreeAutoscaling"], "which autoscalerOptions need"
+    assert {pod["spec"].get("restartPolicy", "Never") for pod in pods(cluster)} == {"Never"}, "autoscaler v2 wants it"
+    told_twice = {"RAY_enable_autoscaler_v2", "RAY_REDIS_ADDRESS", "REDIS_PASSWORD", "REDIS_USERNAME"}
+    for group, pod in zip((cluster["headGroupSpec"], *cluster["workerGroupSpecs"]), pods(cluster), strict=True):
+        assert not told_twice & {variable["name"] for variable in pod["spec"]["containers"][0]["env"]}
+        assert not {"labels", "redis-password", "redis-username"} & group["rayStartParams"].keys()
+
+
+@pytest.mark.parametrize("file", [RAYJOB, HEAD_FT], ids=lambda file: file.name)
+def test_kuberays_crds_accept_it(file: Path) -> None:
     if not os.environ.get(CRDS):
         pytest.skip(f"no registry has KubeRay's CRDs: {CRDS}=FOLDER names one with its ray.io_*.yaml")
-    import jsonschema
-
-    for each in objects(file):
-        if each["apiVersion"].startswith("ray.io/"):
-            crd = yaml.safe_load((Path(os.environ[CRDS]) / f"ray.io_{each['kind'].lower()}s.yaml").read_text())
-            (version,) = (v for v in crd["spec"]["versions"] if each["apiVersion"] == f"ray.io/{v['name']}")
-            jsonschema.validate(each, closed(version["schema"]["openAPIV3Schema"]))
+    each = of_kuberay(file)
+    crd = yaml.safe_load((Path(os.environ[CRDS]) / f"ray.io_{each['kind'].lower()}s.yaml").read_text())
+    (version,) = (v for v in crd["spec"]["versions"] if each["apiVersion"] == f"ray.io/{v['name']}")
+    jsonschema.validate(each, closed(version["schema"]["openAPIV3Schema"]))
 
 
 def closed(schema: Any) -> Any:
