@@ -69,15 +69,16 @@ class World:
 
     def spread(self, tensors: list[Tensor], sources: list[int]) -> None:
         """Overwrite tensors on every rank with those of its source; sources: by rank, a source is its own."""
+        parts = {source: [rank for rank, its in enumerate(sources) if its == source] for source in sorted(set(sources))}
         source = sources[self.rank]
-        if len(set(sources)) == 1:
+        if len(parts) == 1:
             self.broadcast(tensors, source)
             return
         # Every rank makes all groups, in the same order.
-        parts = {source: [rank for rank, its in enumerate(sources) if its == source] for source in sorted(set(sources))}
-        groups = {source: dist.new_group(ranks) for source, ranks in parts.items()}
-        replace(self, size=len(parts[source]), group=groups[source]).broadcast(tensors, source)
-        dist.destroy_process_group(groups[source])
+        groups = {source: dist.new_group(ranks) for source, ranks in parts.items() if len(ranks) > 1}
+        if source in groups:
+            replace(self, size=len(parts[source]), group=groups[source]).broadcast(tensors, source)
+            dist.destroy_process_group(groups[source])
 
     def broadcast_json(self, value: Any) -> Any:
         """Return rank 0's value on every rank."""

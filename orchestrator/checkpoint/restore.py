@@ -26,7 +26,7 @@ from orchestrator.checkpoint.nodes import Nodes
 from orchestrator.checkpoint.reading import Place, Plan, Reading
 from orchestrator.checkpoint.rollbacks import Rollback, is_undone
 from orchestrator.checkpoint.snapshot import Snapshot, describe, undescribe
-from orchestrator.checkpoint.start import check_same_run, is_on_own_disk, read_start, source_of
+from orchestrator.checkpoint.start import check_same_run, origin_of, read_start, source_of
 from orchestrator.checkpoint.state import Resumed, TrainState, adopt_groups, capture, make_slots
 from orchestrator.checkpoint.store import Checkpoint, CheckpointStore, newest_name_first
 from orchestrator.config import TrainConfig
@@ -63,7 +63,7 @@ def begin(
     world.together(store.check_not_lost)
     if config.init_from == "scratch":
         return _build(config, scratch_args, world)
-    return _import(config, world, nodes)
+    return _import(config, world)
 
 
 def _build(config: TrainConfig, model_args: dict[str, Any], world: World, *, is_empty: bool = False) -> TrainState:
@@ -244,33 +244,38 @@ def _adopt(state: TrainState, saved: Snapshot, world: World) -> None:
     state.iter_num, state.best_val_loss, state.guard = saved.iter_num, saved.best_val_loss, saved.guard
 
 
-def _import(config: TrainConfig, world: World, nodes: Nodes) -> TrainState:
-    """Start from a ckpt.pt or from GPT-2 weights, with rank 0's bits on all ranks.
+def _import(config: TrainConfig, world: World) -> TrainState:
+    """Start from a ckpt.pt or from GPT-2 weights, with the same bits on all ranks: those of the first that has them.
 
-    Rank 0 reads, and on every other node that has the same on a disk of its own, one rank does; the others receive.
+    What all see is read by that rank alone, what nodes have on their own disks by one rank at each. The rest receive.
+
+    Raises:
+        CheckpointError, ConfigError: on every rank alike, if no node has it, or the first rank's cannot be read.
     """
-    snapshot = world.together(lambda: _read_here(config, world, nodes))
+    first, reader_of = _readers(config, world)
+    is_reader = reader_of[world.rank] == world.rank
+    snapshot = world.together(lambda: _read(config, is_first=world.rank == first) if is_reader else None)
     mine = {**snapshot.model, **snapshot.optimizer} if snapshot else {}
     shapes = {name: list(mine[name].shape) for name in sorted(mine)}
     outlines = world.gather_json([describe(snapshot), shapes] if snapshot else None)
     del snapshot  # so that every tensor goes as soon as it is copied
-    description, names = outlines[0][0], list(outlines[0][1])
-    readers = [rank for rank, outline in enumerate(outlines) if outline == outlines[0]]
+    description, names = outlines[first][0], list(outlines[first][1])
+    alike = [rank for rank, outline in enumerate(outlines) if outline == outlines[first]]
     saved = undescribe(description, {}, {})
     state = _build(config, {**saved.model_args, "dropout": config.dropout}, world, is_empty=True)
     tensors = _live_tensors(state, set(names))
 
     def fill(name: str) -> str:
         tensors[name].copy_(mine.pop(name))
-        return checksum(tensors[name]) if len(readers) > 1 else ""
+        return checksum(tensors[name]) if len(alike) > 1 else ""
 
     with ThreadPoolExecutor(torch.get_num_threads()) as pool:  # each touches memory for the first time: one is slow
-        checksums = list(pool.map(fill, names if world.rank in readers else ()))
+        checksums = world.gather_json(list(pool.map(fill, names if world.rank in alike else ())))
     mine.clear()  # of a rank whose file is another one
-    sources = _nearest(world.gather_json(checksums), nodes)
+    sources = [reader if checksums[reader] == checksums[first] else first for reader in reader_of]
     if world.is_main and (others := {rank for rank, outline in enumerate(outlines) if outline} - set(sources)):
-        told = source_of(config), ", ".join(map(str, sorted(others)))
-        logger.warning("%s is another one on the nodes of ranks %s than on rank 0's, which all start from", *told)
+        told = source_of(config), ", ".join(map(str, sorted(others))), first
+        logger.warning("%s is another one on the nodes of ranks %s than on rank %d's, which all start from", *told)
     if sources[world.rank] != world.rank:
         for tensor in tensors.values():
             tensor.zero_()  # as in `Reading._send`
@@ -280,26 +285,32 @@ def _import(config: TrainConfig, world: World, nodes: Nodes) -> TrainState:
     return state
 
 
-def _read_here(config: TrainConfig, world: World, nodes: Nodes) -> Snapshot | None:
-    """Return what the run starts from if this rank is to read it, mapped from a file where that can be.
+def _readers(config: TrainConfig, world: World) -> tuple[int, list[int]]:
+    """Return the first rank that has what the run starts from, and by rank which rank reads it for that one.
 
     Raises:
-        CheckpointError, ConfigError: on rank 0, it cannot be read.
+        CheckpointError: on every rank alike, if no node has it.
     """
-    snapshot = None
-    if world.is_main:
+    origins = world.gather_json(origin_of(config))
+    if config.init_from != "resume" and not any(origins):
+        raise CheckpointError(
+            f"init_from={config.init_from}: no worker's node has it; copy it to one, or give a path or URL that all see"
+        )
+    first = next((rank for rank, origin in enumerate(origins) if origin), 0)
+    return first, [origins.index(origin) if origin else first for origin in origins]
+
+
+def _read(config: TrainConfig, *, is_first: bool) -> Snapshot | None:
+    """Return what the run starts from, mapped from a file where that can be; None where one but the first is bad.
+
+    Raises:
+        CheckpointError, ConfigError: the first one cannot be read.
+    """
+    try:
         snapshot = read_start(config)
-    elif nodes.memory and nodes.share == 0 and is_on_own_disk(config):
-        try:
-            snapshot = read_start(config)
-        except Exception as error:  # whatever is wrong with this copy, rank 0's is sent
-            logger.warning("rank 0's weights are used: %s: %s", type(error).__name__, error)
-    if snapshot and config.eval_only:  # which steps nothing
-        snapshot = replace(snapshot, optimizer={})
-    return snapshot
-
-
-def _nearest(checksums: list[list[str]], nodes: Nodes) -> list[int]:
-    """Return, by rank, whose tensors it takes: those of a rank of its node that has rank 0's bits, else rank 0's."""
-    whole = [rank for rank, found in enumerate(checksums) if found == checksums[0]]
-    return [next((rank for rank in whole if nodes.ids[rank] == node), 0) for node in nodes.ids]
+    except Exception as error:  # whatever is wrong with another node's copy, the first one is sent
+        if is_first:
+            raise
+        logger.warning("this node's copy is not used: %s: %s", type(error).__name__, error)
+        return None
+    return replace(snapshot, optimizer={}) if config.eval_only else snapshot  # an evaluation steps nothing

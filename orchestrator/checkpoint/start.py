@@ -5,6 +5,7 @@ The driver calls `check_start`, those ranks that read call `read_start`. Knows n
 
 from __future__ import annotations
 
+import socket
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
@@ -115,19 +116,33 @@ def source_of(config: TrainConfig) -> str:
     return f"{config.out_dir.rstrip('/')}/ckpt.pt"
 
 
-def is_on_own_disk(config: TrainConfig) -> bool:
-    """Return whether what a run starts from lies on this node's own disk, where reading it is at no other's cost.
+def origin_of(config: TrainConfig) -> str | None:
+    """Return a name for where a run's start lies, None where this node has none.
 
-    A path may lead to a file server as well; what is not known for a disk is none.
+    On a disk of the node it names the file, the same for all who see that file. Anywhere else, in storage, at the Hub
+    or on a file server, all see the same: the name is the path or URL.
     """
-    place = config.out_dir if config.init_from == "resume" else config.init_from
-    protocol = place.partition("://")[0] if "://" in place else "file"
-    path = Path(LocalFileSystem._strip_protocol(place)).resolve()
-    if place in GPT2_SIZES or protocol not in LocalFileSystem.protocol or not path.exists():
-        return False
+    source = f"{config.out_dir.rstrip('/')}/ckpt.pt" if config.init_from == "resume" else config.init_from
+    protocol = source.partition("://")[0] if "://" in source else "file"
+    if source in GPT2_SIZES or protocol not in LocalFileSystem.protocol:
+        return source
+    try:
+        path = Path(LocalFileSystem._strip_protocol(source)).resolve()
+        found = path.stat()
+    except OSError:
+        return None
     above = [mount for mount in psutil.disk_partitions(all=True) if path.is_relative_to(mount.mountpoint)]
-    above.reverse()  # of several at one place the last is the one that is seen
-    return bool(above) and max(above, key=lambda mount: len(mount.mountpoint)).fstype in _DISKS
+    above.reverse()  # of several at one mount point the last is the one that is seen
+    is_on_disk = bool(above) and max(above, key=lambda mount: len(mount.mountpoint)).fstype in _DISKS
+    return f"{_machine()}:{found.st_dev}:{found.st_ino}" if is_on_disk else str(path)
+
+
+def _machine() -> str:
+    """Return a name of this machine, the same in all of its containers where the system has one."""
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
+    except OSError:  # systems other than Linux
+        return socket.gethostname()
 
 
 def _is_nanogpt(source: str) -> bool:

@@ -15,11 +15,13 @@ from pathlib import Path
 
 import pytest
 
+from orchestrator.checkpoint.huggingface import write_huggingface
 from orchestrator.checkpoint.snapshot import tensors_equal
 from orchestrator.config import TrainConfig
 from orchestrator.recovery.ledger import account
 from orchestrator.telemetry.metrics import read_events, read_metrics
 from tests.conftest import Undisturbed, final_state
+from tests.weights import random_weights
 
 HOSTS = Path(__file__).parents[3] / "shared/testbed/hosts.sh"
 _LONG_S = 240.0
@@ -59,6 +61,11 @@ class Bed:
             with suppress(FileNotFoundError):
                 names.append(Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode())
         return [name for name in names if name.startswith("ray::") or "/raylet " in name]
+
+    def sent_bytes(self) -> int:
+        """Return what the nodes have sent: the bridge's ends of their cables have received it."""
+        ends = [Path(f"/sys/class/net/fxnode{number}/statistics/rx_bytes") for number in (1, 2)]
+        return sum(int(end.read_text()) for end in ends)
 
 
 @pytest.fixture
@@ -147,3 +154,27 @@ def test_without_the_head_no_worker_runs_on(bed: Bed, tiny: TrainConfig, tmp_pat
     while left := bed.ray_on("node1") + bed.ray_on("node2"):
         assert time.monotonic() < deadline_s, left
         time.sleep(1)
+
+
+@pytest.mark.parametrize("holders", ["node1 node2", "node2", ""])
+def test_weights_on_the_nodes_own_disks_do_not_travel(
+    bed: Bed, tiny: TrainConfig, tmp_path: Path, holders: str
+) -> None:
+    folder = "/dev/shm/weights"  # every host's own
+    weights = random_weights(n_layer=2, n_embd=512, vocab_size=20_000)  # 67 MB
+    write_huggingface(weights, tmp_path / "weights")
+    size_bytes = sum(tensor.nbytes for tensor in weights.model.values())
+    for host in ("head", *holders.split()):  # the driver looks at them too
+        bed.do("exec", host, "cp", "-r", str(tmp_path / "weights"), folder)
+    config = replace(tiny, num_workers=2, init_from=folder, memory_dir="/dev/shm", cpus_per_worker=1.0, eval_only=True)
+    settings = [f"--{key}={value}" for key, value in asdict(config).items() if value != getattr(TrainConfig(), key)]
+    before_bytes = bed.sent_bytes()
+    if holders:
+        said = bed.do("exec", "head", sys.executable, "-m", "orchestrator", "train", *settings)
+        assert "done: 0 iterations" in said
+        sent = (bed.sent_bytes() - before_bytes) / size_bytes
+        assert sent < 0.1 if " " in holders else 1 <= sent < 1.1, "to the one other node"
+        return
+    with pytest.raises(subprocess.CalledProcessError) as failed:
+        bed.do("exec", "head", sys.executable, "-m", "orchestrator", "train", *settings)
+    assert f"error: init_from={folder}: no worker's node has it" in failed.value.stderr

@@ -15,34 +15,18 @@ import psutil
 import pytest
 import torch
 
-from model import GPT, GPTConfig
 from orchestrator.checkpoint import restore
 from orchestrator.checkpoint.huggingface import write_huggingface
 from orchestrator.checkpoint.nanogpt import write_nanogpt
 from orchestrator.checkpoint.snapshot import Snapshot, tensors_equal
-from orchestrator.checkpoint.start import is_on_own_disk
+from orchestrator.checkpoint.start import origin_of
 from orchestrator.config import TrainConfig
 from orchestrator.world import World
 from tests import ranks
 from tests.conftest import final_state
+from tests.weights import random_weights
 
-SHAPE = {
-    "n_layer": 2,
-    "n_head": 2,
-    "n_embd": 64,
-    "block_size": 16,
-    "vocab_size": 5000,
-    "bias": True,
-}  # over 1 MB: sent alone
 WEIGHTS = "weights"  # a relative path: every node has a folder of its own to find it in
-
-
-def weights(seed: int, activation: str = "gelu_tanh") -> Snapshot:
-    torch.manual_seed(seed)
-    args = {**SHAPE, "dropout": 0.0, "activation": activation}
-    model = GPT(GPTConfig(**args))
-    tensors = {name: tensor for name, tensor in model.state_dict().items() if name != "lm_head.weight"}
-    return Snapshot(tensors, {}, (), args, iter_num=0, best_val_loss=1e9)
 
 
 def enter_node(folder: str, layout: str, rank: int) -> None:
@@ -73,13 +57,17 @@ class Nodes:
         path.mkdir(exist_ok=True)
         return path
 
-    def train(self, layout: str) -> str:
-        """Train with a rank per letter, which names its node; return what was said."""
+    def start(self, layout: str) -> ranks.Ended:
+        """Train with a rank per letter, which names its node."""
         for node in layout:
             (self.disk(node) / "memory").mkdir(exist_ok=True)
         memories = [str(self.disk(node) / "memory") for node in layout]
         prepare = partial(enter_node, str(self.folder), layout)
-        ended = ranks.train(self.config, len(layout), self.folder / "log", memory_dirs=memories, prepare=prepare)
+        return ranks.train(self.config, len(layout), self.folder / "log", memory_dirs=memories, prepare=prepare)
+
+    def train(self, layout: str) -> str:
+        """Train to the end; return what was said."""
+        ended = self.start(layout)
         assert ended.is_done, ended.said
         return ended.said
 
@@ -113,31 +101,44 @@ def calm(nodes: Nodes, tmp_path: Path, known: dict[str, Snapshot]) -> Snapshot:
     """The end of the same run where one rank reads for all: on one node."""
     if not known:
         alone = Nodes(replace(nodes.config, out_dir=str(tmp_path / "calm")), tmp_path)
-        write_huggingface(weights(seed=1), alone.disk("0") / WEIGHTS)
+        write_huggingface(random_weights(), alone.disk("0") / WEIGHTS)
         alone.train("000")
         assert (alone.readers, alone.sources) == ([0], [0, 0, 0])
         known["end"] = final_state(alone.config.out_dir)
     return known["end"]
 
 
-@pytest.mark.parametrize(("layout", "readers", "sources"), [("001", [0, 2], [0, 0, 2]), ("011", [0, 1], [0, 1, 1])])
+@pytest.mark.parametrize(
+    ("layout", "readers", "sources"),
+    [
+        ("001", [0, 2], [0, 0, 2]),
+        ("011", [0, 1], [0, 1, 1]),
+        pytest.param("012", [0, 1, 2], [0, 1, 2], marks=pytest.mark.slow),
+    ],
+)
 def test_one_rank_of_every_node_reads(
     nodes: Nodes, calm: Snapshot, layout: str, readers: list[int], sources: list[int]
 ) -> None:
-    for node in "01":
-        write_huggingface(weights(seed=1), nodes.disk(node) / WEIGHTS)
+    for node in layout:
+        write_huggingface(random_weights(), nodes.disk(node) / WEIGHTS)
     nodes.train(layout)
     assert (nodes.readers, nodes.sources) == (readers, sources)
     assert tensors_equal(final_state(nodes.config.out_dir), calm)
 
 
 @pytest.mark.parametrize(
-    "kind", ["absent", "of other bits", "of another shape", pytest.param("damaged", marks=pytest.mark.slow)]
+    "kind",
+    [
+        "absent",
+        "of other bits",
+        pytest.param("of another shape", marks=pytest.mark.slow),
+        pytest.param("damaged", marks=pytest.mark.slow),
+    ],
 )
 def test_a_node_without_the_same_weights_receives_rank_0s(nodes: Nodes, calm: Snapshot, kind: str) -> None:
-    write_huggingface(weights(seed=1), nodes.disk("0") / WEIGHTS)
+    write_huggingface(random_weights(), nodes.disk("0") / WEIGHTS)
     if kind != "absent":
-        other = weights(seed=2 if kind == "of other bits" else 1)
+        other = random_weights(seed=2 if kind == "of other bits" else 1)
         if kind == "of another shape":
             other.model["transformer.ln_f.bias"] = torch.zeros(32)
         write_huggingface(other, nodes.disk("1") / WEIGHTS)
@@ -146,12 +147,12 @@ def test_a_node_without_the_same_weights_receives_rank_0s(nodes: Nodes, calm: Sn
     said = nodes.train("011")
     assert (nodes.readers, nodes.sources) == ([0] if kind == "absent" else [0, 1], [0, 0, 0])
     assert tensors_equal(final_state(nodes.config.out_dir), calm)
-    told = "rank 1: rank 0's weights are used" if kind == "damaged" else "is another one on the nodes of ranks 1"
+    told = "rank 1: this node's copy is not used" if kind == "damaged" else "is another one on the nodes of ranks 1"
     assert (told in said) == (kind != "absent")
 
 
 def test_nanogpts_optimizer_is_read_on_every_node(nodes: Nodes, tmp_path: Path) -> None:
-    model = weights(seed=1, activation="gelu")
+    model = random_weights(activation="gelu")
     moments = {f"{slot}.{name}": x.abs() for slot in ("exp_avg", "exp_avg_sq") for name, x in model.model.items()}
     state = replace(model, optimizer={**moments, "step": torch.tensor(2.0)}, iter_num=2)
     ends = []
@@ -167,16 +168,40 @@ def test_nanogpts_optimizer_is_read_on_every_node(nodes: Nodes, tmp_path: Path) 
     assert ends[0].optimizer["step"] == 3  # one on top of the two that it came with
 
 
-def test_a_file_server_is_no_disk_of_a_nodes_own(
+def test_evaluation_reads_on_every_node_too(nodes: Nodes) -> None:
+    for node in "01":
+        write_huggingface(random_weights(), nodes.disk(node) / WEIGHTS)
+    replace(nodes, config=replace(nodes.config, eval_only=True)).train("011")
+    assert (nodes.readers, nodes.sources) == ([0, 1], [0, 1, 1])
+
+
+def test_any_one_node_will_do(nodes: Nodes, calm: Snapshot) -> None:
+    write_huggingface(random_weights(), nodes.disk("1") / WEIGHTS)
+    nodes.train("011")
+    assert (nodes.readers, nodes.sources) == ([1], [1, 1, 1])
+    assert tensors_equal(final_state(nodes.config.out_dir), calm)
+
+
+def test_no_node_has_the_weights(nodes: Nodes) -> None:
+    ended = nodes.start("011")
+    assert not ended.is_done
+    assert ended.said.count("CheckpointError: init_from=weights: no worker's node has it; copy it to one") == 3
+
+
+def test_what_all_see_is_told_from_what_a_node_has(
     tiny: TrainConfig, memory_dir: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    Path(memory_dir, "ckpt.pt").touch()
     config = replace(tiny, init_from=memory_dir)
-    assert is_on_own_disk(config)
-    assert is_on_own_disk(replace(config, init_from=f"file://{memory_dir}"))
-    assert is_on_own_disk(replace(config, init_from="resume", out_dir=memory_dir))
-    for elsewhere in ("gpt2-xl", "s3://bucket/gpt2", f"{memory_dir}/absent"):
-        assert not is_on_own_disk(replace(config, init_from=elsewhere))
+    on_disk = origin_of(config)
+    assert on_disk
+    assert origin_of(replace(config, init_from=f"file://{memory_dir}")) == on_disk
+    there, resumed = replace(config, init_from=f"{memory_dir}/ckpt.pt"), replace(config, init_from="resume")
+    assert origin_of(there) == origin_of(replace(resumed, out_dir=f"{memory_dir}/")) != on_disk
+    assert origin_of(replace(config, init_from=f"{memory_dir}/absent")) is None
+    for shared in ("gpt2-xl", "s3://bucket/gpt2"):
+        assert origin_of(replace(config, init_from=shared)) == shared
     mounts = psutil.disk_partitions(all=True)
     served = next(mount for mount in mounts if mount.mountpoint == "/")._replace(mountpoint=memory_dir, fstype="nfs4")
     monkeypatch.setattr(psutil, "disk_partitions", lambda **_: [*mounts, served])
-    assert not is_on_own_disk(config)
+    assert origin_of(config) == memory_dir
