@@ -151,6 +151,7 @@ def test_a_node_without_the_same_weights_receives_rank_0s(nodes: Nodes, calm: Sn
     assert (told in said) == (kind != "absent")
 
 
+@pytest.mark.slow
 def test_nanogpts_optimizer_is_read_on_every_node(nodes: Nodes, tmp_path: Path) -> None:
     model = random_weights(activation="gelu")
     moments = {f"{slot}.{name}": x.abs() for slot in ("exp_avg", "exp_avg_sq") for name, x in model.model.items()}
