@@ -26,7 +26,7 @@ from orchestrator.checkpoint.nodes import Nodes
 from orchestrator.checkpoint.reading import Place, Plan, Reading
 from orchestrator.checkpoint.rollbacks import Rollback, is_undone
 from orchestrator.checkpoint.snapshot import Snapshot, describe, undescribe
-from orchestrator.checkpoint.start import check_same_run, origin_of, read_start, source_of
+from orchestrator.checkpoint.start import check_same_run, origin_of, read_start
 from orchestrator.checkpoint.state import Resumed, TrainState, adopt_groups, capture, make_slots
 from orchestrator.checkpoint.store import Checkpoint, CheckpointStore, newest_name_first
 from orchestrator.config import TrainConfig
@@ -274,8 +274,8 @@ def _import(config: TrainConfig, world: World) -> TrainState:
     mine.clear()  # of a rank whose file is another one
     sources = [reader if checksums[reader] == checksums[first] else first for reader in reader_of]
     if world.is_main and (others := {rank for rank, outline in enumerate(outlines) if outline} - set(sources)):
-        told = source_of(config), ", ".join(map(str, sorted(others))), first
-        logger.warning("%s is another one on the nodes of ranks %s than on rank %d's, which all start from", *told)
+        told = config.init_from, ", ".join(map(str, sorted(others))), first
+        logger.warning("init_from=%s is another one on the nodes of ranks %s: rank %d's is used by all", *told)
     if sources[world.rank] != world.rank:
         for tensor in tensors.values():
             tensor.zero_()  # as in `Reading._send`
