@@ -18,7 +18,7 @@ from typing import Any
 from orchestrator.config import TrainConfig
 
 _START = multiprocessing.get_context("forkserver")
-_START.set_forkserver_preload(["orchestrator.loop", "tests.chaos.faults"])
+_START.set_forkserver_preload(["orchestrator.loop", "tests.chaos.faults", "torch._dynamo"])
 _GRACE_S = 3.0  # in which the others notice that one is gone; Ray would kill them sooner
 
 

@@ -23,7 +23,7 @@ def whole(out_dir: str) -> set[str]:
     [
         ("copy", 1, 1),
         pytest.param("seal", 2, 1, marks=pytest.mark.slow),
-        pytest.param("sealed", 0, 1, marks=pytest.mark.slow),
+        ("sealed", 0, 1),
         pytest.param("upload", 1, 1, marks=pytest.mark.slow),
         ("during", 2, 1),
         pytest.param("write", 0, 1, marks=pytest.mark.slow),

@@ -113,7 +113,7 @@ def calm(nodes: Nodes, tmp_path: Path, known: dict[str, Snapshot]) -> Snapshot:
     [
         ("001", [0, 2], [0, 0, 2]),
         ("011", [0, 1], [0, 1, 1]),
-        pytest.param("012", [0, 1, 2], [0, 1, 2], marks=pytest.mark.slow),
+        ("012", [0, 1, 2], [0, 1, 2]),
     ],
 )
 def test_one_rank_of_every_node_reads(
@@ -131,8 +131,8 @@ def test_one_rank_of_every_node_reads(
     [
         "absent",
         "of other bits",
-        pytest.param("of another shape", marks=pytest.mark.slow),
-        pytest.param("damaged", marks=pytest.mark.slow),
+        "of another shape",
+        "damaged",
     ],
 )
 def test_a_node_without_the_same_weights_receives_rank_0s(nodes: Nodes, calm: Snapshot, kind: str) -> None:
@@ -151,7 +151,6 @@ def test_a_node_without_the_same_weights_receives_rank_0s(nodes: Nodes, calm: Sn
     assert (told in said) == (kind != "absent")
 
 
-@pytest.mark.slow
 def test_nanogpts_optimizer_is_read_on_every_node(nodes: Nodes, tmp_path: Path) -> None:
     model = random_weights(activation="gelu")
     moments = {f"{slot}.{name}": x.abs() for slot in ("exp_avg", "exp_avg_sq") for name, x in model.model.items()}
