@@ -11,7 +11,7 @@ import torch
 from orchestrator.checkpoint.snapshot import Snapshot
 from orchestrator.config import TrainConfig
 from tests import ranks
-from tests.conftest import Undisturbed, final_state
+from tests.conftest import final_state
 
 WORLD_SIZES = (1, 2, 3)  # of 4 micro-steps, 3 processes do 2, 1 and 1
 
@@ -32,8 +32,7 @@ def test_the_mean_gradient_does_not_depend_on_the_number_of_workers(tiny: TrainC
             torch.testing.assert_close(other[name], tensor, rtol=1e-4, atol=1e-7)
 
 
-@pytest.mark.slow
-def test_losses_agree_on_any_number_of_workers(tiny: TrainConfig, undisturbed: Undisturbed) -> None:
+def test_losses_agree_on_any_number_of_workers(tiny: TrainConfig, tmp_path: Path) -> None:
     """24 iterations at a high learning rate; only the order of summation differs, about 1e-7 of each sum."""
-    losses = [undisturbed(tiny, size).val_loss for size in WORLD_SIZES]
+    losses = [trained(tiny, size, tmp_path).val_loss for size in WORLD_SIZES]
     assert losses == pytest.approx([losses[0]] * 3, abs=1e-4)
