@@ -31,6 +31,7 @@ from fsspec.implementations.local import LocalFileSystem
 
 from orchestrator.checkpoint.store import CheckpointStore
 from orchestrator.errors import CheckpointError, ConfigError
+from orchestrator.machine import boot_id
 
 logger = logging.getLogger(__name__)
 
@@ -308,8 +309,7 @@ def _machine() -> str | None:
     Containers on one machine share its boot, and often a host name, but not the numbers of processes.
     """
     try:
-        boot_id = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-        return f"{boot_id} {Path('/proc/self/ns/pid').readlink()}"
+        return f"{booted} {Path('/proc/self/ns/pid').readlink()}" if (booted := boot_id()) else None
     except OSError:
         return None
 

@@ -276,9 +276,6 @@ def _import(config: TrainConfig, world: World) -> TrainState:
     if world.is_main and (others := {rank for rank, outline in enumerate(outlines) if outline} - set(sources)):
         told = config.init_from, ", ".join(map(str, sorted(others))), first
         logger.warning("init_from=%s is another one on the nodes of ranks %s: rank %d's is used by all", *told)
-    if sources[world.rank] != world.rank:
-        for tensor in tensors.values():
-            tensor.zero_()  # as in `Reading._send`
     world.spread([tensors[name] for name in names], sources)
     _share_steps(state, tensors)
     _adopt(state, saved, world)

@@ -5,14 +5,12 @@ The driver calls `check_start`, those ranks that read call `read_start`. Knows n
 
 from __future__ import annotations
 
-import socket
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
-import psutil
 from fsspec.implementations.local import LocalFileSystem
 from torch import Tensor
 
@@ -22,12 +20,12 @@ from orchestrator.checkpoint.snapshot import Snapshot
 from orchestrator.checkpoint.store import CheckpointStore
 from orchestrator.config import TrainConfig
 from orchestrator.errors import CheckpointError, ConfigError
+from orchestrator.machine import seen_as
 from orchestrator.storage_options import storage_options_of
 
 GPT2_VOCAB_SIZE = 50304  # 50257 rounded up to a multiple of 64 for speed, as nanoGPT does without a meta file
 _SHAPE_KEYS = ("n_layer", "n_head", "n_embd", "block_size", "bias", "vocab_size")
 _POSITIONS = "transformer.wpe.weight"
-_DISKS = {"apfs", "btrfs", "ext2", "ext3", "ext4", "f2fs", "overlay", "tmpfs", "xfs", "zfs"}
 
 T = TypeVar("T")
 
@@ -119,30 +117,13 @@ def source_of(config: TrainConfig) -> str:
 def origin_of(config: TrainConfig) -> str | None:
     """Return a name for where a run's start lies, None where this node has none.
 
-    On a disk of the node it names the file, the same for all who see that file. Anywhere else, in storage, at the Hub
-    or on a file server, all see the same: the name is the path or URL.
+    All who see the same have one name for it: the path or URL of what lies in storage, at the Hub or on a file server.
     """
     source = f"{config.out_dir.rstrip('/')}/ckpt.pt" if config.init_from == "resume" else config.init_from
     protocol = source.partition("://")[0] if "://" in source else "file"
     if source in GPT2_SIZES or protocol not in LocalFileSystem.protocol:
         return source
-    try:
-        path = Path(LocalFileSystem._strip_protocol(source)).resolve()
-        found = path.stat()
-    except OSError:
-        return None
-    above = [mount for mount in psutil.disk_partitions(all=True) if path.is_relative_to(mount.mountpoint)]
-    above.reverse()  # of several at one mount point the last is the one that is seen
-    is_on_disk = bool(above) and max(above, key=lambda mount: len(mount.mountpoint)).fstype in _DISKS
-    return f"{_machine()}:{found.st_dev}:{found.st_ino}" if is_on_disk else str(path)
-
-
-def _machine() -> str:
-    """Return a name of this machine, the same in all of its containers where the system has one."""
-    try:
-        return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
-    except OSError:  # systems other than Linux
-        return socket.gethostname()
+    return seen_as(LocalFileSystem._strip_protocol(source))
 
 
 def _is_nanogpt(source: str) -> bool:
