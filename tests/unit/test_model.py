@@ -1,14 +1,16 @@
 """The GPT against nanoGPT's recorded numbers, and its optimizer, its sampler and its errors."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from transformers import GPT2Config, GPT2LMHeadModel
 
-from model import GPT, GPTConfig
+from model import GPT, GPTConfig, huggingface_config, to_huggingface
 
 SHARED = Path(__file__).resolve().parents[3] / "shared"
 NUMBERS = SHARED / "golden" / "nanogpt_numbers.json"
@@ -48,6 +50,65 @@ def read_cases() -> list[Any]:
     return json.loads(NUMBERS.read_text())["cases"] if NUMBERS.is_file() else [None]
 
 
+def losses_of_20_steps(
+    tokens: Tensor, loss_of: Callable[[Tensor], Tensor], optimizer: torch.optim.Optimizer
+) -> list[float]:
+    """Train for the 20 steps that nanogpt_numbers.json describes; loss_of takes rows (12, 65) of token ids."""
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    losses = []
+    for step in range(20):
+        starts = torch.tensor([(step * 12 + b) * 997 % (len(tokens) - 65) for b in range(12)])
+        loss = loss_of(tokens[starts[:, None] + torch.arange(65)])
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        losses.append(loss.item())
+    return losses
+
+
+def our_losses(model: GPT, tokens: Tensor) -> list[float]:
+    optimizer = model.configure_optimizers(0.1, 1e-3, (0.9, 0.99), "cpu")
+    return losses_of_20_steps(tokens, lambda rows: model(rows[:, :-1], rows[:, 1:])[1], optimizer)
+
+
+def transformers_losses(model: GPT, tokens: Tensor) -> list[float]:
+    """Train transformers' GPT-2 from our weights, with PyTorch's plain AdamW: another program, on this processor."""
+    config = GPT2Config(**huggingface_config(model.config), attn_implementation="eager")
+    theirs = GPT2LMHeadModel(config).train().to(model.lm_head.weight.dtype)
+    theirs.load_state_dict(to_huggingface(model.state_dict()), strict=False)
+    theirs.tie_weights()
+    if not model.config.bias:
+        for name, parameter in theirs.named_parameters():
+            parameter.requires_grad_(not name.endswith(".bias"))  # which are zeros
+    trained = [parameter for parameter in theirs.parameters() if parameter.requires_grad]
+    groups = [
+        {"params": [p for p in trained if p.dim() >= 2], "weight_decay": 0.1},
+        {"params": [p for p in trained if p.dim() < 2], "weight_decay": 0.0},
+    ]
+    optimizer = torch.optim.AdamW(groups, lr=1e-3, betas=(0.9, 0.99), fused=False, foreach=False)
+
+    def loss_of(rows: Tensor) -> Tensor:
+        logits = theirs(rows[:, :-1]).logits
+        return torch.nn.functional.cross_entropy(logits.flatten(0, 1), rows[:, 1:].flatten())
+
+    return losses_of_20_steps(tokens, loss_of, optimizer)
+
+
+@pytest.mark.parametrize(
+    ("bias", "dtype", "tolerance"),
+    [(False, torch.float32, 1e-5), (True, torch.float32, 1e-5), (False, torch.float64, 1e-10)],
+)
+def test_20_steps_lose_what_transformers_gpt2_loses(bias: bool, dtype: torch.dtype, tolerance: float) -> None:
+    torch.manual_seed(1337)
+    model = GPT(GPTConfig(n_layer=4, n_head=4, n_embd=128, block_size=64, bias=bias, vocab_size=65)).to(dtype)
+    tokens = torch.tensor([7, 21, 33, 50]).repeat(250) + torch.randint(2, (1000,))  # a rhythm that can be learned
+    theirs = transformers_losses(model, tokens)
+    ours = our_losses(model, tokens)
+    assert ours == pytest.approx(theirs, abs=tolerance)
+    assert ours[-1] < ours[0] - 1, "something was learned"
+
+
 @needs_golden
 @pytest.mark.parametrize("case", read_cases())
 def test_seed_gives_nanogpts_weights_and_losses(case: Any) -> None:
@@ -57,20 +118,8 @@ def test_seed_gives_nanogpts_weights_and_losses(case: Any) -> None:
     state = model.state_dict()
     for name, total in case["init_abs_sum"].items():
         assert state[name].double().abs().sum().item() == pytest.approx(total, abs=1e-5)
-
-    tokens = read_train_tokens()
-    optimizer = model.configure_optimizers(0.1, 1e-3, (0.9, 0.99), "cpu")
-    losses = []
-    for step in range(20):
-        starts = torch.tensor([(step * 12 + b) * 997 % 1_000_000 for b in range(12)])
-        rows = tokens[starts[:, None] + torch.arange(65)]
-        _, loss = model(rows[:, :-1], rows[:, 1:])
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        losses.append(loss.item())
-    assert losses == pytest.approx(case["losses"], abs=1e-5)
+    losses = our_losses(model, read_train_tokens()[: 1_000_000 + 65])
+    assert losses == pytest.approx(case["losses"], abs=1e-3), "they were recorded on another processor"
 
 
 @needs_golden
@@ -84,7 +133,7 @@ def test_nanogpts_checkpoint_loads_and_computes_the_same() -> None:
     rows = tokens[torch.arange(8)[:, None] * 997 + torch.arange(33)]
     with torch.no_grad():
         _, loss = model(rows[:, :-1], rows[:, 1:])
-    assert loss.item() == pytest.approx(facts["eval"]["loss"], abs=1e-5)
+    assert loss.item() == pytest.approx(facts["eval"]["loss"], abs=1e-4)
 
     greedy = model.generate(torch.zeros((1, 1), dtype=torch.long), 80, temperature=0)
     assert greedy[0].tolist() == facts["greedy_from_token_0_80_new"]
