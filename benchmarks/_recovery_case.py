@@ -70,7 +70,7 @@ def worker_with(strike: Strike | None, timed: str | None = None) -> Callable[[di
         import ray.train
 
         from benchmarks.goodput import Timed
-        from orchestrator import loop
+        from orchestrator import loop, lr_schedule
         from orchestrator.board import Poster
         from orchestrator.checkpoint.saver import Saver
         from orchestrator.recovery.guard import Guard
@@ -78,14 +78,14 @@ def worker_with(strike: Strike | None, timed: str | None = None) -> Callable[[di
         from orchestrator.worker import run_worker
         from orchestrator.world import Vote, World
 
-        rank, original = ray.train.get_context().get_world_rank(), loop.learning_rate
+        rank, original = ray.train.get_context().get_world_rank(), lr_schedule.learning_rate
 
         def learning_rate(config: TrainConfig, it: int) -> float:
             if strike:
                 strike.at(rank, it)
             return original(config, it)
 
-        loop.learning_rate = learning_rate
+        vars(loop)["learning_rate"] = learning_rate
         if not timed or rank:
             return run_worker(job)
         watch = Timed(timed)

@@ -65,7 +65,7 @@ class TrainConfig:
     # DDP settings
     backend: Literal["nccl", "gloo"] = "nccl"  # between GPUs; without a GPU always gloo
     # system
-    device: str = "cuda"  # cuda or cpu; without a GPU always cpu
+    device: str = "cuda"  # cuda or cpu; where this machine has no such device: cpu
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # auto: bfloat16, float16 or, on a CPU, float32
     compile: bool = True  # torch.compile the model; without a compiler it runs uncompiled
     # memory of a training step (ours from here on)
@@ -136,7 +136,7 @@ _BOUNDS: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "num_workers": ("1 or more, or a range such as 2-8", _is_count),
     "out_dir": ("a path or URL with a last part to name the run", lambda x: bool(x.split("://")[-1].strip("/. "))),
     "dataset": ("the name of a folder under data_dir", lambda x: bool(x.strip("/. "))),
-    "device": ("cuda, cuda:<index> or cpu", lambda x: bool(re.fullmatch(r"cpu|cuda(:\d+)?", x))),
+    "device": ("cpu, cuda or cuda:<index>", lambda x: bool(re.fullmatch(r"cpu|(cuda|mps|xpu)(:\d+)?", x))),
 }
 
 
@@ -249,10 +249,11 @@ def _read_file(kind: Any, path: Path, values: dict[str, Any]) -> dict[str, Any]:
     scope = {f.name: f.default for f in dataclasses.fields(kind)} | values
     before = dict(scope)
     source = _run_file(path, scope)
+    passing = _passing_names(source)
     settings = {}
     for key, value in scope.items():
         where = f"{path}, line {_line_of(key, source)}: "
-        if key not in types and not key.startswith("_") and isinstance(value, _VALUES):
+        if key not in types and not key.startswith("_") and isinstance(value, _VALUES) and key not in passing:
             hint = nearest(key, types)
             raise ConfigError(
                 f"{where}{key}={_shown(value)}: no such setting{hint} (a variable of your own starts with _)"
@@ -297,6 +298,23 @@ def _line_in(error: BaseException, path: Path) -> str:
     """Return the line of the settings file at which it failed, nothing where it did not get as far."""
     lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path)]
     return f", line {lines[-1]}" if lines else ""
+
+
+def _passing_names(source: str) -> set[str]:
+    """Return the names that a settings file binds without assigning to them: of a loop, a `with`, a walrus."""
+    assigned: set[str] = set()
+    bound: set[str] = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Assign):
+            targets = node.targets
+        elif isinstance(node, (ast.AnnAssign, ast.AugAssign)):
+            targets = [node.target]
+        else:
+            targets = []
+        assigned |= {name.id for target in targets for name in ast.walk(target) if isinstance(name, ast.Name)}
+        if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+            bound.add(node.id)
+    return bound - assigned
 
 
 def _line_of(key: str, source: str) -> int:

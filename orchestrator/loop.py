@@ -1,6 +1,6 @@
 """The training loop, top to bottom: nanoGPT's, on any number of ranks, resumable at any iteration.
 
-Knows no Ray. `orchestrator/worker.py` calls it on a cluster; this starts it in one plain process or several:
+Knows no Ray. `orchestrator/worker.py` calls it on a cluster, `orchestrator/plain.py` in a plain process or several:
 
     python -m orchestrator.loop configs/quickstart.py
     torchrun --nproc_per_node=2 -m orchestrator.loop configs/quickstart.py
@@ -20,7 +20,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -40,16 +39,15 @@ from orchestrator.checkpoint.schedule import Rhythm
 from orchestrator.checkpoint.start import scratch_args
 from orchestrator.checkpoint.state import TrainState
 from orchestrator.checkpoint.store import CheckpointStore
-from orchestrator.config import TrainConfig, check, parse
+from orchestrator.config import TrainConfig
 from orchestrator.data.dataset import Dataset, open_dataset
 from orchestrator.data.sampling import Sampling
 from orchestrator.errors import DataError, GoneBackError
-from orchestrator.process import environment, new_attempt, pin, plain_world, resolve
+from orchestrator.lr_schedule import learning_rate
+from orchestrator.process import agree_to_compile, environment, new_attempt, pin
 from orchestrator.recovery.guard import Guard
 from orchestrator.storage_options import public, storage_options_of
-from orchestrator.telemetry.lines import print_record
 from orchestrator.telemetry.stopwatch import Stopwatch
-from orchestrator.telemetry.tell import open_telemetry
 from orchestrator.world import World
 
 Record = dict[str, Any]
@@ -65,6 +63,10 @@ class Outcome:
     stopped: bool = False
     preempted: bool = False
 
+
+# of settings that differ on resume: where things are, what the optimizer keeps, and what `environment` compares
+_NOT_TOLD = {"out_dir", "init_from", "storage_options", "data_dir", "memory_dir", "resubmit", "tokenizer"}
+_NOT_TOLD |= {"beta1", "beta2", "weight_decay", "num_workers", "device", "backend", "compile", "dtype"}
 
 GO_ON, STOP, LEAVE = range(3)  # answers to whether the loop goes on; the highest of all ranks' counts
 
@@ -88,6 +90,7 @@ def train(
     Raises:
         UserError: on all ranks alike, if data or checkpoints do not fit.
     """
+    config = agree_to_compile(config, world)
     while True:
         try:
             return train_on(config, world, tell, committed, should_stop, began)
@@ -129,6 +132,8 @@ def train_on(
             tell({"kind": kind, "iter": state.iter_num, **values})
 
     say("begin", **beginning(config, world, state))
+    if world.is_main and state.resumed_from:
+        tell_changes(state.config, state.resumed_from.checkpoint.state["config"])
 
     # what keeps the state safe while training goes on
     rhythm = Rhythm(config.iters_per_checkpoint, config.snapshot_interval, config.keep_checkpoints)
@@ -267,6 +272,14 @@ def check_surroundings(now: Record, world: World, state: TrainState) -> None:
         logger.warning("the last bits may differ from an undisturbed run's: %s", ", ".join(changed))
 
 
+def tell_changes(now: Record, saved: Record) -> None:
+    """Say in one line which settings are others than those of the run that goes on."""
+    changed = [f"{key} {saved[key]} -> {now[key]}" for key in now if key in saved and now[key] != saved[key]]
+    told = [change for change in changed if change.split()[0] not in _NOT_TOLD]
+    if told:
+        logger.info("settings that differ from the saved run's: %s", ", ".join(told))
+
+
 def sampling_of(config: TrainConfig) -> Sampling:
     """Return how batches are drawn under this config."""
     return Sampling(
@@ -339,22 +352,6 @@ def perplexity(val_loss: float, data: Dataset) -> dict[str, float]:
     return {"perplexity": math.exp(val_loss), **bits}
 
 
-def learning_rate(config: TrainConfig, it: int) -> float:
-    """Return the learning rate of an iteration: linear warm-up, cosine decay, then min_lr.
-
-    Source: nanoGPT's train.py, get_lr.
-    """
-    if not config.decay_lr:
-        return config.learning_rate
-    if it < config.warmup_iters:
-        return config.learning_rate * (it + 1) / (config.warmup_iters + 1)
-    if it >= config.lr_decay_iters:
-        return config.min_lr
-    decay_ratio = (it - config.warmup_iters) / (config.lr_decay_iters - config.warmup_iters)
-    coeff = 0.5 * (1.0 + math.cos(math.pi * decay_ratio))  # from 1 to 0
-    return config.min_lr + coeff * (config.learning_rate - config.min_lr)
-
-
 def dropout_seed(seed: int, iter_num: int, micro_step: int) -> int:
     """Return the seed of a micro-step's dropout: no random state has to be saved, whoever computes it."""
     return int(np.random.SeedSequence((seed, iter_num, micro_step)).generate_state(1, np.uint64)[0])
@@ -400,15 +397,7 @@ def origin_of(state: TrainState) -> Record:
     }
 
 
-def main() -> None:
-    """Train in this process alone, or as one of those that torchrun started."""
-    config = resolve(check(parse(TrainConfig, sys.argv[1:], "python -m orchestrator.loop")))
-    world = plain_world(config)
-    with open_telemetry(config, world, print_record) as tell:
-        train(config, world, tell)
-    if dist.is_initialized():
-        dist.destroy_process_group()
-
-
 if __name__ == "__main__":
-    main()
+    from orchestrator.plain import main
+
+    sys.exit(main())

@@ -18,6 +18,7 @@ from orchestrator.config import TrainConfig, check
 from orchestrator.data.dataset import Dataset, open_dataset
 from orchestrator.errors import ConfigError, DataError
 from orchestrator.loop import sampling_of
+from orchestrator.lr_schedule import tell_doubts
 from orchestrator.storage_options import storage_options_of
 
 _JOB_FILES = "working_dir_files"  # where Ray unpacks the --working-dir of a job
@@ -63,6 +64,7 @@ def plan(config: TrainConfig) -> Plan:
     if data:
         data.check_fits(start.model_args["vocab_size"])
     check_writable(config.out_dir, options)
+    tell_doubts(config)
     return Plan(config, store, start, no_data)
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 import logging
 import os
 import platform
-import shutil
 from dataclasses import replace
 from typing import Any
 
@@ -16,30 +15,87 @@ import torch
 import torch.distributed as dist
 
 from orchestrator.config import TrainConfig
+from orchestrator.errors import ConfigError
 from orchestrator.world import World
 
 logger = logging.getLogger(__name__)
 
 
 def resolve(config: TrainConfig) -> TrainConfig:
-    """Return the config with device, backend, dtype and compile as this machine can give them."""
-    device = config.device if torch.cuda.is_available() else "cpu"
+    """Return the config with device, backend and dtype as this machine can give them.
+
+    Raises:
+        ConfigError: the device is one GPU of several, and there are fewer.
+    """
+    device = device_here(config.device, ("cuda",))
     on_gpu = device != "cpu"
-    if config.device != device:
-        logger.info("no GPU here: device=cpu, backend=gloo")
     dtype = config.dtype
     if dtype == "auto":
         dtype = ("bfloat16" if torch.cuda.is_bf16_supported() else "float16") if on_gpu else "float32"
-    can_compile = on_gpu or any(shutil.which(name) for name in ("g++", "clang++"))
-    if config.compile and not can_compile:
-        logger.warning("compile=True, but no C++ compiler is here: the model runs uncompiled")
-    return replace(
-        config,
-        device=device,
-        backend=config.backend if on_gpu else "gloo",
-        dtype=dtype,
-        compile=config.compile and can_compile,
-    )
+    return replace(config, device=device, backend=config.backend if on_gpu else "gloo", dtype=dtype)
+
+
+def device_here(wanted: str, kinds: tuple[str, ...]) -> str:
+    """Return the device that is wanted, or cpu, with a line about it, where this machine has none of its kind.
+
+    kinds: those that the caller can use besides cpu.
+
+    Raises:
+        ConfigError: it is no name of a device, or one of several, and there are fewer.
+    """
+    try:
+        device = torch.device(wanted)
+    except RuntimeError:
+        raise ConfigError(f"device={wanted!r} is no device: give cpu, cuda or cuda:<index>") from None
+    if device.type == "cpu":
+        return "cpu"
+    if device.type not in kinds or not (count := _count(device.type)):
+        is_unfit = device.type not in kinds and _count(device.type)
+        logger.info("device=%s is not %s: device=cpu", wanted, "for training" if is_unfit else "on this machine")
+        return "cpu"
+    if device.index is not None and device.index >= count:
+        there = f"{device.type}:0" + (f" to {device.type}:{count - 1}" if count > 1 else "")
+        raise ConfigError(f"device={wanted}: this machine has {there}")
+    return wanted
+
+
+def _count(kind: str) -> int:
+    """Return how many accelerators of a kind this machine has."""
+    if kind == "mps":
+        return int(torch.backends.mps.is_available())
+    module = getattr(torch, kind, None)  # torch.cuda, torch.xpu
+    return module.device_count() if module and hasattr(module, "device_count") and module.is_available() else 0
+
+
+def agree_to_compile(config: TrainConfig, world: World) -> TrainConfig:
+    """Return the config with compile=False where the compiler does not work on every rank: all run alike."""
+    if not config.compile:
+        return config
+    faults = world.gather_json(compiler_fault(world.device))
+    found = next(((rank, fault) for rank, fault in enumerate(faults) if fault), None)
+    if found and world.is_main:
+        rank, fault = found
+        where = f" on rank {rank}'s node" if world.size > 1 else ""
+        logger.warning("compile=True, but the compiler does not work%s (%s): the model runs uncompiled", where, fault)
+    return replace(config, compile=found is None)
+
+
+def compiler_fault(device: torch.device) -> str | None:
+    """Compile a small function for a device; return why that fails, None where it works.
+
+    PyTorch looks for a C++ compiler, headers and, on GPUs, Triton's parts only when it compiles. What it has compiled
+    for this function on this machine before is taken from its cache.
+    """
+    try:
+        torch.compile(_compiled_for_trial)(torch.ones(2**14, device=device))
+    except Exception as error:  # whatever a broken tool makes of it
+        text = str(error).strip().partition("\n")[0] or type(error).__name__
+        return text.removeprefix("InvalidCxxCompiler: ")[:300]
+    return None
+
+
+def _compiled_for_trial(x: torch.Tensor) -> torch.Tensor:
+    return (x.sin() + 1).sum()
 
 
 def pin(config: TrainConfig) -> None:

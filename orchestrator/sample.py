@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import logging
 import os
-import shutil
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -31,6 +30,7 @@ from orchestrator.config import GPT2_NAMES, nearest
 from orchestrator.data.token_files import read_tokenizer
 from orchestrator.data.tokenizers import GPT2Tokenizer, Tokenizer, tokenizer_from_json
 from orchestrator.errors import CheckpointError, ConfigError, DataError
+from orchestrator.process import compiler_fault, device_here
 from orchestrator.sample_text import Texts, print_text
 from orchestrator.storage_options import storage_options_of
 
@@ -49,7 +49,7 @@ class SampleConfig:
     temperature: float = 0.8  # below 1 less random, above 1 more, 0 always the likeliest token
     top_k: int = 200  # draw from the k likeliest tokens only
     seed: int = 1337  # of the draws
-    device: str = "cuda"  # cuda, cuda:1, cpu; where no GPU is: cpu
+    device: str = "cuda"  # cuda, cuda:1, mps, cpu; where this machine has no such device: cpu
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = (
         "auto"  # auto: bfloat16 on a GPU that has it, float32 on CPU
     )
@@ -76,10 +76,6 @@ def check(config: SampleConfig) -> SampleConfig:
             raise ConfigError(f"{key}={value!r} is out of range: {least} or more")
     if not 0 < config.top_p <= 1:
         raise ConfigError(f"top_p={config.top_p!r} is out of range: above 0, at most 1")
-    try:
-        torch.device(config.device)
-    except RuntimeError:
-        raise ConfigError(f"device={config.device!r} is no device; give cuda, cuda:<index> or cpu") from None
     if _is_missing(config.init_from):
         raise ConfigError(
             f"init_from={config.init_from!r} is neither resume, {', '.join(GPT2_NAMES)} nor an existing ckpt.pt or "
@@ -98,7 +94,7 @@ def sample(config: SampleConfig, out: TextIO | None = None) -> None:
         ConfigError, CheckpointError, DataError: a setting, the model or the prompt is not usable.
     """
     check(config)
-    device = _device(config)
+    device = torch.device(device_here(config.device, ("cuda", "mps", "xpu")))
     torch.manual_seed(config.seed)
     torch.cuda.manual_seed(config.seed)
     model, tokenizer = load(config)
@@ -264,14 +260,6 @@ def _is_missing(source: str) -> bool:
     return not (source in ("resume", *GPT2_NAMES) or "://" in source or Path(source).exists())
 
 
-def _device(config: SampleConfig) -> torch.device:
-    device = torch.device(config.device)
-    if device.type != "cuda" or torch.cuda.is_available():
-        return device
-    logger.info("no GPU here: device=cpu")
-    return torch.device("cpu")
-
-
 def _weight_dtype(config: SampleConfig, device: torch.device) -> torch.dtype:
     """Return the weights' type: float32 on a GPU, where each operation chooses its own, as in nanoGPT."""
     is_chosen = device.type == "cpu" and config.dtype != "auto"
@@ -289,7 +277,7 @@ def _autocast(config: SampleConfig, device: torch.device) -> AbstractContextMana
 
 
 def _can_compile(device: torch.device) -> bool:
-    if device.type == "cuda" or any(shutil.which(name) for name in ("g++", "clang++")):
-        return True
-    logger.warning("compile=True, but no C++ compiler is here: the model runs uncompiled")
-    return False
+    fault = compiler_fault(device)
+    if fault:
+        logger.warning("compile=True, but the compiler does not work (%s): the model runs uncompiled", fault)
+    return fault is None

@@ -237,6 +237,11 @@ def test_flag_has_the_type_of_its_key(word: str, key: str, value: Any) -> None:
         ("dtype = 'float16'", "dtype", "float16"),
         ("_steps = [1, 2]; max_iters = sum(_steps)", "max_iters", 3),
         ("def double(x): return 2 * x\nmax_iters = double(4)", "max_iters", 8),
+        ("for i in range(2): pass", "max_iters", 600000),
+        ("for i, (a, b) in enumerate([(1, 2)]): max_iters = a + b", "max_iters", 3),
+        ("if (n := 5) > 3: max_iters = n", "max_iters", 5),
+        ("import io\nwith io.StringIO('7') as file: max_iters = int(file.read())", "max_iters", 7),
+        ("try:\n    1 / 0\nexcept ZeroDivisionError as error:\n    max_iters = 9", "max_iters", 9),
     ],
 )
 def test_value_in_a_file_has_the_type_of_its_key(write: Any, line: str, key: str, value: Any) -> None:
@@ -248,6 +253,8 @@ def test_value_in_a_file_has_the_type_of_its_key(write: Any, line: str, key: str
     ("content", "message"),
     [
         ("n_layer = 2\nmax_itres = 3\n", "line 2: max_itres=3: no such setting; did you mean max_iters?"),
+        ("for max_itres in (1, 2): pass\nmax_itres = 3\n", "line 2: max_itres=3: no such setting"),
+        ("globals()['max_itres'] = 3", "line 1: max_itres=3: no such setting; did you mean max_iters?"),
         ("gpus_per_wroker = None", "line 1: gpus_per_wroker=None: no such setting; did you mean gpus_per_worker?"),
         ("\n\nmax_iters = '3'", "line 3: max_iters='3' should be of type int"),
         ("max_iters = 3.5", "line 1: max_iters=3.5 should be of type int"),
@@ -304,7 +311,7 @@ def test_forgotten_dashes() -> None:
         ({"out_dir": ""}, "out_dir='' is out of range"),
         ({"out_dir": "s3://"}, "out_dir='s3://' is out of range"),
         ({"dataset": "."}, "dataset='.' is out of range"),
-        ({"device": "cuda:x"}, "device='cuda:x' is out of range: cuda, cuda:<index> or cpu"),
+        ({"device": "cuda:x"}, "device='cuda:x' is out of range: cpu, cuda or cuda:<index>"),
         ({"n_embd": 33, "n_head": 2}, "n_embd=33 is not divisible by n_head=2"),
         ({"num_workers": 41}, "num_workers=41 is more than gradient_accumulation_steps=40"),
         ({"init_from": "gtp2-xl"}, "init_from='gtp2-xl' is neither scratch, .* did you mean gpt2-xl"),

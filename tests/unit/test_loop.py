@@ -21,7 +21,7 @@ from orchestrator.checkpoint.store import CheckpointStore
 from orchestrator.config import TrainConfig
 from orchestrator.data.dataset import open_dataset
 from orchestrator.errors import CheckpointError, ConfigError, StorageError
-from orchestrator.loop import Outcome, dropout_seed, learning_rate, train
+from orchestrator.loop import Outcome, dropout_seed, train
 from orchestrator.process import resolve
 from orchestrator.telemetry.lines import line_of
 from orchestrator.world import World
@@ -226,11 +226,13 @@ def test_a_lost_checkpoint_does_not_end_the_run_but_a_lost_last_one_does(
         run(replace(tiny, max_iters=16), attempt="b")
 
 
-def test_learning_rate_is_nanogpts(tiny: TrainConfig) -> None:
-    config = replace(tiny, learning_rate=1.0, min_lr=0.1, warmup_iters=3, lr_decay_iters=7)
-    rates = [learning_rate(config, it) for it in range(10)]
-    assert rates == pytest.approx([0.25, 0.5, 0.75, 1.0, 0.8681980515, 0.55, 0.2318019485, 0.1, 0.1, 0.1])
-    assert learning_rate(replace(config, decay_lr=False), 0) == 1.0
+def test_settings_that_differ_from_the_saved_runs_are_told(tiny: TrainConfig, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    run(replace(tiny, max_iters=4))
+    assert "settings that differ" not in caplog.text
+    run(replace(tiny, max_iters=5, learning_rate=0.02, dropout=0.0, grad_clip=0.5, memory_dir=""), attempt="b")
+    told = "dropout 0.1 -> 0.0, learning_rate 0.01 -> 0.02, max_iters 4 -> 5, grad_clip 1.0 -> 0.5"
+    assert f"settings that differ from the saved run's: {told}\n" in caplog.text
 
 
 def test_dropout_seeds_are_frozen() -> None:

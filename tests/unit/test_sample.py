@@ -186,7 +186,7 @@ def test_without_a_gpu_the_cpu_is_used(
     caplog.set_level("INFO")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert text_of(replace(GREEDY, device="cuda", data_dir=data_dir)).startswith(GREEDY_TEXT)
-    assert "no GPU here: device=cpu" in caplog.text
+    assert "device=cuda is not on this machine: device=cpu" in caplog.text
 
 
 def test_a_prompt_comes_from_a_file(tmp_path: Path, data_dir: str) -> None:

@@ -1,0 +1,87 @@
+"""A plain process, or one of those that `torchrun` started, as its own driver: signals, errors, lines. Knows no Ray.
+
+python -m orchestrator.loop configs/quickstart.py
+torchrun --nproc_per_node=2 -m orchestrator.loop configs/quickstart.py
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch.distributed as dist
+
+from orchestrator.config import TrainConfig, check, parse
+from orchestrator.errors import UserError
+from orchestrator.loop import GO_ON, STOP, Outcome, train
+from orchestrator.lr_schedule import tell_doubts
+from orchestrator.process import plain_world, resolve
+from orchestrator.telemetry.lines import print_record
+from orchestrator.telemetry.tell import open_telemetry
+
+PROGRAM = "python -m orchestrator.loop"
+_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Train, and return the exit code: 0 when it is finished, 130 when it was stopped, 2 for a user's mistake."""
+    is_main = os.environ.get("RANK", "0") == "0"
+    logging.basicConfig(format="%(message)s", stream=sys.stderr)
+    for name in ("orchestrator", "model"):
+        logging.getLogger(name).setLevel(logging.INFO if is_main else logging.WARNING)
+    try:
+        config = check(parse(TrainConfig, sys.argv[1:] if argv is None else argv, PROGRAM))
+        if is_main:
+            tell_doubts(config)
+        outcome = _train(resolve(config))
+    except UserError as error:  # the same on all ranks, so that one line is enough
+        if is_main:
+            print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+    if outcome.stopped and is_main:
+        print(
+            f"stopped at iteration {outcome.iter_num} of {config.max_iters}, saved in {config.out_dir}; "
+            "the same command goes on from there"
+        )
+    return 130 if outcome.stopped else 0
+
+
+def _train(config: TrainConfig) -> Outcome:
+    world = plain_world(config)
+    with _stop_asked() as asked, open_telemetry(config, world, print_record) as tell:
+        return train(config, world, tell, should_stop=lambda: STOP if asked else GO_ON)
+
+
+@contextmanager
+def _stop_asked() -> Iterator[list[int]]:
+    """Lend the list of the signals that asked to stop: the loop finishes its iteration, saves and leaves.
+
+    A second Ctrl-C interrupts at once; not under torchrun, which passes on the one that we have had from the terminal.
+    """
+    asked: list[int] = []
+    is_under_torchrun = "RANK" in os.environ
+
+    def on_signal(number: int, _frame: Any) -> None:
+        if asked and number == signal.SIGINT and not is_under_torchrun:
+            raise KeyboardInterrupt
+        if not asked and os.environ.get("RANK", "0") == "0":
+            print("stopping: the iteration is finished and saved", file=sys.stderr)
+        asked.append(number)
+
+    heard = [number for number in _SIGNALS if signal.getsignal(number) != signal.SIG_IGN]  # as nohup ignores SIGHUP
+    before = {number: signal.signal(number, on_signal) for number in heard}
+    try:
+        yield asked
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
