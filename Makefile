@@ -7,16 +7,19 @@
 PYTHON ?= python3
 BIN := .venv/bin
 TEXT ?=
-DATASET := $(if $(TEXT),$(notdir $(basename $(TEXT))),quickstart)
-RUN := out/$(DATASET)
+export TEXT
 
 .PHONY: train test check
 
+# The dataset is named after the text, whose name may have spaces: the shell takes it apart, make would not.
 train: .venv/ready
-	@$(BIN)/orchestrator prepare $(DATASET) $(if $(TEXT),--text="$(TEXT)" --tokenizer=char)
-	@$(BIN)/orchestrator train configs/quickstart.py --dataset=$(DATASET) --out_dir=$(RUN)
-	@$(BIN)/orchestrator sample --out_dir=$(RUN) --num_samples=1 --max_new_tokens=300
-	@$(BIN)/orchestrator inspect --out_dir=$(RUN)
+	@set -e; name=quickstart; \
+	if [ -n "$$TEXT" ]; then name=$$(basename -- "$$TEXT"); name=$${name%.*}; fi; \
+	if [ -n "$$TEXT" ]; then $(BIN)/orchestrator prepare "$$name" --text="$$TEXT" --tokenizer=char; \
+	else $(BIN)/orchestrator prepare "$$name"; fi; \
+	$(BIN)/orchestrator train configs/quickstart.py --dataset="$$name" --out_dir="out/$$name"; \
+	$(BIN)/orchestrator sample --out_dir="out/$$name" --num_samples=1 --max_new_tokens=300; \
+	$(BIN)/orchestrator inspect --out_dir="out/$$name"
 
 test: .venv/ready
 	$(BIN)/python -m pytest
