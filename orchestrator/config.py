@@ -114,8 +114,8 @@ class TrainConfig:
 
 
 def _is_count(x: int | str) -> bool:
-    low, _, high = str(x).partition("-")
-    return low.isdecimal() and int(low) >= 1 and (not high or (high.isdecimal() and int(low) <= int(high)))
+    found = re.fullmatch(r"([0-9]{1,6})(?:-([0-9]{1,6}))?", str(x))
+    return found is not None and 1 <= int(found[1]) <= int(found[2] or found[1])
 
 
 _AT_LEAST_0 = ("0 or more", lambda x: 0 <= x < math.inf)
@@ -127,7 +127,8 @@ _BOUNDS: dict[str, tuple[str, Callable[[Any], bool]]] = {
     **dict.fromkeys(("batch_size", "block_size", "n_layer", "n_head", "n_embd"), _AT_LEAST_1),
     "keep_checkpoints": _AT_LEAST_1,
     **dict.fromkeys(("max_iters", "warmup_iters", "lr_decay_iters", "min_lr", "weight_decay"), _AT_LEAST_0),
-    **dict.fromkeys(("grad_clip", "seed", "gpus_per_worker"), _AT_LEAST_0),
+    **dict.fromkeys(("grad_clip", "gpus_per_worker"), _AT_LEAST_0),
+    "seed": ("from 0 to 2**64 - 1", lambda x: 0 <= x < 2**64),
     **dict.fromkeys(("checkpoint_interval", "snapshot_interval", "loss_chunk"), _AT_LEAST_0),
     **dict.fromkeys(("max_bad_steps", "loss_spike_z", "replica_check_interval"), _AT_LEAST_0),
     **dict.fromkeys(("dropout", "beta1", "beta2"), _FRACTION),

@@ -74,6 +74,8 @@ def check(config: SampleConfig) -> SampleConfig:
         value = getattr(config, key)
         if not least <= value < float("inf"):
             raise ConfigError(f"{key}={value!r} is out of range: {least} or more")
+    if config.seed >= 2**64:
+        raise ConfigError(f"seed={config.seed} is out of range: from 0 to 2**64 - 1")
     if not 0 < config.top_p <= 1:
         raise ConfigError(f"top_p={config.top_p!r} is out of range: above 0, at most 1")
     if _is_missing(config.init_from):

@@ -303,6 +303,11 @@ def test_forgotten_dashes() -> None:
         ({"learning_rate": 0.0}, "learning_rate=0.0 is out of range: more than 0"),
         ({"learning_rate": float("inf")}, "learning_rate=inf is out of range"),
         ({"num_workers": "8-2"}, "num_workers='8-2' is out of range: 1 or more, or a range such as 2-8"),
+        *(
+            ({"num_workers": x}, "is out of range: 1 or more, or a range")
+            for x in ("2-", "-2", "2-3-4", "0-2", "x", "")
+        ),
+        ({"seed": 2**64}, r"seed=18446744073709551616 is out of range: from 0 to 2\*\*64 - 1"),
         ({"num_workers": -6}, "num_workers=-6 is out of range: 1 or more, or a range such as 2-8"),
         ({"num_workers": "2-41"}, "num_workers=2-41 is more than gradient_accumulation_steps=40"),
         ({"block_size": 0}, "block_size=0 is out of range: 1 or more"),

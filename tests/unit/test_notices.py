@@ -168,7 +168,7 @@ def test_a_service_that_never_answers_is_given_up_soon() -> None:
         began_s = time.monotonic()
         with pytest.raises(OSError, match="timed out"):
             GCP(f"http://127.0.0.1:{mute.getsockname()[1]}").read()
-        assert time.monotonic() - began_s < 5
+        assert time.monotonic() - began_s < 30
 
 
 @pytest.mark.parametrize(

@@ -81,8 +81,8 @@ def test_a_survivor_writes_the_share_of_one_that_is_gone_at_once(start: Start) -
     gone, survivor = start(0, 7), start(1, 7)
     end(gone)
     began_s = time.monotonic()
-    assert survivor.rescue() == 7
-    assert time.monotonic() - began_s < 1.5, "it waited"
+    assert survivor.rescue(stand_in_s=60) == 7
+    assert time.monotonic() - began_s < 30, "it waited"
     assert whole(survivor) == [checkpoint_name(7, ATTEMPT)]
 
 
