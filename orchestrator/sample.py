@@ -183,8 +183,6 @@ def tokenizer_of(run_config: dict[str, Any], data_dir: str) -> Tokenizer:
         return tokenizer_from_json(run_config["tokenizer"])
     name = str(run_config.get("dataset") or "")
     tokenizer = read_tokenizer(data_dir, name) if name else GPT2Tokenizer()
-    if tokenizer is None:
-        raise DataError(f"{Path(data_dir, name)}: its meta.pkl has no itos, so token ids cannot be turned into text")
     if isinstance(tokenizer, GPT2Tokenizer):
         logger.info("tokenizer: GPT-2's (none with the model, no other in %s)", Path(data_dir, name))
     return tokenizer

@@ -16,8 +16,9 @@ from typing import Literal
 
 from orchestrator.data.texts import Text, expected_sha256, read_own_text, read_texts
 from orchestrator.data.token_files import FORMAT_VERSION, SPLITS, Meta, open_token_files, read_meta
+from orchestrator.data.token_ids import token_dtype
 from orchestrator.data.token_writer import write_tokens
-from orchestrator.data.tokenizers import CharTokenizer, GPT2Tokenizer, Tokenizer, token_dtype
+from orchestrator.data.tokenizers import CharTokenizer, GPT2Tokenizer, Tokenizer
 from orchestrator.errors import DataError
 
 logger = logging.getLogger(__name__)
