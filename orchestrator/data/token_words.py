@@ -5,37 +5,31 @@ Refuses only what the words show, and names it. Nothing here knows vocabularies 
 
 from __future__ import annotations
 
-import pickletools
-import zlib
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from orchestrator.data.file_kinds import HEAD_BYTES, is_text, kind_of
 from orchestrator.errors import DataError
 
 _STRETCHES, _STRETCH_WORDS = 64, 16_384
 _FEWEST_WORDS = 16  # below, nothing shows
-_HEAD_BYTES = 4096
-_FEWEST_TEXT_BYTES = 64
-
-# What files of other kinds begin with. Those with short marks are looked into as well: tokens may begin alike.
-_MARKS: tuple[tuple[bytes, str], ...] = (
-    (b"\x93NUMPY", "a .npy file: np.load('train.npy').astype(np.uint16).tofile('train.bin') writes its tokens"),
-    (b"PK\x03\x04", "a zip file, as .npz and PyTorch's .pt are: unpack or load it, and write its tokens with tofile"),
-    (b"\x28\xb5\x2f\xfd", "a zstd file: unpack it"),
-    (b"\xfd7zXZ\x00", "an xz file: unpack it"),
-    (b"BZh91AY&SY", "a bzip2 file: unpack it"),
-    (b"PAR1", "a parquet file"),
-    (b"ARROW1", "an arrow file"),
-    (b"\x89HDF\r\n", "an HDF5 file"),
-    (b"%PDF-", "a PDF"),
-    (b"<!DOCTYPE", "a web page: has a download failed?"),
-    (b"version https://git-lfs", "a pointer of Git LFS: fetch the file itself with git lfs pull"),
-)
 _WRITE_UINT16 = "write them as uint16: np.array(ids, dtype=np.uint16).tofile(...)"
+_REMEDIES = {
+    "a .npy file": "np.load('train.npy').astype(np.uint16).tofile('train.bin') writes its tokens",
+    "a zip file": "unpack or load it (.npz and PyTorch's .pt are such), and write its tokens with tofile",
+    "a gzip file": "unpack it with gunzip",
+    "a zstd file": "unpack it",
+    "an xz file": "unpack it",
+    "a bzip2 file": "unpack it",
+    "a pickle": f"load it where you trust it, and {_WRITE_UINT16}",
+    "a pointer of Git LFS": "fetch the file itself with git lfs pull",
+    "a text": "`prepare NAME --text FILE` makes tokens of it",
+}
+_STATED = ("int32", "int64")
+_FLOAT16_1024 = 0x6400  # from 1024 on, every float16 is a whole number
 
 
 def check_words(path: Path, words: NDArray[Any]) -> None:
@@ -45,10 +39,10 @@ def check_words(path: Path, words: NDArray[Any]) -> None:
         DataError: it does; the message names what it looks like.
     """
     with path.open("rb") as file:
-        head = file.read(_HEAD_BYTES)
-    kind = next((name for mark, name in _MARKS if head.startswith(mark)), None) or _kind_of(head)
-    if kind:
-        raise DataError(f"{path} is {kind}; a token file holds nothing but tokens, one after the other")
+        head = file.read(HEAD_BYTES)
+    if kind := kind_of(head) or ("a text" if is_text(head) else None):
+        remedy = f": {_REMEDIES[kind]}" if kind in _REMEDIES else ""
+        raise DataError(f"{path} is {kind}{remedy}; a token file holds nothing but tokens, one after the other")
     if looks := _other_type(_sampled(words)):
         raise DataError(
             f"{path} looks like {looks} tokens, and nothing says so: {_WRITE_UINT16}, or give a meta.json beside it "
@@ -58,42 +52,6 @@ def check_words(path: Path, words: NDArray[Any]) -> None:
 
 _STATED = ("int32", "int64")
 _FLOAT16_1024 = 0x6400  # from 1024 on, every float16 is a whole number
-
-
-def _kind_of(head: bytes) -> str | None:
-    if head.startswith(b"\x1f\x8b\x08") and _is_gzip(head):
-        return "a gzip file: unpack it with gunzip"
-    if _is_pickle(head):
-        return f"a pickle: load it where you trust it, and {_WRITE_UINT16}"
-    return "a text: `prepare NAME --text FILE` makes tokens of it" if _is_text(head) else None
-
-
-def _is_gzip(head: bytes) -> bool:
-    try:
-        return bool(zlib.decompressobj(wbits=31).decompress(head))
-    except zlib.error:
-        return False
-
-
-def _is_pickle(head: bytes) -> bool:
-    if head[:1] != b"\x80" or head[1:2] not in (b"\x02", b"\x03", b"\x04", b"\x05"):
-        return False
-    try:
-        return len(list(islice(pickletools.genops(head), 4))) == 4  # two bytes may be a token, four instructions not
-    except ValueError:
-        return False
-
-
-def _is_text(head: bytes) -> bool:
-    if len(head) < _FEWEST_TEXT_BYTES or b"\x00" in head:
-        return False
-    try:
-        text = head.decode("utf-8")
-    except UnicodeDecodeError as error:
-        if error.start < len(head) - 3:  # else the head ends within a character
-            return False
-        text = head[: error.start].decode("utf-8")
-    return all(char.isprintable() or char in "\n\r\t\f" for char in text)
 
 
 def _sampled(words: NDArray[Any]) -> NDArray[np.uint16]:
