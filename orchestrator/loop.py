@@ -35,6 +35,7 @@ from orchestrator.checkpoint.rollbacks import (
     read_rollbacks,
     write_rollbacks,
 )
+from orchestrator.checkpoint.run_tokenizer import keep_tokenizer
 from orchestrator.checkpoint.saver import Saver
 from orchestrator.checkpoint.schedule import Rhythm
 from orchestrator.checkpoint.start import scratch_args
@@ -43,6 +44,7 @@ from orchestrator.checkpoint.store import CheckpointStore
 from orchestrator.config import TrainConfig, check, parse
 from orchestrator.data.dataset import Dataset, open_dataset
 from orchestrator.data.sampling import Sampling
+from orchestrator.data.tokenizers import Tokenizer
 from orchestrator.errors import DataError, GoneBackError
 from orchestrator.process import environment, new_attempt, pin, plain_world, resolve
 from orchestrator.recovery.guard import Guard
@@ -123,6 +125,7 @@ def train_on(
     began_at = state.iter_num
     surroundings = environment(config, world, data.fingerprint())
     world.together(lambda: check_surroundings(surroundings, world, state))
+    world.together(lambda: keep(data.tokenizer, config, world, store))
 
     def say(kind: str, **values: Any) -> None:
         if world.is_main:
@@ -250,6 +253,12 @@ def join_run(config: TrainConfig, world: World, store: CheckpointStore, rollback
 
     run_id = world.together(lambda: patiently(join, store) if world.is_main else "")
     return meet(world, config.memory_dir, world.broadcast_json(run_id))
+
+
+def keep(tokenizer: Tokenizer | None, config: TrainConfig, world: World, store: CheckpointStore) -> None:
+    """Put a tokenizer's file into out_dir, so that the run can be sampled wherever it is."""
+    if world.is_main and not config.eval_only:
+        patiently(lambda: keep_tokenizer(store, tokenizer), store)
 
 
 def check_surroundings(now: Record, world: World, state: TrainState) -> None:

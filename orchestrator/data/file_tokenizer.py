@@ -136,18 +136,21 @@ class FileTokenizer:
 
     @cached_property
     def _with_special(self) -> Any:
+        return self._load()
+
+    @cached_property
+    def _ordinary(self) -> Any:
+        tokenizer = self._load()
+        tokenizer.encode_special_tokens = True  # takes `<|endoftext|>` for text like any other
+        return tokenizer
+
+    def _load(self) -> Any:
         if not self.content:
             raise DataError(
                 f"the {TOKENIZER_FILE} of the tokenizer with SHA-256 {self.sha256[:12]}... is not at hand: it lies in "
                 f"the folders of the run and of its dataset"
             )
         return _loaded(_parse(self.content, TOKENIZER_FILE), TOKENIZER_FILE)
-
-    @cached_property
-    def _ordinary(self) -> Any:
-        tokenizer = type(self._with_special).from_str(self._with_special.to_str())
-        tokenizer.encode_special_tokens = True  # takes `<|endoftext|>` for text like any other
-        return tokenizer
 
 
 class _FileDecoder:

@@ -18,7 +18,7 @@ from orchestrator.errors import DataError
 logger = logging.getLogger(__name__)
 
 OUR_FILE = "char_tokenizer.json"  # ours: transformers has no tokenizer of single characters, or of words alone
-# FileTokenizer's hash of GPT-2's own tokenizer.json; a test computes it again.
+# FileTokenizer's hash of GPT-2's own tokenizer.json, which tests compute from its vocabulary.
 GPT2_SHA256 = "4171692f9c23cb443f6007baf3dca97ab09beb48be90abfb3fe2a47f04818e37"
 _OF_LIBRARIES = ("tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "vocab.txt", "tekken.json")
 _GPT2_CLASSES = (None, "GPT2Tokenizer", "GPT2TokenizerFast", "PreTrainedTokenizerFast", "TokenizersBackend")

@@ -204,8 +204,8 @@ class _BytesDecoder:
 def tokenizer_from_json(value: Any, read: Callable[[str], str] | None = None) -> Tokenizer:
     """Return the tokenizer that `to_json` described.
 
-    read: returns the text of a file that travels beside the value. Without it, a tokenizer that has one tells what it
-        is and encodes nothing.
+    read: returns the text of a file that travels beside the value, unless it is in it, as `content`. Without both, a
+        tokenizer that has one tells what it is and encodes nothing.
 
     Raises:
         DataError: the value describes no tokenizer known here, or its file is missing, damaged or another one's.
@@ -216,7 +216,8 @@ def tokenizer_from_json(value: Any, read: Callable[[str], str] | None = None) ->
     if kind == "words" and (words := WordTokenizer.from_json(value)):
         return words
     if kind == "huggingface" and (known := FileTokenizer.from_json(value)):
-        return known.with_file(read(TOKENIZER_FILE), TOKENIZER_FILE) if read else known
+        content = read(TOKENIZER_FILE) if read else value.get("content")
+        return known.with_file(content, TOKENIZER_FILE) if isinstance(content, str) and content else known
     chars = value.get("chars") if kind == "char" else None
     if isinstance(chars, str) and chars and len(set(chars)) == len(chars):
         return CharTokenizer(chars)
