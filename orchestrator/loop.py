@@ -43,7 +43,7 @@ from orchestrator.checkpoint.state import TrainState
 from orchestrator.checkpoint.store import CheckpointStore
 from orchestrator.config import TrainConfig, check, parse
 from orchestrator.data.dataset import Dataset, open_dataset
-from orchestrator.data.sampling import Sampling
+from orchestrator.data.sampling import Sampling, going_on
 from orchestrator.data.tokenizers import Tokenizer
 from orchestrator.errors import DataError, GoneBackError
 from orchestrator.process import environment, new_attempt, pin, plain_world, resolve
@@ -121,7 +121,8 @@ def train_on(
     nodes = join_run(config, world, store, rollbacks)
     state = begin(config, world, store, nodes, scratch_args(config, data.vocab_size), rollbacks)
     world.together(lambda: data.check_fits(state.model.config.vocab_size))
-    state.config = public(config) | ({"tokenizer": data.tokenizer.to_json()} if data.tokenizer else {})
+    data = go_on(data, state.config, data_iter(state.iter_num, rollbacks), world)
+    state.config = public(config) | carried(data)
     began_at = state.iter_num
     surroundings = environment(config, world, data.fingerprint())
     world.together(lambda: check_surroundings(surroundings, world, state))
@@ -253,6 +254,22 @@ def join_run(config: TrainConfig, world: World, store: CheckpointStore, rollback
 
     run_id = world.together(lambda: patiently(join, store) if world.is_main else "")
     return meet(world, config.memory_dir, world.broadcast_json(run_id))
+
+
+def go_on(data: Dataset, before: dict[str, Any], iter_num: int, world: World) -> Dataset:
+    """Return the data from where a run with the settings `before` has left it, though this one's may be others."""
+    sampling, warning = going_on(data.sampling, before, iter_num)
+    if world.is_main and sampling.began != data.sampling.began and sampling.began[0] == iter_num:
+        logger.info("sampling=epoch goes on at block %d of its order, with another global batch", sampling.began[1])
+    if world.is_main and warning:
+        logger.warning("%s", warning)
+    return replace(data, sampling=sampling)
+
+
+def carried(data: Dataset) -> Record:
+    """Return what a state's config tells of the data besides the settings."""
+    began = {} if data.sampling.began == (0, 0) else {"epoch_began": list(data.sampling.began)}
+    return began | ({"tokenizer": data.tokenizer.to_json()} if data.tokenizer else {})
 
 
 def keep(tokenizer: Tokenizer | None, config: TrainConfig, world: World, store: CheckpointStore) -> None:
