@@ -43,7 +43,11 @@ Turn text into the token files of a dataset, nine tenths for training and one fo
 
   orchestrator prepare quickstart                            it brings its own text, and needs no network
   orchestrator prepare mine --text book.txt 'more/*.txt'     your text, with GPT-2's tokens
-  orchestrator prepare mine --text book.txt --tokenizer=char""",
+  orchestrator prepare mine --text book.txt --tokenizer=char
+  orchestrator prepare mine --text book.txt --tokenizer=llama-folder     a Hugging Face folder's own tokens
+  orchestrator prepare mine --text 'books/*.txt' --end_of_text           the end-of-text token between files
+  orchestrator prepare openwebtext                           as nanoGPT does (pip install '.[openwebtext]')
+  orchestrator prepare openwebtext --text 'openwebtext/*.parquet'""",
     "train": """\
 Train a GPT on Ray, on the cluster that this machine is in or on this machine alone; go on with what out_dir holds.
 
@@ -87,7 +91,7 @@ def prepare(argv: Sequence[str]) -> int:
     options = (tyro.conf.PositionalRequiredArgs, tyro.conf.FlagCreatePairsOff)
     config = tyro.cli(
         preparing.PrepareConfig,
-        args=list(argv),
+        args=[word.removesuffix("=True") for word in argv if word not in ("--overwrite=False", "--end_of_text=False")],
         prog="orchestrator prepare",
         description=HELP["prepare"],
         use_underscores=True,

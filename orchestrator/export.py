@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 
 from orchestrator.checkpoint.huggingface import write_huggingface
 from orchestrator.checkpoint.nanogpt import write_nanogpt
+from orchestrator.checkpoint.run_tokenizer import saved_tokenizer, with_tokenizer_file
+from orchestrator.checkpoint.snapshot import Snapshot
 from orchestrator.checkpoint.store import Checkpoint, CheckpointStore
 from orchestrator.checkpoint.stream import first_whole, outline, stream
 from orchestrator.checkpoint.transfer import exists
 from orchestrator.config import nearest
-from orchestrator.data.tokenizers import tokenizer_from_json
-from orchestrator.errors import ConfigError
+from orchestrator.data.tokenizers import Tokenizer
+from orchestrator.errors import ConfigError, DataError
 from orchestrator.storage_options import storage_options_of
+
+logger = logging.getLogger(__name__)
 
 FORMATS = ("nanogpt", "hf")
 
@@ -52,8 +57,14 @@ def _write(config: ExportConfig, store: CheckpointStore, checkpoint: Checkpoint)
     options = storage_options_of(config, config.to)
     snapshot, tensors = outline(checkpoint, model_only), stream(store, checkpoint, model_only)
     if model_only:
-        saved = snapshot.config.get("tokenizer")
-        tokenizer = tokenizer_from_json(saved) if saved else None
-        write_huggingface(snapshot, config.to, tokenizer, tensors, storage_options=options)
+        write_huggingface(snapshot, config.to, _tokenizer(snapshot, store), tensors, storage_options=options)
     else:
-        write_nanogpt(snapshot, config.to, tensors, storage_options=options)
+        write_nanogpt(with_tokenizer_file(snapshot, store), config.to, tensors, storage_options=options)
+
+
+def _tokenizer(snapshot: Snapshot, store: CheckpointStore) -> Tokenizer | None:
+    try:
+        return saved_tokenizer(snapshot.config, store)
+    except DataError as error:  # the weights are what was asked for
+        logger.warning("exported without tokenizer files: %s", error)
+        return None

@@ -34,6 +34,7 @@ from orchestrator.checkpoint.rollbacks import (
     read_rollbacks,
     write_rollbacks,
 )
+from orchestrator.checkpoint.run_tokenizer import keep_tokenizer
 from orchestrator.checkpoint.saver import Saver
 from orchestrator.checkpoint.schedule import Rhythm
 from orchestrator.checkpoint.start import scratch_args
@@ -41,7 +42,8 @@ from orchestrator.checkpoint.state import TrainState
 from orchestrator.checkpoint.store import CheckpointStore
 from orchestrator.config import TrainConfig
 from orchestrator.data.dataset import Dataset, open_dataset
-from orchestrator.data.sampling import Sampling
+from orchestrator.data.sampling import Sampling, going_on
+from orchestrator.data.tokenizers import Tokenizer
 from orchestrator.errors import DataError, GoneBackError
 from orchestrator.lr_schedule import learning_rate
 from orchestrator.process import agree_to_compile, environment, new_attempt, pin
@@ -122,10 +124,12 @@ def train_on(
     nodes = join_run(config, world, store, rollbacks)
     state = begin(config, world, store, nodes, scratch_args(config, data.vocab_size), rollbacks)
     world.together(lambda: data.check_fits(state.model.config.vocab_size))
-    state.config = public(config) | ({"tokenizer": data.tokenizer.to_json()} if data.tokenizer else {})
+    data = go_on(data, state.config, data_iter(state.iter_num, rollbacks), world)
+    state.config = public(config) | carried(data)
     began_at = state.iter_num
     surroundings = environment(config, world, data.fingerprint())
     world.together(lambda: check_surroundings(surroundings, world, state))
+    world.together(lambda: keep(data.tokenizer, config, world, store))
 
     def say(kind: str, **values: Any) -> None:
         if world.is_main:
@@ -255,6 +259,28 @@ def join_run(config: TrainConfig, world: World, store: CheckpointStore, rollback
 
     run_id = world.together(lambda: patiently(join, store) if world.is_main else "")
     return meet(world, config.memory_dir, world.broadcast_json(run_id))
+
+
+def go_on(data: Dataset, before: dict[str, Any], iter_num: int, world: World) -> Dataset:
+    """Return the data from where a run with the settings `before` has left it, though this one's may be others."""
+    sampling, warning = going_on(data.sampling, before, iter_num)
+    if world.is_main and sampling.began != data.sampling.began and sampling.began[0] == iter_num:
+        logger.info("sampling=epoch goes on at block %d of its order, with another global batch", sampling.began[1])
+    if world.is_main and warning:
+        logger.warning("%s", warning)
+    return replace(data, sampling=sampling)
+
+
+def carried(data: Dataset) -> Record:
+    """Return what a state's config tells of the data besides the settings."""
+    began = {} if data.sampling.began == (0, 0) else {"epoch_began": list(data.sampling.began)}
+    return began | ({"tokenizer": data.tokenizer.to_json()} if data.tokenizer else {})
+
+
+def keep(tokenizer: Tokenizer | None, config: TrainConfig, world: World, store: CheckpointStore) -> None:
+    """Put a tokenizer's file into out_dir, so that the run can be sampled wherever it is."""
+    if world.is_main and not config.eval_only:
+        patiently(lambda: keep_tokenizer(store, tokenizer), store)
 
 
 def check_surroundings(now: Record, world: World, state: TrainState) -> None:

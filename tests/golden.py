@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from orchestrator.data.token_files import read_nanogpt_meta
+from orchestrator.data.nanogpt_meta import read_nanogpt_meta
 
 GOLDEN = Path(__file__).resolve().parents[2] / "shared" / "golden"
 CKPT = GOLDEN / "nanogpt_ckpt.pt"

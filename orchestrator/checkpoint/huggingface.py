@@ -19,14 +19,14 @@ from model import GPTConfig, huggingface_config, to_huggingface, transpose_if_li
 from orchestrator.checkpoint.files import Layout, bytes_of, layout_of, pieces_of
 from orchestrator.checkpoint.progress import Progress
 from orchestrator.checkpoint.snapshot import Snapshot
-from orchestrator.checkpoint.transfer import delivered, exists, fetched
+from orchestrator.checkpoint.transfer import delivered
+from orchestrator.data.file_tokenizer import TOKENIZER_FILE, FileTokenizer
 from orchestrator.data.gpt2_vocabulary import load_gpt2_encoding
-from orchestrator.data.tokenizers import GPT2Tokenizer, Tokenizer, tokenizer_from_json
+from orchestrator.data.tokenizer_folder import OUR_FILE
+from orchestrator.data.tokenizers import GPT2Tokenizer, Tokenizer
 from orchestrator.errors import CheckpointError, DataError
 
 logger = logging.getLogger(__name__)
-
-CHAR_TOKENIZER_FILE = "char_tokenizer.json"  # ours: transformers has no tokenizer of single characters
 
 
 def write_huggingface(
@@ -40,7 +40,8 @@ def write_huggingface(
     """Write config.json, generation_config.json, model.safetensors and, where it is known, the tokenizer.
 
     The model computes the same logits as ours, with its activation. GPT-2's tokenizer becomes vocab.json and
-    merges.txt, for `AutoTokenizer`; one of characters a small file that `sample` understands.
+    merges.txt, one of a tokenizer.json that file, for `AutoTokenizer`; one of characters or words a file of ours that
+    `sample` understands.
     tensors: the snapshot's model, by name and one at a time; then its own need no content. No model file is delivered
         where the iteration ends with an error. Default: the snapshot's own.
 
@@ -52,6 +53,8 @@ def write_huggingface(
         config = huggingface_config(GPTConfig(**snapshot.model_args))
     except (TypeError, ValueError) as error:
         raise CheckpointError(f"{folder}: model_args do not describe a GPT: {error}") from None
+    if isinstance(tokenizer, FileTokenizer):  # which may have 50,256 ids and another end
+        config |= dict.fromkeys(("bos_token_id", "eos_token_id"), tokenizer.end_of_text)
     special = {key: config[key] for key in ("bos_token_id", "eos_token_id")}
     texts = {
         **_tokenizer_files(tokenizer, config["n_positions"]),
@@ -93,25 +96,6 @@ def _with_metadata(layout: Layout) -> Layout:
     return Layout(struct.pack("<Q", len(text)) + text, spans)
 
 
-def read_char_tokenizer(
-    folder_or_url: str | Path, *, storage_options: dict[str, Any] | None = None
-) -> Tokenizer | None:
-    """Return the tokenizer of characters that `write_huggingface` left in a folder, None where there is none.
-
-    Raises:
-        CheckpointError: the storage cannot be reached.
-        DataError: the file is damaged.
-    """
-    path = f"{str(folder_or_url).rstrip('/')}/{CHAR_TOKENIZER_FILE}"
-    if not exists(path, storage_options):
-        return None
-    with fetched(path, storage_options) as file:
-        try:
-            return tokenizer_from_json(json.loads(file.read_bytes()))
-        except ValueError as error:
-            raise DataError(f"{path} is damaged: {error}; export the model again") from None
-
-
 def _json(value: Any) -> str:
     return json.dumps(value, indent=2, ensure_ascii=False) + "\n"
 
@@ -119,8 +103,12 @@ def _json(value: Any) -> str:
 def _tokenizer_files(tokenizer: Tokenizer | None, block_size: int) -> dict[str, str]:
     if tokenizer is None:
         return {}
+    if isinstance(tokenizer, FileTokenizer):
+        end = {} if tokenizer.end_of_text is None else {"eos_token": tokenizer.decode([tokenizer.end_of_text])}
+        settings = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": block_size, **end}
+        return {TOKENIZER_FILE: tokenizer.content, "tokenizer_config.json": _json(settings)}
     if not isinstance(tokenizer, GPT2Tokenizer):
-        return {CHAR_TOKENIZER_FILE: _json(tokenizer.to_json())}
+        return {OUR_FILE: _json(tokenizer.to_json())}
     try:
         encoding = load_gpt2_encoding()
     except DataError as error:  # the weights are what was asked for

@@ -242,6 +242,7 @@ def _adopt(state: TrainState, saved: Snapshot, world: World) -> None:
     if state.scaler.is_enabled() and saved.scaler:
         state.scaler.load_state_dict(saved.scaler)
     state.iter_num, state.best_val_loss, state.guard = saved.iter_num, saved.best_val_loss, saved.guard
+    state.config = saved.config  # until the loop has compared it with its own
 
 
 def _import(config: TrainConfig, world: World) -> TrainState:

@@ -1,14 +1,15 @@
 """Stateless sampling: which block starts where, as a pure function of the seed and the position in the run.
 
-Nothing is remembered between calls and nothing here knows the world size: every rank computes the offsets of any
-micro-step by itself. This module must not know files, tokens or torch. A change of these numbers changes what a
-resumed run sees, so the tests freeze them.
+Nothing is remembered between calls: where the epochs of a run were when its settings changed is one of the settings.
+Nothing here knows the world size: every rank computes the offsets of any micro-step by itself. It must not know files,
+tokens or torch. A change of these numbers changes what a resumed run sees, so the tests freeze them.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -21,6 +22,7 @@ _SPLITS: dict[str, int] = {"train": 0, "val": 1}
 _STREAMS: dict[str, int] = {"train": 0, "eval": 1, "epoch": 2}
 _UINT64_MASK = (1 << 64) - 1
 _FEISTEL_ROUNDS = 8
+_NUMBERS = ("seed", "batch_size", "block_size", "gradient_accumulation_steps")
 
 
 @dataclass(frozen=True)
@@ -31,6 +33,7 @@ class Sampling:
     block_size: tokens in one sequence.
     gradient_accumulation_steps: micro-steps of one iteration, over all ranks.
     mode: "random" draws with replacement, as nanoGPT; "epoch" visits every block exactly once per epoch.
+    began: (iteration, sequence): from that iteration on, sequences of the epochs are numbered from that one.
     """
 
     seed: int = 1337
@@ -38,6 +41,7 @@ class Sampling:
     block_size: int = 1024
     gradient_accumulation_steps: int = 40
     mode: Literal["random", "epoch"] = "random"
+    began: tuple[int, int] = (0, 0)
 
 
 def offsets(
@@ -58,6 +62,48 @@ def offsets(
     if stream == "eval" or sampling.mode == "random":
         return _random_offsets(sampling, n_tokens, split, iter_num, micro_step, stream)
     return _epoch_offsets(sampling, n_tokens, split, iter_num, micro_step)
+
+
+def sequences_before(sampling: Sampling, iter_num: int) -> int:
+    """Return how many sequences of the epochs come before an iteration's."""
+    iteration, sequence = sampling.began if iter_num >= sampling.began[0] else (0, 0)
+    return sequence + (iter_num - iteration) * sampling.gradient_accumulation_steps * sampling.batch_size
+
+
+def going_on(sampling: Sampling, before: Mapping[str, Any], iter_num: int) -> tuple[Sampling, str]:
+    """Return the sampling that goes on at an iteration where other settings have left off, and what is to be said.
+
+    before: the settings that the state was made with, and `began` as "epoch_began" if it was another than (0, 0).
+    In "epoch" mode no block is skipped or repeated, whatever becomes of batch_size and gradient_accumulation_steps.
+    """
+    if sampling.mode != "epoch" or before.get("sampling") != "epoch" or iter_num == 0:
+        return sampling, ""
+    was = replace(sampling, **{key: before[key] for key in _NUMBERS if type(before.get(key)) is int})
+    was = replace(was, began=_began(before))
+    changed = [
+        f"{key}={getattr(sampling, key)} instead of {getattr(was, key)}"
+        for key in ("seed", "block_size")
+        if getattr(sampling, key) != getattr(was, key)
+    ]
+    warning = (
+        f"sampling=epoch with {' and '.join(changed)}: this epoch goes on in another order, so that some of its tokens "
+        f"come twice and some not at all"
+    )
+    if _per_iteration(sampling) == _per_iteration(was) and sampling.block_size == was.block_size:
+        return replace(sampling, began=was.began), warning if changed else ""
+    position = sequences_before(was, iter_num) * was.block_size // sampling.block_size
+    return replace(sampling, began=(iter_num, position)), warning if changed else ""
+
+
+def _began(before: Mapping[str, Any]) -> tuple[int, int]:
+    match before.get("epoch_began"):
+        case [int(iteration), int(sequence)]:
+            return iteration, sequence
+    return 0, 0
+
+
+def _per_iteration(sampling: Sampling) -> int:
+    return sampling.batch_size * sampling.gradient_accumulation_steps
 
 
 def permute(index: NDArray[Any], size: int, seed: int, split: Split, epoch: NDArray[Any]) -> NDArray[np.uint64]:
@@ -91,7 +137,7 @@ def _epoch_offsets(
     sampling: Sampling, n_tokens: int, split: Split, iter_num: int, micro_step: int
 ) -> NDArray[np.int64]:
     n_blocks = (n_tokens - 1) // sampling.block_size
-    first = (iter_num * sampling.gradient_accumulation_steps + micro_step) * sampling.batch_size
+    first = sequences_before(sampling, iter_num) + micro_step * sampling.batch_size
     sequence = first + np.arange(sampling.batch_size)  # numbers every sequence of the run; may straddle epochs
     blocks = permute(sequence % n_blocks, n_blocks, sampling.seed, split, sequence // n_blocks)
     return blocks.astype(np.int64) * sampling.block_size

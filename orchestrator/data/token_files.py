@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import pickle
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -18,14 +17,16 @@ from typing import Any, NoReturn
 import numpy as np
 from numpy.typing import NDArray
 
-from orchestrator.data.tokenizers import CharTokenizer, GPT2Tokenizer, Tokenizer, tokenizer_from_json
+from orchestrator.data.nanogpt_meta import DTYPES, read_json, read_known
+from orchestrator.data.token_words import check_words
+from orchestrator.data.tokenizers import GPT2Tokenizer, Tokenizer, tokenizer_from_json
 from orchestrator.errors import DataError
 
 logger = logging.getLogger(__name__)
 
 FORMAT_VERSION = 1
 SPLITS = ("train", "val")
-_DTYPES: dict[str, np.dtype[Any]] = {"uint16": np.dtype("<u2"), "uint32": np.dtype("<u4")}
+_UINT16 = np.dtype("<u2")  # nanoGPT's
 _SCAN_CHUNK_TOKENS = 1_000_000
 _SCAN_CHUNKS = 100
 
@@ -36,8 +37,9 @@ class Meta:
 
     vocab_size: ids that the tokenizer can produce (50,257 for GPT-2, though models pad it to 50,304).
     dtype: "uint16" or "uint32".
-    tokenizer: the tokenizer's JSON value.
+    tokenizer: the tokenizer's JSON value; what it names besides lies in the folder.
     source_name, source_sha256: the text; the hash is over its bytes as they were read.
+    end_of_text: whether the end-of-text token was put between files and where the text has it.
     """
 
     vocab_size: int
@@ -48,10 +50,14 @@ class Meta:
     source_name: str
     source_sha256: str
     format_version: int = FORMAT_VERSION
+    end_of_text: bool = False
 
     def to_json(self) -> str:
         """Return the text of meta.json."""
-        return json.dumps(asdict(self), indent=1) + "\n"
+        value = asdict(self)
+        if not self.end_of_text:  # older versions know no such key
+            del value["end_of_text"]
+        return json.dumps(value, indent=1) + "\n"
 
 
 @dataclass(frozen=True, eq=False)
@@ -108,37 +114,50 @@ def open_token_files(data_dir: str | Path, name: str) -> TokenFiles:
         DataError: the folder or a file in it is missing, empty, truncated or not what its meta says.
     """
     folder = Path(data_dir) / name
+    try:
+        return _open(folder)
+    except OSError as error:  # no permission, a loop of links, a disk that fails
+        raise DataError(f"{error.filename or folder} cannot be read: {error.strerror}") from None
+
+
+def _open(folder: Path) -> TokenFiles:
     if not folder.is_dir():
-        _raise_missing(Path(data_dir), name)
+        _raise_missing(folder.parent, folder.name)
     meta = read_meta(folder)
     if meta is not None:
-        tokenizer = tokenizer_from_json(meta.tokenizer)
+        tokenizer = _own_tokenizer(folder, meta)
         vocab_size = None if isinstance(tokenizer, GPT2Tokenizer) else meta.vocab_size
         return TokenFiles(folder, _map_splits(folder, meta), meta, vocab_size, tokenizer)
-    splits = _map_splits(folder, None)
-    if (folder / "meta.pkl").exists():
-        known = read_nanogpt_meta(folder / "meta.pkl")
-        return TokenFiles(folder, splits, None, known["vocab_size"], _nanogpt_tokenizer(folder / "meta.pkl", known))
-    return TokenFiles(folder, splits, None, None, GPT2Tokenizer())  # as nanoGPT assumes where there is no meta
+    known = read_known(folder)
+    paths = {split: folder / f"{split}.bin" for split in SPLITS}
+    splits = {split: _map(path, known.dtype or _UINT16, None) for split, path in paths.items()}
+    if known.dtype is None:
+        for split, path in paths.items():
+            check_words(path, splits[split])
+    if known.why_no_tokenizer:
+        logger.info("%s: %s, so samples cannot be shown as text", folder, known.why_no_tokenizer)
+    return TokenFiles(folder, splits, None, known.vocab_size, known.tokenizer)
 
 
-def read_tokenizer(data_dir: str | Path, name: str) -> Tokenizer | None:
+def read_tokenizer(data_dir: str | Path, name: str) -> Tokenizer:
     """Return the tokenizer of the dataset folder `data_dir/name`, whose token files need not be there.
 
-    None where its meta does not tell it; GPT-2's where there is no meta, as nanoGPT assumes.
+    GPT-2's where there is no meta, as nanoGPT assumes.
 
     Raises:
-        DataError: the meta is damaged or of another version.
+        DataError: the meta is damaged or of another version, or does not tell the text of the ids.
     """
     folder = Path(data_dir) / name
     if (meta := read_meta(folder)) is not None:
-        return tokenizer_from_json(meta.tokenizer)
-    path = folder / "meta.pkl"
-    return _nanogpt_tokenizer(path, read_nanogpt_meta(path)) if path.exists() else GPT2Tokenizer()
+        return _own_tokenizer(folder, meta)
+    known = read_known(folder)
+    if known.tokenizer is None:
+        raise DataError(f"{folder}: its meta.pkl {known.why_no_tokenizer}, so token ids cannot be turned into text")
+    return known.tokenizer
 
 
 def read_meta(folder: Path) -> Meta | None:
-    """Return what a folder's meta.json says, None where there is no such file.
+    """Return what a folder's meta.json says, None where there is no such file, or another program's.
 
     Raises:
         DataError: the file is damaged, of another version, or marks a preparation that did not finish.
@@ -146,72 +165,58 @@ def read_meta(folder: Path) -> Meta | None:
     path = folder / "meta.json"
     if not path.exists():
         return None
+    value = _own_json(path)
+    if "format_version" not in value:
+        return None
     try:
-        value = json.loads(path.read_bytes())
         version, is_complete = value["format_version"], value.get("is_complete", True)
         meta = Meta(**value) if version == FORMAT_VERSION and is_complete else None
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except TypeError as error:
         raise DataError(f"{path} is damaged ({error!r}); {_remedy(folder.parent, folder.name)}") from error
     if not is_complete:
         raise DataError(f"{folder}: its preparation did not finish; {_remedy(folder.parent, folder.name)}")
     if meta is None:
         raise DataError(f"{path} has format version {version!r}, this program knows {FORMAT_VERSION}")
-    if meta.dtype not in _DTYPES or not all(type(n) is int for n in (meta.train_tokens, meta.val_tokens)):
+    if meta.dtype not in DTYPES or not all(type(n) is int for n in (meta.train_tokens, meta.val_tokens)):
         raise DataError(f"{path}: dtype {meta.dtype!r} or a token count is not valid; is the file damaged?")
     tokenizer_from_json(meta.tokenizer)
     return meta
 
 
-def read_nanogpt_meta(path: Path) -> dict[str, Any]:
-    """Return nanoGPT's meta.pkl, a dict with `vocab_size` and perhaps `stoi` and `itos`, without running code from it.
-
-    Raises:
-        DataError: the pickle is damaged or holds anything but dict, str and int.
-    """
+def _own_json(path: Path) -> dict[str, Any]:
     try:
-        with path.open("rb") as file:
-            value = _PlainUnpickler(file).load()
-    except (pickle.UnpicklingError, EOFError, ValueError, LookupError, TypeError, AttributeError) as error:
-        raise DataError(f"{path} is not a meta.pkl of dict, str and int: {error}; nothing in it was run") from error
-    if not isinstance(value, dict) or type(value.get("vocab_size")) is not int or not _is_plain(value):
-        raise DataError(f"{path} must hold a dict of dict, str and int with an integer vocab_size, as nanoGPT's does")
-    return value
+        value = read_json(path)
+    except DataError as error:
+        raise DataError(f"{error}; {_remedy(path.parent.parent, path.parent.name)}") from None
+    return value if isinstance(value, dict) else {}
 
 
-class _PlainUnpickler(pickle.Unpickler):
-    """Refuses every class and function, so that nothing but plain values can come out of a pickle."""
+def _own_tokenizer(folder: Path, meta: Meta) -> Tokenizer:
+    def read(name: str) -> str:
+        try:
+            return (folder / name).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            reason = error.strerror if isinstance(error, OSError) else error
+            raise DataError(f"it cannot be read ({reason})") from None
 
-    def find_class(self, module: str, name: str) -> NoReturn:
-        raise pickle.UnpicklingError(f"it asks for {module}.{name}")
-
-
-def _is_plain(value: Any) -> bool:
-    if isinstance(value, dict):
-        return all(type(key) in (str, int) and _is_plain(item) for key, item in value.items())
-    return type(value) in (str, int)
-
-
-def _nanogpt_tokenizer(path: Path, known: dict[str, Any]) -> Tokenizer | None:
-    itos, vocab_size = known.get("itos"), known["vocab_size"]
-    if itos is None:
-        return None
     try:
-        chars = [itos[i] for i in range(vocab_size)]
-    except (KeyError, TypeError) as error:
-        raise DataError(f"{path}: itos must map every id from 0 to vocab_size - 1 = {vocab_size - 1}") from error
-    if not all(isinstance(char, str) and len(char) == 1 for char in chars) or len(set(chars)) < vocab_size:
-        raise DataError(f"{path}: itos must map ids to distinct single characters")
-    return CharTokenizer("".join(chars))
+        return tokenizer_from_json(meta.tokenizer, read)
+    except DataError as error:
+        raise DataError(f"{folder}: its tokenizer: {error}; {_remedy(folder.parent, folder.name)}") from None
 
 
-def _map_splits(folder: Path, meta: Meta | None) -> dict[str, NDArray[Any]]:
-    dtype = _DTYPES[meta.dtype if meta else "uint16"]
-    expected = {"train": meta.train_tokens, "val": meta.val_tokens} if meta else {}
-    return {split: _map(folder / f"{split}.bin", dtype, expected.get(split)) for split in SPLITS}
+def _map_splits(folder: Path, meta: Meta) -> dict[str, NDArray[Any]]:
+    dtype = np.dtype(meta.dtype).newbyteorder("<")
+    expected = {"train": meta.train_tokens, "val": meta.val_tokens}
+    return {split: _map(folder / f"{split}.bin", dtype, expected[split]) for split in SPLITS}
 
 
 def _map(path: Path, dtype: np.dtype[Any], expected_tokens: int | None) -> NDArray[Any]:
     remedy = _remedy(path.parent.parent, path.parent.name)
+    if path.is_symlink() and not path.exists():
+        raise DataError(f"{path} is a link to {path.readlink()}, which is not there; {remedy}")
+    if path.is_dir():
+        raise DataError(f"{path} is a folder, not a file of tokens; {remedy}")
     if not path.is_file():
         raise DataError(f"{path} is missing; {remedy}")
     size_bytes = path.stat().st_size
@@ -232,11 +237,12 @@ def _check_vocabulary(path: Path, tokens: NDArray[Any], vocab_size: int) -> None
         logger.info("%s: checking %d stretches of a million tokens of its %d", path, _SCAN_CHUNKS, len(tokens))
     for start in _stretches(len(tokens), _SCAN_CHUNK_TOKENS, _SCAN_CHUNKS):
         chunk = tokens[start : start + _SCAN_CHUNK_TOKENS]
-        if int(chunk.max()) >= vocab_size:
-            position = start + int(np.argmax(chunk >= vocab_size))
+        if int(chunk.max()) >= vocab_size or int(chunk.min()) < 0:
+            position = start + int(np.argmax((chunk >= vocab_size) | (chunk < 0)))
             raise DataError(
                 f"{path}: token {int(tokens[position])} at position {position:,} is outside the model's vocabulary "
-                f"(vocab_size={vocab_size}, ids 0 to {vocab_size - 1}); was the model made for another dataset?"
+                f"(vocab_size={vocab_size}, ids 0 to {vocab_size - 1}); was the model made for another dataset, or are "
+                f"the tokens no {tokens.dtype.name}?"
             )
 
 
@@ -249,6 +255,8 @@ def _stretches(n_tokens: int, length: int, limit: int) -> Iterator[int]:
 
 
 def _raise_missing(data_dir: Path, name: str) -> NoReturn:
+    if (data_dir / name).exists():
+        raise DataError(f"{data_dir / name} is a file: a dataset is a folder with train.bin and val.bin")
     datasets = sorted(path.parent.name for path in data_dir.glob("*/train.bin")) if data_dir.is_dir() else []
     there = f"there are: {', '.join(datasets)}" if datasets else "there is no dataset in that data_dir"
     raise DataError(f"no dataset folder {data_dir / name} ({there}); {_remedy(data_dir, name)}")

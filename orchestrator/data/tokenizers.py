@@ -1,13 +1,13 @@
 """Tokenizers: text to token ids and back, whole or as a stream.
 
-A tokenizer turns into a small JSON value, so that a checkpoint can carry it. This module must not know datasets,
-files of tokens or models; where GPT-2's vocabulary comes from is `gpt2_vocabulary.py`.
+A tokenizer turns into a small JSON value, so that a checkpoint can carry it; equal values are equal vocabularies. This
+module must not know datasets, files of tokens or models; where GPT-2's vocabulary comes from is `gpt2_vocabulary.py`.
 """
 
 from __future__ import annotations
 
 import codecs
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Protocol
@@ -15,14 +15,14 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from orchestrator.data.file_tokenizer import TOKENIZER_FILE, FileTokenizer
 from orchestrator.data.gpt2_vocabulary import load_gpt2_encoding
+from orchestrator.data.token_ids import REPLACEMENT, Tokens, token_dtype, without_surrogates
+from orchestrator.data.word_tokenizer import WordTokenizer
 from orchestrator.errors import DataError
-
-Tokens = NDArray[np.uint16] | NDArray[np.uint32]
 
 GPT2_VOCAB_SIZE = 50257
 GPT2_END_OF_TEXT = 50256
-_REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 _MAX_CODEPOINT = 0x10FFFF
 
 
@@ -46,6 +46,10 @@ class Tokenizer(Protocol):
     @property
     def end_of_text(self) -> int | None:
         """The token id after which another text begins, None where there is no such token."""
+
+    @property
+    def can_be_cut(self) -> bool:
+        """Whether a text may be cut between "x\\n" and "y" and encoded in parts, with the same ids."""
 
     def encode(self, text: str, *, allow_special: bool = False) -> Tokens:
         """Return the token ids (n_tokens,) of a text; a prompt may allow special tokens such as `<|endoftext|>`."""
@@ -82,6 +86,10 @@ class CharTokenizer:
     def end_of_text(self) -> None:
         return None
 
+    @property
+    def can_be_cut(self) -> bool:
+        return True
+
     def encode(self, text: str, *, allow_special: bool = False) -> Tokens:  # noqa: ARG002 (there are no special ones)
         """Return one id per character (n_characters,).
 
@@ -109,7 +117,7 @@ class CharTokenizer:
         return np.array([len(char.encode("utf-8", "surrogatepass")) for char in self.chars])
 
     def push(self, token: int) -> str:
-        return self.chars[token] if 0 <= token < self.vocab_size else _REPLACEMENT
+        return self.chars[token] if 0 <= token < self.vocab_size else REPLACEMENT
 
     def finish(self) -> str:
         return ""
@@ -136,6 +144,10 @@ class GPT2Tokenizer:
     def end_of_text(self) -> int:
         return GPT2_END_OF_TEXT
 
+    @property
+    def can_be_cut(self) -> bool:
+        return True
+
     def encode(self, text: str, *, allow_special: bool = False) -> Tokens:
         """Return the ids (n_tokens,); `<|endoftext|>` is the end-of-text token only where special ones are allowed.
 
@@ -143,11 +155,9 @@ class GPT2Tokenizer:
             DataError: GPT-2's vocabulary cannot be had on this machine.
         """
         special = {"<|endoftext|>"} if allow_special else set()
-        # Lone surrogates, as from undecodable bytes on a command line, have no UTF-8 form.
-        text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace") if _has_surrogate(text) else text
         # encode_ordinary gives the same ids, through a list of Python integers of 36 bytes each.
         ids: NDArray[np.uint32] = load_gpt2_encoding().encode_to_numpy(
-            text, allowed_special=special, disallowed_special=()
+            without_surrogates(text), allowed_special=special, disallowed_special=()
         )
         return ids.astype(token_dtype(self.vocab_size))
 
@@ -182,7 +192,7 @@ class _BytesDecoder:
 
     def push(self, token: int) -> str:
         if not 0 <= token < GPT2_VOCAB_SIZE:
-            return self.finish() + _REPLACEMENT
+            return self.finish() + REPLACEMENT
         return self._utf8.decode(self._encoding.decode_single_token_bytes(token))
 
     def finish(self) -> str:
@@ -191,36 +201,31 @@ class _BytesDecoder:
         return rest
 
 
-def tokenizer_from_json(value: Any) -> Tokenizer:
+def tokenizer_from_json(value: Any, read: Callable[[str], str] | None = None) -> Tokenizer:
     """Return the tokenizer that `to_json` described.
 
+    read: returns the text of a file that travels beside the value, unless it is in it, as `content`. Without both, a
+        tokenizer that has one tells what it is and encodes nothing.
+
     Raises:
-        DataError: the value describes no tokenizer known here.
+        DataError: the value describes no tokenizer known here, or its file is missing, damaged or another one's.
     """
     kind = value.get("kind") if isinstance(value, dict) else None
     if kind == "gpt2":
         return GPT2Tokenizer()
+    if kind == "words" and (words := WordTokenizer.from_json(value)):
+        return words
+    if kind == "huggingface" and (known := FileTokenizer.from_json(value)):
+        content = read(TOKENIZER_FILE) if read else value.get("content")
+        return known.with_file(content, TOKENIZER_FILE) if isinstance(content, str) and content else known
     chars = value.get("chars") if kind == "char" else None
     if isinstance(chars, str) and chars and len(set(chars)) == len(chars):
         return CharTokenizer(chars)
     raise DataError(
         f"not a tokenizer: {str(value)[:200]!r}; expected {{'kind': 'gpt2'}} or {{'kind': 'char', 'chars': distinct "
-        f"characters}}; was it written by a newer version?"
+        f"characters}}, or 'words' or 'huggingface' with what belongs to them; was it written by a newer version?"
     )
-
-
-def token_dtype(vocab_size: int) -> np.dtype[Any]:
-    """Return the smallest little-endian type for the ids: uint16, or uint32 above 65,536."""
-    return np.dtype("<u2" if vocab_size <= 1 << 16 else "<u4")
 
 
 def _codepoints(text: str) -> NDArray[np.uint32]:
     return np.frombuffer(text.encode("utf-32-le", "surrogatepass"), dtype="<u4")
-
-
-def _has_surrogate(text: str) -> bool:
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError:
-        return True
-    return False

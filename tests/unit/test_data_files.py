@@ -12,9 +12,10 @@ import torch
 
 from orchestrator.data import token_files
 from orchestrator.data.dataset import open_dataset
+from orchestrator.data.nanogpt_meta import read_nanogpt_meta
 from orchestrator.data.prepare import PrepareConfig, prepare
 from orchestrator.data.sampling import Sampling, offsets
-from orchestrator.data.token_files import open_token_files, read_nanogpt_meta
+from orchestrator.data.token_files import open_token_files
 from orchestrator.errors import DataError
 
 SHARED = Path(__file__).resolve().parents[3] / "shared"
@@ -151,19 +152,21 @@ def test_damaged_pickle_is_a_data_error(tmp_path, content):
 
 
 @pytest.mark.parametrize(
-    "meta", [[1], {"vocab_size": "3"}, {"stoi": {}}, {"vocab_size": 3, "x": [1]}, {"vocab_size": 3, "x": 1.5}]
+    ("meta", "said"),
+    [
+        ([1], "not a list"),
+        ({"vocab_size": "3"}, "vocab_size='3'"),
+        ({"vocab_size": True}, "vocab_size=True"),
+        ({"vocab_size": 0}, "vocab_size=0"),
+        ({"vocab_size": 2.5}, r"vocab_size=2\.5"),
+        ({"stoi": {}}, "no vocab_size"),
+        ({"itos": {0: "a", 2: "b"}}, "no vocab_size"),
+    ],
 )
-def test_pickle_of_other_values_is_refused(tmp_path, meta):
+def test_pickle_without_a_vocabulary_is_refused(tmp_path, meta, said):
     (tmp_path / "meta.pkl").write_bytes(pickle.dumps(meta))
-    with pytest.raises(DataError, match="must hold a dict of dict, str and int"):
+    with pytest.raises(DataError, match=rf"meta\.pkl .*{said}"):
         read_nanogpt_meta(tmp_path / "meta.pkl")
-
-
-@pytest.mark.parametrize("itos", [{0: "a"}, {0: "a", 1: "a", 2: "b"}, {0: "a", 1: "bc", 2: "d"}, {0: 1, 1: 2, 2: 3}])
-def test_itos_that_is_no_character_table_is_refused(tmp_path, itos):
-    nanogpt_folder(tmp_path / "mine", {"vocab_size": 3, "itos": itos})
-    with pytest.raises(DataError, match="itos must map"):
-        open_token_files(tmp_path, "mine")
 
 
 def test_missing_folder_names_the_others_and_the_command(data_dir):
@@ -214,10 +217,13 @@ def test_wrong_meta_is_refused(data_dir, change, message):
         open_token_files(data_dir, "tiny")
 
 
-@pytest.mark.parametrize("content", ["", "{", "[]", "{}"])
-def test_damaged_meta_is_refused(data_dir, content):
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [("", "is damaged"), ("{", "is damaged"), ("[]", "not a list"), ("{}", "says no vocab_size.*is it damaged")],
+)
+def test_damaged_meta_is_refused(data_dir, content, message):
     (data_dir / "tiny/meta.json").write_text(content)
-    with pytest.raises(DataError, match=r"meta\.json is damaged"):
+    with pytest.raises(DataError, match=rf"meta\.json {message}|meta\.json must hold .*{message}"):
         open_token_files(data_dir, "tiny")
 
 

@@ -8,7 +8,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from orchestrator.data.sampling import Sampling, offsets, permute
+from orchestrator.data.sampling import Sampling, going_on, offsets, permute
 
 N_TOKENS = 1_003_854  # Tiny Shakespeare's training split
 SMALL = Sampling(seed=1337, batch_size=4, block_size=64, gradient_accumulation_steps=5)
@@ -101,6 +101,53 @@ def test_every_epoch_visits_every_block_once(n_blocks):
     starts = [offsets(sampling, n_blocks * 8 + 1, "train", j // 3, j % 3) for j in micro_steps]
     epochs = np.concatenate(starts).reshape(n_epochs, n_blocks)
     assert (np.sort(epochs, axis=1) == np.arange(n_blocks) * 8).all()
+
+
+def settings(sampling: Sampling) -> dict[str, object]:
+    """Return what a state made with this sampling says of it."""
+    began = {"epoch_began": list(sampling.began)} if sampling.began != (0, 0) else {}
+    numbers = ("seed", "batch_size", "block_size", "gradient_accumulation_steps")
+    return {key: getattr(sampling, key) for key in numbers} | {"sampling": sampling.mode} | began
+
+
+def test_epochs_go_on_where_they_were_when_the_batch_changes():
+    n_blocks, now, seen = 97, Sampling(batch_size=4, block_size=8, gradient_accumulation_steps=3, mode="epoch"), []
+    changes = {0: {}, 5: {"batch_size": 7}, 6: {"gradient_accumulation_steps": 1}, 9: {}, 11: {"batch_size": 4,
+               "gradient_accumulation_steps": 3}, 14: {"batch_size": 3, "gradient_accumulation_steps": 4}}  # fmt: skip
+    for i in range(40):
+        if i in changes:
+            now, warning = going_on(replace(now, began=(0, 0), **changes[i]), settings(now), i)
+            assert not warning
+        for j in range(now.gradient_accumulation_steps):
+            seen += offsets(now, n_blocks * 8 + 1, "train", i, j).tolist()
+    assert now.began == (11, 5 * 12 + 21 + 5 * 7)
+    unchanged = replace(now, began=(0, 0), batch_size=1, gradient_accumulation_steps=1)
+    assert seen == [int(offsets(unchanged, n_blocks * 8 + 1, "train", i, 0)[0]) for i in range(len(seen))]
+    assert sorted(seen[:n_blocks]) == [8 * i for i in range(n_blocks)]
+
+
+def test_unchanged_settings_and_random_draws_begin_nowhere_else():
+    for sampling in (SMALL, EPOCH):
+        assert going_on(sampling, settings(sampling), 30) == (sampling, "")
+        assert going_on(sampling, {}, 30) == (sampling, "")  # nanoGPT's own state
+    other = replace(EPOCH, batch_size=9)
+    assert going_on(other, settings(SMALL), 30) == (other, "")
+    assert going_on(replace(SMALL, batch_size=9), settings(EPOCH), 30) == (replace(SMALL, batch_size=9), "")
+    assert going_on(other, settings(EPOCH), 0) == (other, "")
+    assert going_on(EPOCH, settings(EPOCH) | {"epoch_began": "x", "batch_size": "4"}, 30) == (EPOCH, "")
+
+
+def test_another_seed_or_block_size_in_an_epoch_is_a_warning():
+    now, warning = going_on(replace(EPOCH, seed=1), settings(EPOCH), 30)
+    assert now.began == (0, 0)
+    assert warning.startswith("sampling=epoch with seed=1 instead of 1337: this epoch goes on in another order")
+    now, warning = going_on(replace(EPOCH, block_size=32), settings(EPOCH), 30)
+    assert now.began == (30, 30 * 20 * 2)  # as many tokens
+    assert "block_size=32 instead of 64" in warning
+
+
+def test_iterations_before_the_change_are_drawn_as_they_were():
+    assert offsets(replace(EPOCH, began=(9, 5)), N_TOKENS, "train", 7, 3).tolist() == [225792, 352384, 216960, 908224]
 
 
 def test_epochs_have_different_orders():

@@ -19,6 +19,7 @@ from orchestrator.checkpoint.snapshot import tensors_equal
 from orchestrator.checkpoint.state import TrainState, capture
 from orchestrator.checkpoint.store import CheckpointStore
 from orchestrator.config import TrainConfig
+from orchestrator.data import dataset
 from orchestrator.data.dataset import open_dataset
 from orchestrator.errors import CheckpointError, ConfigError, StorageError
 from orchestrator.loop import Outcome, dropout_seed, train
@@ -75,6 +76,36 @@ def test_a_stopped_run_goes_on_with_the_same_bits(tiny: TrainConfig, tmp_path: P
     assert last_state(disturbed).best_val_loss == last_state(undisturbed).best_val_loss
     assert last_state(disturbed).scaler == last_state(undisturbed).scaler
     assert bool(last_state(disturbed).scaler) == (change.get("dtype") == "float16")
+
+
+def test_epochs_go_on_with_another_batch(
+    tiny: TrainConfig, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+    drawn: list[tuple[int, list[int]]] = []
+    real = dataset.offsets
+
+    def noted(sampling: Any, n: int, split: Any, iter_num: int, micro_step: int, stream: Any) -> Any:
+        starts = real(sampling, n, split, iter_num, micro_step, stream)
+        if stream == "train":
+            drawn.append((iter_num, starts.tolist()))
+        return starts
+
+    monkeypatch.setattr(dataset, "offsets", noted)
+    config = replace(tiny, sampling="epoch")
+    run(config, stop_after=4)
+    run(replace(config, batch_size=2, gradient_accumulation_steps=3), stop_after=2, attempt="b")  # 5 to 7
+    assert "sampling=epoch goes on at block 80 of its order" in caplog.text
+    assert last_state(config).config["epoch_began"] == [5, 80]
+    caplog.clear()
+    run(replace(config, batch_size=2, gradient_accumulation_steps=3, max_iters=10), attempt="c")
+    assert "goes on at block" not in caplog.text
+    assert last_state(config).config["epoch_began"] == [5, 80]
+    seen = [start for _, starts in sorted(drawn, key=lambda one: one[0]) for start in starts]
+    data = open_dataset(config.data_dir, config.dataset, loop.sampling_of(config))
+    n_tokens = len(data.files.splits["train"])
+    one = replace(loop.sampling_of(config), batch_size=1, gradient_accumulation_steps=1)
+    assert seen == [int(real(one, n_tokens, "train", i, 0)[0]) for i in range(5 * 16 + 5 * 6)]
 
 
 def test_weights_follow_from_seed_and_data_alone(tiny: TrainConfig, tmp_path: Path) -> None:

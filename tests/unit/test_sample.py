@@ -17,12 +17,13 @@ from orchestrator import sample as sampling
 from orchestrator import sample_text
 from orchestrator.checkpoint.durable import announce, files_of, tensor_index, upload
 from orchestrator.checkpoint.files import tensor_pieces
-from orchestrator.checkpoint.huggingface import read_char_tokenizer, write_huggingface
+from orchestrator.checkpoint.huggingface import write_huggingface
 from orchestrator.checkpoint.nanogpt import read_nanogpt, write_nanogpt
 from orchestrator.checkpoint.snapshot import Snapshot, describe
 from orchestrator.checkpoint.store import FORMAT_VERSION, CheckpointStore, checkpoint_name
 from orchestrator.config import parse
 from orchestrator.data.gpt2_vocabulary import load_gpt2_encoding
+from orchestrator.data.tokenizer_folder import read_tokenizer_folder
 from orchestrator.data.tokenizers import CharTokenizer
 from orchestrator.errors import CheckpointError, ConfigError, DataError
 from orchestrator.sample import SampleConfig, sample
@@ -123,10 +124,10 @@ def test_an_out_dir_of_nanogpts_is_sampled(tmp_path: Path, place: str) -> None:
 def test_a_hugging_face_folder_is_sampled(tmp_path: Path) -> None:
     write_huggingface(read_nanogpt(CKPT), tmp_path, CharTokenizer(CHARS))
     assert text_of(replace(GREEDY, init_from=str(tmp_path))).startswith(GREEDY_TEXT)
-    assert read_char_tokenizer(tmp_path) == CharTokenizer(CHARS)
+    assert read_tokenizer_folder(str(tmp_path)) == CharTokenizer(CHARS)
     (tmp_path / "char_tokenizer.json").write_text("{")
     with pytest.raises(DataError, match=r"char_tokenizer\.json is damaged"):
-        read_char_tokenizer(tmp_path)
+        read_tokenizer_folder(str(tmp_path))
 
 
 def test_a_name_takes_gpt2s_tokenizer_and_shows_whole_characters(monkeypatch: pytest.MonkeyPatch) -> None:
