@@ -67,7 +67,16 @@ class Outcome:
 
 
 # of settings that differ on resume: where things are, what the optimizer keeps, and what `environment` compares
-_NOT_TOLD = {"out_dir", "init_from", "storage_options", "data_dir", "memory_dir", "resubmit", "tokenizer"}
+_NOT_TOLD = {
+    "out_dir",
+    "init_from",
+    "storage_options",
+    "data_dir",
+    "memory_dir",
+    "resubmit",
+    "tokenizer",
+    "epoch_began",
+}
 _NOT_TOLD |= {"beta1", "beta2", "weight_decay", "num_workers", "device", "backend", "compile", "dtype"}
 
 GO_ON, STOP, LEAVE = range(3)  # answers to whether the loop goes on; the highest of all ranks' counts

@@ -50,10 +50,6 @@ def check_words(path: Path, words: NDArray[Any]) -> None:
         )
 
 
-_STATED = ("int32", "int64")
-_FLOAT16_1024 = 0x6400  # from 1024 on, every float16 is a whole number
-
-
 def _sampled(words: NDArray[Any]) -> NDArray[np.uint16]:
     """Return stretches of the words (n,), spread from begin to end, each beginning at a multiple of four words."""
     n = len(words) // 4 * 4
