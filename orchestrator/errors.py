@@ -27,3 +27,7 @@ class StorageError(Exception):
 
 class GoneBackError(Exception):
     """A stretch of training was undone, on all ranks alike: the next attempt begins before it."""
+
+
+class FinishedRunError(Exception):
+    """No mistake and no failure: the run in out_dir is at its end, and nothing is left to do. The message says so."""

@@ -37,7 +37,7 @@ from orchestrator.checkpoint.rollbacks import (
 )
 from orchestrator.checkpoint.saver import Saver
 from orchestrator.checkpoint.schedule import Rhythm
-from orchestrator.checkpoint.start import scratch_args
+from orchestrator.checkpoint.start import scratch_args, told_finished
 from orchestrator.checkpoint.state import TrainState
 from orchestrator.checkpoint.store import CheckpointStore
 from orchestrator.config import TrainConfig, check, parse
@@ -117,9 +117,10 @@ def train_on(
     # the state: the newest that is whole in a node's memory or in storage, or what init_from names
     rollbacks = read_rollbacks(store, world)
     nodes = join_run(config, world, store, rollbacks)
-    state = begin(config, world, store, nodes, scratch_args(config, data.vocab_size), rollbacks)
+    tokenizer = data.tokenizer.to_json() if data.tokenizer else None
+    state = begin(config, world, store, nodes, scratch_args(config, data.vocab_size), rollbacks, tokenizer)
     world.together(lambda: data.check_fits(state.model.config.vocab_size))
-    state.config = public(config) | ({"tokenizer": data.tokenizer.to_json()} if data.tokenizer else {})
+    state.config = public(config) | ({"tokenizer": tokenizer} if tokenizer else {})
     began_at = state.iter_num
     surroundings = environment(config, world, data.fingerprint())
     world.together(lambda: check_surroundings(surroundings, world, state))
@@ -404,8 +405,13 @@ def main() -> None:
     """Train in this process alone, or as one of those that torchrun started."""
     config = resolve(check(parse(TrainConfig, sys.argv[1:], "python -m orchestrator.loop")))
     world = plain_world(config)
-    with open_telemetry(config, world, print_record) as tell:
-        train(config, world, tell)
+    store = CheckpointStore(config.out_dir, storage_options_of(config))
+    finished = world.broadcast_json(world.together(lambda: told_finished(config, store) if world.is_main else ""))
+    if not finished:
+        with open_telemetry(config, world, print_record) as tell:
+            train(config, world, tell)
+    elif world.is_main:
+        print(finished)
     if dist.is_initialized():
         dist.destroy_process_group()
 

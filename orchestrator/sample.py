@@ -19,20 +19,15 @@ from typing import Any, Literal, TextIO
 import torch
 from torch import Tensor
 
-from model import GPT, GPTConfig, PretrainedError
-from model.sampling import skip_draws
-from orchestrator.checkpoint.huggingface import read_char_tokenizer
-from orchestrator.checkpoint.nanogpt import HEAD, read_nanogpt
+from model import GPT, GPTConfig
+from model.names import HEAD
+from model.sampling import NotFiniteError, skip_draws
 from orchestrator.checkpoint.snapshot import Snapshot
-from orchestrator.checkpoint.store import Checkpoint, CheckpointStore
-from orchestrator.checkpoint.stream import first_whole, outline, stream
-from orchestrator.checkpoint.transfer import exists
-from orchestrator.config import GPT2_NAMES, nearest
+from orchestrator.checkpoint.sources import Kind, Weights, find_source, refuse_missing, using
 from orchestrator.data.token_files import read_tokenizer
 from orchestrator.data.tokenizers import GPT2Tokenizer, Tokenizer, tokenizer_from_json
 from orchestrator.errors import CheckpointError, ConfigError, DataError
 from orchestrator.sample_text import Texts, print_text
-from orchestrator.storage_options import storage_options_of
 
 logger = logging.getLogger(__name__)
 
@@ -41,7 +36,9 @@ logger = logging.getLogger(__name__)
 class SampleConfig:
     """Which model to sample from, and how; the first block is nanoGPT's."""
 
-    init_from: str = "resume"  # resume: the run in out_dir; or gpt2, gpt2-xl, ..., a ckpt.pt, a Hugging Face folder
+    init_from: str = (
+        "resume"  # resume: what out_dir holds; or a run, a ckpt.pt, a Hugging Face folder, gpt2, gpt2-xl, ...
+    )
     out_dir: str = "out"  # the run's folder, a path or URL; nanoGPT's, with a ckpt.pt, as well
     start: str = "\n"  # the prompt, or FILE:prompt.txt
     num_samples: int = 10  # samples to draw
@@ -80,11 +77,7 @@ def check(config: SampleConfig) -> SampleConfig:
         torch.device(config.device)
     except RuntimeError:
         raise ConfigError(f"device={config.device!r} is no device; give cuda, cuda:<index> or cpu") from None
-    if _is_missing(config.init_from):
-        raise ConfigError(
-            f"init_from={config.init_from!r} is neither resume, {', '.join(GPT2_NAMES)} nor an existing ckpt.pt or "
-            f"Hugging Face folder{nearest(config.init_from, ('resume', *GPT2_NAMES))}"
-        )
+    refuse_missing(config)
     return config
 
 
@@ -117,52 +110,32 @@ def load(config: SampleConfig) -> tuple[GPT, Tokenizer]:
     Raises:
         CheckpointError, DataError: the model or its tokenizer is missing or damaged.
     """
-    source = config.init_from
-    if source != "resume" and not _is_nanogpt(source):
-        try:
-            model = GPT.from_pretrained(source)
-        except PretrainedError as error:
-            raise CheckpointError(f"init_from={source}: {error}") from error
-        return model, (None if source in GPT2_NAMES else read_char_tokenizer(source)) or GPT2Tokenizer()
-    if source == "resume":
-        model, snapshot = _load_run(config)
-    else:
-        snapshot = read_nanogpt(source, model_only=True, storage_options=storage_options_of(config, source))
-        model = build(snapshot, snapshot.model.items())
-    return model, tokenizer_of(snapshot.config, config.data_dir)
+    source = find_source(config, config.checkpoint)
+    is_pretrained = source.kind in (Kind.HUGGINGFACE, Kind.HUB)
 
-
-def _load_run(config: SampleConfig) -> tuple[GPT, Snapshot]:
-    """Load a run's checkpoint; where it has none, nanoGPT's out_dir/ckpt.pt."""
-    options = storage_options_of(config)
-    store = CheckpointStore(config.out_dir, options)
-    nanogpt_file = f"{config.out_dir.rstrip('/')}/ckpt.pt"
-    if config.checkpoint == "auto" and next(store.newest_first(), None) is None and exists(nanogpt_file, options):
-        logger.info("sampling from %s", nanogpt_file)
-        snapshot = read_nanogpt(nanogpt_file, model_only=True, storage_options=options)
-        return build(snapshot, snapshot.model.items()), snapshot
-
-    def load_whole(checkpoint: Checkpoint) -> tuple[GPT, Snapshot]:
-        found = outline(checkpoint, model_only=True)
+    def build_whole(weights: Weights) -> tuple[GPT, Weights]:
         torch.manual_seed(config.seed)  # again, where a damaged checkpoint was tried before
-        return build(found, stream(store, checkpoint, model_only=True)), found
+        return build(weights.snapshot, weights.tensors, draws=not is_pretrained), weights
 
-    checkpoint, loaded = first_whole(store, config.checkpoint, load_whole)
-    logger.info("sampling from %s in %s (iteration %d)", checkpoint.name, config.out_dir, checkpoint.iter_num)
-    return loaded
+    model, weights = using(source, build_whole)
+    logger.info(
+        "sampling from %s", weights.name if source.kind is not Kind.RUN else f"{weights.name} in {source.where}"
+    )
+    return model, tokenizer_of(weights.snapshot.config, config.data_dir)
 
 
-def build(snapshot: Snapshot, tensors: Iterable[tuple[str, Tensor]]) -> GPT:
+def build(snapshot: Snapshot, tensors: Iterable[tuple[str, Tensor]], *, draws: bool = True) -> GPT:
     """Return the model of a snapshot.
 
     tensors: the snapshot's model, by name and one at a time: no second model has to fit into memory.
+    draws: its weights are drawn before they are replaced, as in nanoGPT: after that, a seed draws the same text.
 
     Raises:
         CheckpointError: its model_args are no GPT's, or its tensors are not theirs.
     """
     try:
-        # Its weights are drawn before they are replaced, as in nanoGPT: after that, a seed draws the same text.
-        model = GPT(GPTConfig(**{**snapshot.model_args, "dropout": 0.0}))
+        args = GPTConfig(**{**snapshot.model_args, "dropout": 0.0})
+        model = GPT(args) if draws else GPT.empty(args)
         odd = (model.state_dict().keys() - {HEAD}) ^ (snapshot.model.keys() - {HEAD})
         if odd:
             raise ValueError(f"tensors missing or unexpected: {', '.join(sorted(odd))}")
@@ -232,6 +205,11 @@ def _print_samples(
             for tokens in model.generate_stream(x.expand(len(own), -1), *draw, own, top_p=config.top_p, end=end):
                 texts.push(tokens[:, 0].tolist())
             texts.finish()
+    except NotFiniteError as error:
+        raise CheckpointError(
+            f"nothing can be drawn: {error}; the weights are damaged or too large for dtype={config.dtype}: try "
+            "--dtype=float32, or another checkpoint"
+        ) from None
     except KeyboardInterrupt:
         print_text(out, "\n")
     except BrokenPipeError:  # `... | head` has seen enough; Python would complain again when it closes the pipe
@@ -254,14 +232,6 @@ def _generators(config: SampleConfig, vocab_size: int, device: torch.device) -> 
         yield own
         if config.temperature > 0:
             skip_draws(shared, config.max_new_tokens, vocab_size)
-
-
-def _is_nanogpt(source: str) -> bool:
-    return source.endswith((".pt", ".pth")) or Path(source).is_file()
-
-
-def _is_missing(source: str) -> bool:
-    return not (source in ("resume", *GPT2_NAMES) or "://" in source or Path(source).exists())
 
 
 def _device(config: SampleConfig) -> torch.device:
