@@ -71,6 +71,8 @@ def _check_kind(saved: dict[str, Any]) -> None:
     kept = set().union(*(slots.keys() for slots in saved["state"].values()))
     if kept - {"step", *_SLOTS} or (kept and not kept >= {"step", *_SLOTS}):
         raise ValueError(f"it keeps {', '.join(sorted(map(str, kept)))} of a parameter")
+    if len(saved["param_groups"]) != 2:
+        raise ValueError(f"it has {len(saved['param_groups'])} groups of parameters instead of 2: decayed and the rest")
 
 
 def _read_group(group: dict[str, Any], names: tuple[str, ...]) -> ParamGroup:

@@ -23,6 +23,7 @@ from orchestrator.errors import CheckpointError
 
 _PIECE_BYTES = 2**20
 _NUMBER = re.compile(r"[biuf]\d{1,2}|U\d{1,4}")  # the types of numpy whose bytes are read, and text
+_GLOBAL = re.compile(r"GLOBAL (\S+)")  # in what PyTorch says of what it does not load
 _LFS_POINTER = b"version https://git-lfs"
 
 
@@ -119,7 +120,7 @@ class _Dtype:
         """Return the plain values (n) of an array's bytes."""
         if not isinstance(raw, bytes):
             raise _NotPlainError("a numpy value without its bytes")
-        return np.frombuffer(raw, np.dtype(self.order + self.code)).tolist()
+        return np.frombuffer(raw, np.dtype(self.order + self.code)).tolist() if raw else []
 
 
 def _scalar(dtype: _Dtype, raw: Any) -> Any:
@@ -147,6 +148,10 @@ def _array(*_: Any) -> _Array:
     return _Array()
 
 
+def _no_bytes(*_: Any) -> bytes:
+    return b""
+
+
 def _path(*parts: str) -> str:
     return "/".join(map(str, parts)).replace("//", "/")
 
@@ -157,6 +162,7 @@ _PLAIN: list[Any] = [
     *((_array, f"numpy.{core}.multiarray._reconstruct") for core in ("core", "_core")),
     (_NumpyArrayType, "numpy.ndarray"),
     _Array,
+    *((_no_bytes, name) for name in ("builtins.bytes", "__builtin__.bytes")),
     *((_path, f"pathlib.{name}") for name in ("PosixPath", "PurePosixPath", "WindowsPath", "PureWindowsPath", "Path")),
     *((_path, f"pathlib._local.{name}") for name in ("PosixPath", "WindowsPath")),
 ]
@@ -178,7 +184,9 @@ def _plain(value: Any) -> Any:
 
 def _refusal(path: Path, source: str, error: Exception) -> CheckpointError:
     """Return the refusal: what is asked for, and under which key it lies where that can be told."""
-    wanted = str(error).partition("WeightsUnpickler error: ")[2].partition("\n")[0] or str(error).partition("\n")[0]
+    asked = _GLOBAL.search(str(error))
+    is_ours = isinstance(error, _NotPlainError)
+    wanted = str(error) if is_ours else f"it asks for {asked[1]}" if asked else "its pickle does more than that"
     with suppress(Exception):  # a pickle that is made to be refused may do anything
         wanted = next("{} is of {}".format(*found) for found in _unknown(_Outline(path).load(), ""))
     return CheckpointError(
@@ -205,6 +213,12 @@ class _Unknown:
     def extend(self, _items: Any) -> None: ...
 
 
+class _Dict(dict[Any, Any]):
+    """Stands for an ordered dictionary, which may have attributes besides."""
+
+    def __setstate__(self, _state: Any) -> None: ...
+
+
 class _Outline(pickle.Unpickler):
     """Reads the shape of a pickle: no class or function of it is ever looked up."""
 
@@ -216,7 +230,7 @@ class _Outline(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         known = f"{module}.{name}"
         if known == "collections.OrderedDict":
-            return dict
+            return _Dict
         is_tensors = known.startswith(("torch.", "numpy.", "_codecs.", "pathlib.")) or known in ("builtins.set",)
         return type("_Unknown", (_Unknown,), {"name": "" if is_tensors else known})
 

@@ -151,7 +151,9 @@ def test_a_name_takes_gpt2s_tokenizer_and_shows_whole_characters(monkeypatch: py
         assert name == "gpt2"
         args = {"block_size": 4, "vocab_size": 50257, "n_layer": 1, "n_head": 1, "n_embd": 2, "bias": True}
         zeros = {name: torch.zeros(shape) for name, shape in parameter_shapes(args).items()}
-        stored = {name: Stored(x.t().shape, x.dtype, partial(transpose_if_linear, name, x)) for name, x in zeros.items()}
+        stored = {
+            name: Stored(x.t().shape, x.dtype, partial(transpose_if_linear, name, x)) for name, x in zeros.items()
+        }
         yield Pretrained(args, stored, [], {})
 
     monkeypatch.setattr(GPT, "generate_stream", stream)
