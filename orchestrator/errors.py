@@ -17,6 +17,10 @@ class CheckpointError(UserError):
     """A checkpoint or storage that is missing, damaged or holds something else."""
 
 
+class DamagedError(CheckpointError):
+    """The checkpoint that is read is not whole: an older one may be. What was made of it is of no use."""
+
+
 class UnreadableError(CheckpointError):
     """Storage that did not answer, or not to the end: no sign of damage, and it may pass."""
 

@@ -16,13 +16,9 @@ from torch import Tensor
 from orchestrator.checkpoint.files import stream_tensors
 from orchestrator.checkpoint.snapshot import Snapshot
 from orchestrator.checkpoint.store import Checkpoint, CheckpointStore
-from orchestrator.errors import CheckpointError, UnreadableError
+from orchestrator.errors import CheckpointError, DamagedError, UnreadableError
 
 T = TypeVar("T")
-
-
-class DamagedError(CheckpointError):
-    """The checkpoint that is read is not whole: an older one may be. What was made of it is of no use."""
 
 
 def first_whole(store: CheckpointStore, which: str, read: Callable[[Checkpoint], T]) -> tuple[Checkpoint, T]:

@@ -1,4 +1,4 @@
-"""ckpt.pt files that people really have: of older versions, wrappers, forks, other optimizers, and with numpy's values."""
+"""ckpt.pt files that people really have: of older versions, wrappers, forks, other optimizers, with numpy's values."""
 
 from __future__ import annotations
 
@@ -318,7 +318,7 @@ def test_an_iteration_is_a_whole_number(read: Any, value: Any) -> None:
     if value is None:
         assert read({**content(), "iter_num": None}).iter_num == 2
         return
-    with pytest.raises(CheckpointError, match="iter_num='?-1|iter_num=2.5|iter_num=nan|could not convert"):
+    with pytest.raises(CheckpointError, match=r"iter_num=(-1|2\.5|nan) is no number|could not convert"):
         read({**content(), "iter_num": value})
 
 

@@ -1,4 +1,4 @@
-"""Hugging Face folders that people really have: other heads, wrappers, half copies, adapters, pointers, other models."""
+"""Hugging Face folders that people really have: other heads, wrappers, half copies, adapters, other models."""
 
 from __future__ import annotations
 
