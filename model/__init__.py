@@ -6,7 +6,7 @@ Plain PyTorch. It must not know how it is trained: nothing here imports the orch
 from model.config import GPTConfig
 from model.gpt import GPT
 from model.huggingface import PretrainedError, from_huggingface, huggingface_config, to_huggingface, transpose_if_linear
-from model.pretrained import read_pretrained_args
+from model.pretrained import open_pretrained, read_pretrained_args
 
 __all__ = [
     "GPT",
@@ -14,6 +14,7 @@ __all__ = [
     "PretrainedError",
     "from_huggingface",
     "huggingface_config",
+    "open_pretrained",
     "read_pretrained_args",
     "to_huggingface",
     "transpose_if_linear",

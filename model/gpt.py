@@ -23,7 +23,7 @@ from model import sampling
 from model.cache import KVCache, LayerCache
 from model.config import GPTConfig
 from model.linear import Linear
-from model.pretrained import check_tensors, read_pretrained
+from model.pretrained import read_pretrained
 from model.sampling import Choice, Generators
 
 log = logging.getLogger(__name__)
@@ -282,7 +282,6 @@ class GPT(nn.Module):
         args, state = read_pretrained(model_type)
         with torch.device("meta"):  # weights that are about to be replaced are never drawn
             model = cls(GPTConfig(**{**args, **overrides}))
-        check_tensors(model.state_dict(), state, source=model_type)
         model.load_state_dict(state, assign=True)
         model._tie_weights()  # assigned tensors are new parameters
         return model

@@ -28,6 +28,10 @@ ROUNDING = {torch.float32: 2**-16, torch.bfloat16: 2**-5, torch.float16: 2**-8, 
 TF32_ROUNDING = 2**-8  # float32 products on a GPU that rounds their factors
 
 
+class NotFiniteError(ArithmeticError):
+    """The model has computed logits from which nothing can be drawn: NaN or infinity."""
+
+
 @dataclass(frozen=True)
 class Choice:
     """How the next token is chosen from the logits.
@@ -65,11 +69,16 @@ def stream(
     """Yield one next token for each row of (B, T) token ids, as (B, 1), at most max_new_tokens times.
 
     end: the id after which a row's tokens mean nothing; the stream ends when every row has drawn it.
+
+    Raises:
+        NotFiniteError: the model's weights, or the type in which it computes, are of no use.
     """
     reader = Reader(model, idx.size(0), idx.size(1) + max_new_tokens)
     is_done = torch.zeros_like(idx[:, :1], dtype=torch.bool)  # (B, 1)
     for _ in range(max_new_tokens):
         logits = reader.read(idx)  # (B, V)
+        if not torch.isfinite(logits).all():
+            raise NotFiniteError(f"the logits after {idx.size(1)} tokens are not finite")
         if choice.is_greedy and reader.is_approximate and not is_clear(logits):
             logits = reader.reread(idx)
         idx_next = choose(logits, choice, generator)  # (B, 1)

@@ -17,7 +17,7 @@ from typing import TypeVar
 
 from orchestrator import __version__
 from orchestrator.config import TrainConfig, check, nearest, parse
-from orchestrator.errors import ConfigError, UserError
+from orchestrator.errors import ConfigError, FinishedRunError, UserError
 from orchestrator.resubmit import LOST
 from orchestrator.storage_options import StorageSettings, public
 
@@ -30,8 +30,8 @@ orchestrator: train nanoGPT models on Ray, on machines that come and go.
   orchestrator train [configs/x.py] [--key=value]    train, or go on with what out_dir holds
   orchestrator sample --out_dir=RUN                  print text from a run, a ckpt.pt or GPT-2
   orchestrator export --out_dir=RUN --format=nanogpt --to=ckpt.pt
-                                                     write a run for nanoGPT or Hugging Face
-  orchestrator inspect --out_dir=RUN                 list what a run holds
+                                                     write a run, a ckpt.pt or GPT-2 for nanoGPT or Hugging Face
+  orchestrator inspect --out_dir=RUN                 list what a run holds, or what a ckpt.pt is
   orchestrator report --out_dir=RUN                  where its time went: goodput, and every failure by phase
 
 `orchestrator COMMAND --help` lists a command's settings. Settings files and --key=value may come in any order and
@@ -63,17 +63,22 @@ Print text from a model as it is drawn.
   orchestrator sample --out_dir=out/quickstart
   orchestrator sample --out_dir=out/quickstart --start="ROMEO:" --num_samples=2 --max_new_tokens=100
   orchestrator sample --init_from=gpt2-xl --start=FILE:prompt.txt
-  orchestrator sample --init_from=ckpt.pt""",
+  orchestrator sample --init_from=ckpt.pt
+  orchestrator sample --init_from=out/quickstart --checkpoint=best""",
     "export": """\
-Write a run's state in a format that other programs read.
+Write a model's state in a format that other programs read: a run's, a ckpt.pt's, or GPT-2 weights'.
 
   orchestrator export --out_dir=out/quickstart --format=nanogpt --to=ckpt.pt
-  orchestrator export --out_dir=out/quickstart --format=hf --to=exported --checkpoint=best""",
+  orchestrator export --out_dir=out/quickstart --format=hf --to=exported --checkpoint=best
+  orchestrator export --init_from=ckpt.pt --format=hf --to=exported
+  orchestrator export --init_from=gpt2 --to=gpt2.pt""",
     "inspect": """\
 List the checkpoints that a run holds: iteration, validation loss, size, and which are the latest and the best.
+Of a ckpt.pt or a Hugging Face folder it tells the model, its tokenizer and how it is stored.
 
   orchestrator inspect --out_dir=out/quickstart
-  orchestrator inspect --out_dir=s3://bucket/run --verify""",
+  orchestrator inspect --out_dir=s3://bucket/run --verify
+  orchestrator inspect --init_from=ckpt.pt --verify""",
     "report": """\
 Tell where the time of a run went: goodput, what the rest was lost to, and every failure by phase.
 
@@ -110,7 +115,12 @@ def train(argv: Sequence[str]) -> int:
         return resubmit([sys.executable, "-m", "orchestrator", "train", *argv, "--resubmit=False"])
     from orchestrator.preflight import plan
 
-    planned = plan(config)  # before Ray is imported, so that a mistake is answered in two seconds
+    try:
+        planned = plan(config)  # before Ray is imported, so that a mistake is answered in two seconds
+    except FinishedRunError as finished:  # a repeated job does not fail
+        print(finished)
+        print(_next_steps(config))
+        return 0
     from orchestrator.launch import InterruptedRunError, RunFailedError, RunLostError, run
 
     try:
@@ -126,8 +136,16 @@ def train(argv: Sequence[str]) -> int:
     return 0
 
 
-def _next_steps(config: StorageSettings) -> str:
-    program, out_dir = _program(), shlex.join([f"--out_dir={config.out_dir}"])
+def _next_steps(config: StorageSettings, source: str = "") -> str:
+    """Return commands to go on with: for out_dir, or for another source of a model."""
+    program = _program()
+    if source:
+        model = shlex.join([f"--init_from={source}"])
+        return f"""next:
+  {program} sample {model}
+  {program} train {model} --out_dir=out/tuned
+  {program} export {model} --format=hf --to=exported"""
+    out_dir = shlex.join([f"--out_dir={config.out_dir}"])
     if config.storage_options:
         out_dir += f" --storage_options={public(config)['storage_options']}"
     return f"""next:
@@ -165,7 +183,7 @@ def inspect(argv: Sequence[str]) -> int:
 
     config = _parse(inspecting.InspectConfig, argv, "inspect")
     print(inspecting.inspect(config))
-    print(_next_steps(config))
+    print(_next_steps(config, "" if config.init_from == "resume" else config.init_from))
     return 0
 
 

@@ -34,7 +34,7 @@ class TrainConfig:
     eval_iters: int = 200  # batches per split in an evaluation
     eval_only: bool = False  # evaluate once, print losses, perplexity and bits per byte, and exit
     always_save_checkpoint: bool = True  # False: `sample` and `export` take the best state instead of the newest
-    init_from: str = "scratch"  # scratch, resume, gpt2[-medium, -large, -xl], a ckpt.pt, a Hugging Face folder
+    init_from: str = "scratch"  # scratch, resume, gpt2[-medium, -large, -xl], a ckpt.pt, a Hugging Face folder, a run
     # wandb logging
     wandb_log: bool = False  # log to Weights & Biases (pip install 'nanogpt-orchestrator[wandb]')
     wandb_project: str = "owt"  # project in Weights & Biases
@@ -88,6 +88,9 @@ class TrainConfig:
     data_dir: str = "data"  # where datasets lie, on every node
     sampling: Literal["random", "epoch"] = "random"  # epoch: every block once per epoch; random: with replacement
     deterministic: bool = True  # same bits after a restart; False: nondeterministic GPU kernels, a little faster
+    # what a new run takes of init_from
+    init_checkpoint: str = "auto"  # of a run: latest, best, a name; auto: the latest, or as always_save_checkpoint says
+    init_weights_only: bool = False  # the weights alone: it begins at iteration 0, with new moments and no best loss
     # keeping and telling
     checkpoint_interval: int = 0  # iterations between checkpoints in out_dir, 0 = eval_interval
     snapshot_interval: int = 0  # iterations between states in node memory, 0 = as many as cost under 1% of the time
@@ -175,8 +178,15 @@ def _contradictions(config: TrainConfig) -> Iterator[str]:
     starts = ("scratch", "resume", *GPT2_NAMES)
     if not (config.init_from in starts or "://" in config.init_from or Path(config.init_from).exists()):
         yield (
-            f"init_from={config.init_from!r} is neither {', '.join(starts)} nor an existing ckpt.pt or Hugging Face "
-            f"folder{nearest(config.init_from, starts)}"
+            f"init_from={config.init_from!r} is neither {', '.join(starts)} nor an existing ckpt.pt, Hugging Face "
+            f"folder or run{nearest(config.init_from, starts)}"
+        )
+    if config.init_weights_only and config.init_from == "scratch":
+        yield "init_weights_only=True takes the weights of init_from, and init_from=scratch has none: give --init_from"
+    if config.init_checkpoint != "auto" and config.init_from in ("scratch", "resume"):
+        yield (
+            f"init_checkpoint={config.init_checkpoint} chooses a checkpoint of another run: give --init_from=RUN too "
+            "(a run that goes on, goes on from its newest)"
         )
 
 

@@ -17,6 +17,10 @@ class CheckpointError(UserError):
     """A checkpoint or storage that is missing, damaged or holds something else."""
 
 
+class DamagedError(CheckpointError):
+    """The checkpoint that is read is not whole: an older one may be. What was made of it is of no use."""
+
+
 class UnreadableError(CheckpointError):
     """Storage that did not answer, or not to the end: no sign of damage, and it may pass."""
 
@@ -27,3 +31,7 @@ class StorageError(Exception):
 
 class GoneBackError(Exception):
     """A stretch of training was undone, on all ranks alike: the next attempt begins before it."""
+
+
+class FinishedRunError(Exception):
+    """No mistake and no failure: the run in out_dir is at its end, and nothing is left to do. The message says so."""

@@ -1,4 +1,4 @@
-"""List what a run's folder holds."""
+"""List what a run's folder holds, or tell what a ckpt.pt or a Hugging Face folder is."""
 
 from __future__ import annotations
 
@@ -10,40 +10,64 @@ from typing import Any
 from fsspec.implementations.local import LocalFileSystem
 
 from orchestrator.checkpoint.files import FileRecord, stream_tensors
+from orchestrator.checkpoint.finite import count_not_finite
 from orchestrator.checkpoint.memory import run_path, share_path, states_in
+from orchestrator.checkpoint.nanogpt import NO_LOSS
+from orchestrator.checkpoint.sources import (
+    Kind,
+    Source,
+    Weights,
+    check_finite,
+    find_source,
+    look_at,
+    refuse_missing,
+    tokenizer_json,
+    using,
+)
 from orchestrator.checkpoint.store import RUN_FILE, Checkpoint, CheckpointStore, best, newest_name_first
+from orchestrator.data.vocabulary import name_of
 from orchestrator.errors import CheckpointError
-from orchestrator.storage_options import storage_options_of
 
 
 @dataclass(frozen=True)
 class InspectConfig:
-    """Which run to look at."""
+    """Which run or model to look at."""
 
     out_dir: str = "out"  # the run's folder, a path or URL
     storage_options: str = ""  # fsspec's options of out_dir: a JSON object, or the path of a .json file that holds one
     memory_dir: str = "/dev/shm"  # where this node keeps the newest states of a run that goes on or was killed
-    verify: bool = False  # read every byte of every checkpoint and compare checksums
+    verify: bool = False  # read every byte, compare checksums, and look for values that are not finite
+    init_from: str = (
+        "resume"  # resume: what out_dir holds; or a run, a ckpt.pt, a Hugging Face folder, gpt2, gpt2-xl, ...
+    )
+    data_dir: str = "data"  # where the dataset lies that tells the characters of a ckpt.pt
 
 
 def inspect(config: InspectConfig) -> str:
-    """Return a table of the run's checkpoints, newest first.
+    """Return a table of the run's checkpoints, newest first, or what is known of a model from elsewhere.
 
     Raises:
-        CheckpointError: the folder cannot be read or holds no run.
+        CheckpointError: the place cannot be read, or holds neither.
     """
-    store = CheckpointStore(config.out_dir, storage_options_of(config))
+    refuse_missing(config)
+    source = find_source(config)
+    return _table(config, source) if source.kind is Kind.RUN else describe_model(source, config.data_dir, config.verify)
+
+
+def _table(config: InspectConfig, source: Source) -> str:
+    store = source.store()
     names = [name for name in store.names() if store.fs.find(store.path(name))]  # some servers keep empty folders
     if not names and not store.read_json(RUN_FILE):
         raise CheckpointError(f"out_dir={config.out_dir} holds no run: give the --out_dir of a training run")
     found = list(store.newest_first())
     top = best(found)
+    names = [name for name in names if source.which in ("auto", name)]
     rows: list[tuple[str, ...]] = [("checkpoint", "iteration", "val loss", "MB", "saved (UTC)", "where", "state")]
     rows += _memory_rows(config, store.known_as(str(store.read_json(RUN_FILE).get("run_id", ""))))
     rows += [_row(store, name, found, top, config.verify) for name in names]
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
-    return "\n".join([f"{config.out_dir}: {len(found)} checkpoint(s)", *lines])
+    return "\n".join([f"{source.where}: {len(found)} checkpoint(s)", *lines])
 
 
 def _row(
@@ -54,11 +78,12 @@ def _row(
         if checkpoint is None:
             return (name, "", "", "", "", "storage", "not finished: never announced")
         if verify:
-            for file, record in checkpoint.files.items():
-                _verify(store.fs, store.path(name, file), record)
+            files = ((store.path(name, file), record) for file, record in checkpoint.files.items())
+            odd = next(filter(None, [_verify(store.fs, *file) for file in files]), "")
     except CheckpointError as error:
         return (name, "", "", "", "", "storage", f"DAMAGED: {error}")
     words = ["verified" if verify else "whole"]
+    words += [odd] if verify and odd else []
     words += ["latest"] if checkpoint.name == found[0].name else []
     words += ["best"] if top and checkpoint.name == top.name else []
     return (*_facts(checkpoint, checkpoint.size_bytes), "storage", ", ".join(words))
@@ -88,11 +113,66 @@ def _facts(checkpoint: Checkpoint, size_bytes: int) -> tuple[str, ...]:
     return (checkpoint.name, str(checkpoint.iter_num), loss, f"{size_bytes / 1e6:.1f}", saved)
 
 
-def _verify(fs: Any, path: str, record: FileRecord) -> None:
-    """Read a file a tensor at a time.
+def _verify(fs: Any, path: str, record: FileRecord) -> str:
+    """Read a file a tensor at a time; return which is the first with values that are not finite, if any.
 
     Raises:
         CheckpointError: it is missing or damaged.
     """
-    for _ in stream_tensors(fs, path, record):
-        pass
+    odd = [
+        f"NOT FINITE: {name} has {count:,} values that are NaN or infinite"
+        for name, tensor in stream_tensors(fs, path, record)
+        if (count := count_not_finite(tensor))
+    ]
+    return odd[0] if odd else ""
+
+
+# a model from elsewhere
+
+
+def describe_model(source: Source, data_dir: str, verify: bool) -> str:
+    """Return lines about a ckpt.pt or pretrained weights.
+
+    Raises:
+        CheckpointError: it is missing, damaged or does not fit itself.
+    """
+    rows = using(source, lambda weights: _model_rows(weights, data_dir))
+    if source.kind is Kind.NANOGPT:
+        rows["optimizer"] = _optimizer_of(source)
+    if verify:
+        rows["values"] = _finite_of(source)
+    width = max(map(len, rows))
+    return "\n".join([f"{source.where}: {source.kind.value}", *(f"  {k.ljust(width)}  {v}" for k, v in rows.items())])
+
+
+def _model_rows(weights: Weights, data_dir: str) -> dict[str, str]:
+    snapshot = weights.snapshot
+    args = snapshot.model_args
+    count = sum(tensor.numel() for tensor in snapshot.model.values())
+    heads = f"{args['n_layer']} layers, {args['n_head']} heads, width {args['n_embd']}"
+    more = f"bias={args['bias']}, activation={args.get('activation', 'gelu')}"
+    tokenizer = tokenizer_json(snapshot, data_dir)
+    return {
+        "iteration": str(snapshot.iter_num),
+        "best val loss": "none" if snapshot.best_val_loss >= NO_LOSS else f"{snapshot.best_val_loss:.4f}",
+        "model": f"{heads}, {args['block_size']} positions, vocab_size={args['vocab_size']}, {more}",
+        "parameters": f"{count:,} ({count / 1e6:.2f}M)",
+        "stored as": ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in weights.dtypes)),
+        "tokenizer": name_of(tokenizer) if tokenizer else "not known",
+    }
+
+
+def _optimizer_of(source: Source) -> str:
+    try:
+        step = look_at(source).optimizer.get("step")
+    except CheckpointError as error:
+        return str(error)
+    return "none" if step is None else "AdamW's moments"
+
+
+def _finite_of(source: Source) -> str:
+    try:
+        check_finite(source, model_only=True)
+    except CheckpointError as error:
+        return f"NOT FINITE: {error}"
+    return "all finite"

@@ -131,7 +131,8 @@ def train_on(
     # the state: the newest that is whole in a node's memory or in storage, or what init_from names
     rollbacks = read_rollbacks(store, world)
     nodes = join_run(config, world, store, rollbacks)
-    state = begin(config, world, store, nodes, scratch_args(config, data.vocab_size), rollbacks)
+    tokenizer = data.tokenizer.to_json() if data.tokenizer else None
+    state = begin(config, world, store, nodes, scratch_args(config, data.vocab_size), rollbacks, tokenizer)
     world.together(lambda: data.check_fits(state.model.config.vocab_size))
     data = go_on(data, state.config, data_iter(state.iter_num, rollbacks), world)
     state.config = public(config) | carried(data)

@@ -16,11 +16,14 @@ from typing import Any
 
 import torch.distributed as dist
 
+from orchestrator.checkpoint.start import told_finished
+from orchestrator.checkpoint.store import CheckpointStore
 from orchestrator.config import TrainConfig, check, parse
-from orchestrator.errors import UserError
+from orchestrator.errors import FinishedRunError, UserError
 from orchestrator.loop import GO_ON, STOP, Outcome, train
 from orchestrator.lr_schedule import tell_doubts
 from orchestrator.process import plain_world, resolve
+from orchestrator.storage_options import storage_options_of
 from orchestrator.telemetry.lines import print_record
 from orchestrator.telemetry.tell import open_telemetry
 
@@ -39,6 +42,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         if is_main:
             tell_doubts(config)
         outcome = _train(resolve(config))
+    except FinishedRunError as finished:
+        if is_main:
+            print(finished)
+        return 0
     except UserError as error:  # the same on all ranks, so that one line is enough
         if is_main:
             print(f"error: {error}", file=sys.stderr)
@@ -58,6 +65,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _train(config: TrainConfig) -> Outcome:
     world = plain_world(config)
+    store = CheckpointStore(config.out_dir, storage_options_of(config))
+    finished = world.broadcast_json(world.together(lambda: told_finished(config, store) if world.is_main else ""))
+    if finished:
+        raise FinishedRunError(finished)
     with _stop_asked() as asked, open_telemetry(config, world, print_record) as tell:
         return train(config, world, tell, should_stop=lambda: STOP if asked else GO_ON)
 

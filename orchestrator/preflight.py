@@ -11,7 +11,7 @@ from pathlib import Path
 
 from fsspec.implementations.local import LocalFileSystem
 
-from orchestrator.checkpoint.start import Start, check_start
+from orchestrator.checkpoint.start import Start, Vocabulary, check_start
 from orchestrator.checkpoint.store import CheckpointStore
 from orchestrator.checkpoint.transfer import check_writable
 from orchestrator.config import TrainConfig, check
@@ -43,6 +43,7 @@ def plan(config: TrainConfig) -> Plan:
 
     Raises:
         UserError: a setting, the data, what out_dir or init_from holds, or storage that cannot be read and written.
+        FinishedRunError: out_dir holds a run that has nothing left to do.
     """
     config = check(config)
     _check_extras(config)
@@ -60,7 +61,7 @@ def plan(config: TrainConfig) -> Plan:
         _refuse_job_files(
             f"data_dir={config.data_dir}", config.data_dir, "the path at which every node has the dataset"
         )
-    start = check_start(config, store, _vocab_size(data, store))
+    start = check_start(config, store, _vocabulary(data))
     if data:
         data.check_fits(start.model_args["vocab_size"])
     check_writable(config.out_dir, options)
@@ -99,9 +100,8 @@ def _open_data(config: TrainConfig) -> tuple[Dataset | None, DataError | None]:
         return None, error
 
 
-def _vocab_size(data: Dataset | None, store: CheckpointStore) -> int | None:
-    """Return the vocabulary of a new model: the dataset's; where it is elsewhere, the one that the run has already."""
-    if data:
-        return data.vocab_size
-    saved = next(store.newest_first(), None)
-    return saved.state["model_args"]["vocab_size"] if saved else None
+def _vocabulary(data: Dataset | None) -> Vocabulary | None:
+    """Return what is known of the dataset's tokens, None where the dataset is elsewhere."""
+    if not data:
+        return None
+    return Vocabulary(data.vocab_size, data.tokenizer.to_json() if data.tokenizer else None)

@@ -18,15 +18,14 @@ from typing import Any, Literal, TextIO
 import torch
 from torch import Tensor
 
-from model import GPT, GPTConfig, PretrainedError
-from model.sampling import skip_draws
-from orchestrator.checkpoint.nanogpt import HEAD, read_nanogpt
+from model import GPT, GPTConfig
+from model.names import HEAD
+from model.sampling import NotFiniteError, skip_draws
 from orchestrator.checkpoint.run_tokenizer import saved_tokenizer
 from orchestrator.checkpoint.snapshot import Snapshot
-from orchestrator.checkpoint.store import Checkpoint, CheckpointStore
-from orchestrator.checkpoint.stream import first_whole, outline, stream
-from orchestrator.checkpoint.transfer import exists
-from orchestrator.config import GPT2_NAMES, nearest
+from orchestrator.checkpoint.sources import Kind, Weights, find_source, refuse_missing, using
+from orchestrator.checkpoint.store import CheckpointStore
+from orchestrator.config import GPT2_NAMES
 from orchestrator.data.token_files import read_tokenizer
 from orchestrator.data.token_ids import REPLACEMENT
 from orchestrator.data.tokenizer_folder import read_tokenizer_folder
@@ -34,7 +33,6 @@ from orchestrator.data.tokenizers import GPT2_VOCAB_SIZE, GPT2Tokenizer, Tokeniz
 from orchestrator.errors import CheckpointError, ConfigError, DataError
 from orchestrator.process import compiler_fault, device_here
 from orchestrator.sample_text import Texts, print_text
-from orchestrator.storage_options import storage_options_of
 
 logger = logging.getLogger(__name__)
 
@@ -45,7 +43,9 @@ _MOST_PADDED = 51_200  # to what GPT-2's 50,257 are padded at most: Megatron's, 
 class SampleConfig:
     """Which model to sample from, and how; the first block is nanoGPT's."""
 
-    init_from: str = "resume"  # resume: the run in out_dir; or gpt2, gpt2-xl, ..., a ckpt.pt, a Hugging Face folder
+    init_from: str = (
+        "resume"  # resume: what out_dir holds; or a run, a ckpt.pt, a Hugging Face folder, gpt2, gpt2-xl, ...
+    )
     out_dir: str = "out"  # the run's folder, a path or URL; nanoGPT's, with a ckpt.pt, as well
     start: str = "\n"  # the prompt, or FILE:prompt.txt
     num_samples: int = 10  # samples to draw
@@ -82,11 +82,7 @@ def check(config: SampleConfig) -> SampleConfig:
         raise ConfigError(f"seed={config.seed} is out of range: from 0 to 2**64 - 1")
     if not 0 < config.top_p <= 1:
         raise ConfigError(f"top_p={config.top_p!r} is out of range: above 0, at most 1")
-    if _is_missing(config.init_from):
-        raise ConfigError(
-            f"init_from={config.init_from!r} is neither resume, {', '.join(GPT2_NAMES)} nor an existing ckpt.pt or "
-            f"Hugging Face folder{nearest(config.init_from, ('resume', *GPT2_NAMES))}"
-        )
+    refuse_missing(config)
     return config
 
 
@@ -119,53 +115,35 @@ def load(config: SampleConfig) -> tuple[GPT, Tokenizer]:
     Raises:
         CheckpointError, DataError: the model or its tokenizer is missing or damaged.
     """
-    source = config.init_from
-    if source != "resume" and not _is_nanogpt(source):
-        try:
-            model = GPT.from_pretrained(source)
-        except PretrainedError as error:
-            raise CheckpointError(f"init_from={source}: {error}") from error
-        return model, folder_tokenizer(source, model.config.vocab_size)
-    if source == "resume":
-        model, snapshot = _load_run(config)
-    else:
-        snapshot = read_nanogpt(source, model_only=True, storage_options=storage_options_of(config, source))
-        model = build(snapshot, snapshot.model.items())
-    store = CheckpointStore(config.out_dir, storage_options_of(config)) if source == "resume" else None
-    return model, tokenizer_of(snapshot.config, config.data_dir, store)
+    source = find_source(config, config.checkpoint)
+    is_pretrained = source.kind in (Kind.HUGGINGFACE, Kind.HUB)
 
-
-def _load_run(config: SampleConfig) -> tuple[GPT, Snapshot]:
-    """Load a run's checkpoint; where it has none, nanoGPT's out_dir/ckpt.pt."""
-    options = storage_options_of(config)
-    store = CheckpointStore(config.out_dir, options)
-    nanogpt_file = f"{config.out_dir.rstrip('/')}/ckpt.pt"
-    if config.checkpoint == "auto" and next(store.newest_first(), None) is None and exists(nanogpt_file, options):
-        logger.info("sampling from %s", nanogpt_file)
-        snapshot = read_nanogpt(nanogpt_file, model_only=True, storage_options=options)
-        return build(snapshot, snapshot.model.items()), snapshot
-
-    def load_whole(checkpoint: Checkpoint) -> tuple[GPT, Snapshot]:
-        found = outline(checkpoint, model_only=True)
+    def build_whole(weights: Weights) -> tuple[GPT, Weights]:
         torch.manual_seed(config.seed)  # again, where a damaged checkpoint was tried before
-        return build(found, stream(store, checkpoint, model_only=True)), found
+        return build(weights.snapshot, weights.tensors, draws=not is_pretrained), weights
 
-    checkpoint, loaded = first_whole(store, config.checkpoint, load_whole)
-    logger.info("sampling from %s in %s (iteration %d)", checkpoint.name, config.out_dir, checkpoint.iter_num)
-    return loaded
+    model, weights = using(source, build_whole)
+    logger.info(
+        "sampling from %s", weights.name if source.kind is not Kind.RUN else f"{weights.name} in {source.where}"
+    )
+    if is_pretrained:
+        return model, folder_tokenizer(source.where, model.config.vocab_size, source.options)
+    store = source.store() if source.kind is Kind.RUN else None
+    return model, tokenizer_of(weights.snapshot.config, config.data_dir, store)
 
 
-def build(snapshot: Snapshot, tensors: Iterable[tuple[str, Tensor]]) -> GPT:
+def build(snapshot: Snapshot, tensors: Iterable[tuple[str, Tensor]], *, draws: bool = True) -> GPT:
     """Return the model of a snapshot.
 
     tensors: the snapshot's model, by name and one at a time: no second model has to fit into memory.
+    draws: its weights are drawn before they are replaced, as in nanoGPT: after that, a seed draws the same text.
 
     Raises:
         CheckpointError: its model_args are no GPT's, or its tensors are not theirs.
     """
     try:
-        # Its weights are drawn before they are replaced, as in nanoGPT: after that, a seed draws the same text.
-        model = GPT(GPTConfig(**{**snapshot.model_args, "dropout": 0.0}))
+        args = GPTConfig(**{**snapshot.model_args, "dropout": 0.0})
+        model = GPT(args) if draws else GPT.empty(args)
         odd = (model.state_dict().keys() - {HEAD}) ^ (snapshot.model.keys() - {HEAD})
         if odd:
             raise ValueError(f"tensors missing or unexpected: {', '.join(sorted(odd))}")
@@ -193,7 +171,7 @@ def tokenizer_of(run_config: dict[str, Any], data_dir: str, store: CheckpointSto
     return tokenizer
 
 
-def folder_tokenizer(source: str, vocab_size: int) -> Tokenizer:
+def folder_tokenizer(source: str, vocab_size: int, storage_options: dict[str, Any] | None = None) -> Tokenizer:
     """Return the tokenizer of a Hugging Face folder, GPT-2's for GPT-2's names and where the vocabulary is of its size.
 
     Raises:
@@ -201,7 +179,12 @@ def folder_tokenizer(source: str, vocab_size: int) -> Tokenizer:
     """
     if source in GPT2_NAMES:
         return GPT2Tokenizer()
-    if found := read_tokenizer_folder(source):
+    if found := read_tokenizer_folder(source, storage_options):
+        if found.vocab_size > vocab_size:
+            raise DataError(
+                f"the model has vocab_size={vocab_size}, but the tokenizer {found.vocab_size} tokens: the tokenizer in "
+                f"{source} is another model's"
+            )
         return found
     if not GPT2_VOCAB_SIZE <= vocab_size <= _MOST_PADDED:
         raise DataError(
@@ -215,14 +198,9 @@ def folder_tokenizer(source: str, vocab_size: int) -> Tokenizer:
 def _encode(config: SampleConfig, tokenizer: Tokenizer, vocab_size: int) -> list[int]:
     """Return the prompt's token ids; for nanoGPT's default prompt, where it is not known, those of another one."""
     if tokenizer.vocab_size > vocab_size:
-        remedy = (
-            f"the model was trained on another dataset than data_dir={config.data_dir} tells; give the --data_dir that "
-            f"has its meta"
-            if config.init_from == "resume" or _is_nanogpt(config.init_from)
-            else f"the tokenizer in {config.init_from} is another model's"
-        )
         raise DataError(
-            f"the model has vocab_size={vocab_size}, but the tokenizer {tokenizer.vocab_size} tokens: {remedy}"
+            f"the model has vocab_size={vocab_size}, but the tokenizer {tokenizer.vocab_size} tokens: the model was "
+            f"trained on another dataset than data_dir={config.data_dir} tells; give the --data_dir that has its meta"
         )
     is_default = config.start == SampleConfig.start
     prompt = _read_prompt(config.start)
@@ -276,6 +254,11 @@ def _print_samples(
             for tokens in model.generate_stream(x.expand(len(own), -1), *draw, own, top_p=config.top_p, end=end):
                 texts.push(tokens[:, 0].tolist())
             texts.finish()
+    except NotFiniteError as error:
+        raise CheckpointError(
+            f"nothing can be drawn: {error}; the weights are damaged or too large for dtype={config.dtype}: try "
+            "--dtype=float32, or another checkpoint"
+        ) from None
     except KeyboardInterrupt:
         print_text(out, "\n")
     except BrokenPipeError:  # `... | head` has seen enough; Python would complain again when it closes the pipe
@@ -298,14 +281,6 @@ def _generators(config: SampleConfig, vocab_size: int, device: torch.device) -> 
         yield own
         if config.temperature > 0:
             skip_draws(shared, config.max_new_tokens, vocab_size)
-
-
-def _is_nanogpt(source: str) -> bool:
-    return source.endswith((".pt", ".pth")) or Path(source).is_file()
-
-
-def _is_missing(source: str) -> bool:
-    return not (source in ("resume", *GPT2_NAMES) or "://" in source or Path(source).exists())
 
 
 def _weight_dtype(config: SampleConfig, device: torch.device) -> torch.dtype:

@@ -36,6 +36,7 @@ def write_huggingface(
     tensors: Iterable[tuple[str, Tensor]] | None = None,
     *,
     storage_options: dict[str, Any] | None = None,
+    others: dict[str, bytes] | None = None,
 ) -> None:
     """Write config.json, generation_config.json, model.safetensors and, where it is known, the tokenizer.
 
@@ -44,6 +45,7 @@ def write_huggingface(
     `sample` understands.
     tensors: the snapshot's model, by name and one at a time; then its own need no content. No model file is delivered
         where the iteration ends with an error. Default: the snapshot's own.
+    others: files of another folder to be written as they are, in the place of those made here.
 
     Raises:
         CheckpointError: the snapshot is no GPT, or a file cannot be written.
@@ -56,16 +58,14 @@ def write_huggingface(
     if isinstance(tokenizer, FileTokenizer):  # which may have 50,256 ids and another end
         config |= dict.fromkeys(("bos_token_id", "eos_token_id"), tokenizer.end_of_text)
     special = {key: config[key] for key in ("bos_token_id", "eos_token_id")}
-    texts = {
-        **_tokenizer_files(tokenizer, config["n_positions"]),
-        "generation_config.json": _json(special),
-        "config.json": _json(config),
-    }
+    texts = {**_tokenizer_files(tokenizer, config["n_positions"]), "generation_config.json": _json(special)}
+    contents = {name: text.encode() for name, text in texts.items()} | (others or {})
+    contents["config.json"] = _json(config).encode()
     with delivered(model_file := f"{folder}/model.safetensors", storage_options) as scratch_file:
         _write_tensors(scratch_file, snapshot.model, tensors or snapshot.model.items(), model_file)
-    for name, text in texts.items():  # config.json comes last: without it, nobody takes the folder for a model
+    for name, content in contents.items():  # config.json comes last: without it, nobody takes the folder for a model
         with delivered(f"{folder}/{name}", storage_options) as scratch_file:
-            scratch_file.write_text(text, encoding="utf-8")
+            scratch_file.write_bytes(content)
 
 
 def _write_tensors(path: Path, model: dict[str, Tensor], tensors: Iterable[tuple[str, Tensor]], title: str) -> None:

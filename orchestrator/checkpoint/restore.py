@@ -22,11 +22,12 @@ from torch import Tensor
 from model import GPT, GPTConfig
 from orchestrator.checkpoint.durable import patiently_read
 from orchestrator.checkpoint.files import FileRecord, checksum
+from orchestrator.checkpoint.finite import count_not_finite, not_finite
 from orchestrator.checkpoint.nodes import Nodes
 from orchestrator.checkpoint.reading import Place, Plan, Reading
 from orchestrator.checkpoint.rollbacks import Rollback, is_undone
 from orchestrator.checkpoint.snapshot import Snapshot, describe, undescribe
-from orchestrator.checkpoint.start import check_same_run, origin_of, read_start
+from orchestrator.checkpoint.start import Vocabulary, check_fits, check_same_run, origin_of, read_start
 from orchestrator.checkpoint.state import Resumed, TrainState, adopt_groups, capture, make_slots
 from orchestrator.checkpoint.store import Checkpoint, CheckpointStore, newest_name_first
 from orchestrator.config import TrainConfig
@@ -43,19 +44,21 @@ def begin(
     nodes: Nodes,
     scratch_args: dict[str, Any],
     rollbacks: Sequence[Rollback] = (),
+    tokenizer: dict[str, Any] | None = None,
 ) -> TrainState:
     """Build model and optimizer and fill them with the state to go on from; scratch_args are GPTConfig's.
 
-    rollbacks: states that they undo are passed over.
+    rollbacks: states that they undo are passed over. tokenizer: the dataset's, as JSON.
 
     Raises:
-        CheckpointError, ConfigError: on every rank alike, if init_from's file cannot be read or does not fit.
+        CheckpointError, ConfigError, DataError: on every rank alike, if init_from cannot be read or does not fit.
     """
+    data = Vocabulary(scratch_args["vocab_size"], tokenizer)
     for places in _offered(world, store, nodes):
         saved = places[0].checkpoint
         if is_undone(saved.state, rollbacks):
             continue
-        check_same_run(config, saved.state, scratch_args["vocab_size"])
+        world.together(lambda saved=saved: check_same_run(config, saved.state, data))  # type: ignore[misc]
         state = _build(config, {**saved.state["model_args"], "dropout": config.dropout}, world, is_empty=True)
         if resumed := _fill_from(state, places, world, store, model_only=config.eval_only):
             state.resumed_from = resumed
@@ -63,7 +66,7 @@ def begin(
     world.together(store.check_not_lost)
     if config.init_from == "scratch":
         return _build(config, scratch_args, world)
-    return _import(config, world)
+    return _import(config, world, data)
 
 
 def _build(config: TrainConfig, model_args: dict[str, Any], world: World, *, is_empty: bool = False) -> TrainState:
@@ -245,13 +248,14 @@ def _adopt(state: TrainState, saved: Snapshot, world: World) -> None:
     state.config = saved.config  # until the loop has compared it with its own
 
 
-def _import(config: TrainConfig, world: World) -> TrainState:
-    """Start from a ckpt.pt or from GPT-2 weights, with the same bits on all ranks: those of the first that has them.
+def _import(config: TrainConfig, world: World, data: Vocabulary) -> TrainState:
+    """Start from a run, a ckpt.pt or GPT-2 weights, with the same bits on all ranks: those of the first that has them.
 
     What all see is read by that rank alone, what nodes have on their own disks by one rank at each. The rest receive.
 
     Raises:
-        CheckpointError, ConfigError: on every rank alike, if no node has it, or the first rank's cannot be read.
+        CheckpointError, ConfigError, DataError: on every rank alike, if no node has it, or the first rank's cannot be
+            read, does not fit or is not finite.
     """
     first, reader_of = _readers(config, world)
     is_reader = reader_of[world.rank] == world.rank
@@ -263,16 +267,20 @@ def _import(config: TrainConfig, world: World) -> TrainState:
     description, names = outlines[first][0], list(outlines[first][1])
     alike = [rank for rank, outline in enumerate(outlines) if outline == outlines[first]]
     saved = undescribe(description, {}, {})
+    world.together(lambda: check_fits(config, config.init_from, saved, data) if world.is_main else None)
     state = _build(config, {**saved.model_args, "dropout": config.dropout}, world, is_empty=True)
     tensors = _live_tensors(state, set(names))
 
-    def fill(name: str) -> str:
+    def fill(name: str) -> tuple[str, int]:
         tensors[name].copy_(mine.pop(name))
-        return checksum(tensors[name]) if len(alike) > 1 else ""
+        return checksum(tensors[name]) if len(alike) > 1 else "", count_not_finite(tensors[name])
 
     with ThreadPoolExecutor(torch.get_num_threads()) as pool:  # each touches memory for the first time: one is slow
         checksums = world.gather_json(list(pool.map(fill, names if world.rank in alike else ())))
     mine.clear()  # of a rank whose file is another one
+    for name, (_, count) in zip(names, checksums[first], strict=True):
+        if count:
+            raise CheckpointError(not_finite(config.init_from, name, count, tensors[name].numel()))
     sources = [reader if checksums[reader] == checksums[first] else first for reader in reader_of]
     if world.is_main and (others := {rank for rank, outline in enumerate(outlines) if outline} - set(sources)):
         told = config.init_from, ", ".join(map(str, sorted(others))), first

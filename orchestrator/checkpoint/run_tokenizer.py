@@ -6,19 +6,14 @@ So a run can be sampled and exported on another machine, without its dataset.
 from __future__ import annotations
 
 import json
-import logging
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from orchestrator.checkpoint.snapshot import Snapshot
 from orchestrator.checkpoint.store import CheckpointStore
 from orchestrator.data.file_tokenizer import TOKENIZER_FILE, FileTokenizer
 from orchestrator.data.token_files import read_tokenizer
 from orchestrator.data.tokenizers import Tokenizer, tokenizer_from_json
 from orchestrator.errors import DataError
-
-logger = logging.getLogger(__name__)
 
 
 def keep_tokenizer(store: CheckpointStore, tokenizer: Tokenizer | None) -> None:
@@ -64,14 +59,7 @@ def saved_tokenizer(
     )
 
 
-def with_tokenizer_file(snapshot: Snapshot, store: CheckpointStore) -> Snapshot:
-    """Return a snapshot whose config has the tokenizer's file in it, for a format that is one single file."""
-    try:
-        tokenizer = saved_tokenizer(snapshot.config, store)
-    except DataError as error:  # the weights are what was asked for
-        logger.warning("exported without its tokenizer: %s", error)
-        return snapshot
-    if not isinstance(tokenizer, FileTokenizer):
-        return snapshot
-    value = {**tokenizer.to_json(), "content": tokenizer.content}
-    return replace(snapshot, config={**snapshot.config, "tokenizer": value})
+def whole_json(tokenizer: Tokenizer) -> dict[str, Any]:
+    """Return a tokenizer's JSON value with its file in it, for a format that is one single file."""
+    content = {"content": tokenizer.content} if isinstance(tokenizer, FileTokenizer) else {}
+    return {**tokenizer.to_json(), **content}

@@ -75,14 +75,14 @@ class Checkpoint:
 
 
 class CheckpointStore:
-    """The checkpoints in one run's folder, which is a path or any fsspec URL."""
+    """The checkpoints in one run's folder, which is a path or any fsspec URL; key: the setting that names it."""
 
-    def __init__(self, out_dir: str, storage_options: dict[str, Any] | None = None) -> None:
-        self.out_dir, self.storage_options = out_dir, storage_options
+    def __init__(self, out_dir: str, storage_options: dict[str, Any] | None = None, key: str = "out_dir") -> None:
+        self.out_dir, self.storage_options, self.key = out_dir, storage_options, key
         try:
             self.fs, self.root = locate(out_dir, storage_options)
         except CheckpointError as error:
-            raise CheckpointError(f"out_dir={error}") from None
+            raise CheckpointError(f"{key}={error}") from None
         self._is_shared = True  # fsspec hands out one client to all
         self.damaged: dict[str, str] = {}  # checkpoints that were found not to be whole, and why
 
@@ -111,7 +111,8 @@ class CheckpointStore:
             is_late = isinstance(error, FSTimeoutError)
             reason = f"no answer in {_FIRST_ANSWER_S:g} s" if is_late else f"{type(error).__name__}: {error}"
             raise UnreadableError(
-                f"out_dir={self.out_dir} cannot be read: {reason}; check the address, the network and the credentials"
+                f"{self.key}={self.out_dir} cannot be read: {reason}; "
+                "check the address, the network and the credentials"
             ) from None
         found = [name for entry in entries if _NAME.fullmatch(name := entry.rstrip("/").rsplit("/", 1)[-1])]
         return newest_name_first(found)
@@ -181,7 +182,7 @@ class CheckpointStore:
         return checkpoint.snapshot(tensors)
 
     def _nothing(self, which: str) -> CheckpointError:
-        where = f"out_dir={self.out_dir} holds no"
+        where = f"{self.key}={self.out_dir} holds no"
         if which not in _CHOICES:
             there = ", ".join(self.names()) or "none"
             return CheckpointError(

@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+from fsspec.implementations.local import LocalFileSystem
+from safetensors import safe_open
 from torch import Tensor
 
 from orchestrator.checkpoint.files import stream_tensors
 from orchestrator.checkpoint.snapshot import Snapshot
 from orchestrator.checkpoint.store import Checkpoint, CheckpointStore
-from orchestrator.errors import CheckpointError
+from orchestrator.errors import CheckpointError, DamagedError, UnreadableError
 
 T = TypeVar("T")
-
-
-class DamagedError(CheckpointError):
-    """The checkpoint that is read is not whole: an older one may be. What was made of it is of no use."""
 
 
 def first_whole(store: CheckpointStore, which: str, read: Callable[[Checkpoint], T]) -> tuple[Checkpoint, T]:
@@ -61,8 +62,60 @@ def stream(store: CheckpointStore, checkpoint: Checkpoint, model_only: bool = Fa
                 yield name, tensor
         if missing:
             raise CheckpointError(f"{checkpoint.name} is damaged: no file of it has {', '.join(sorted(missing)[:5])}")
+    except UnreadableError:
+        raise
     except CheckpointError as error:
         raise DamagedError(str(error)) from None
+
+
+def mapped(store: CheckpointStore, checkpoint: Checkpoint, model_only: bool = False) -> Snapshot:
+    """Return a checkpoint's state, verified, with tensors that are mapped from its files: they take no memory.
+
+    What lies elsewhere than on a disk of this machine is fetched into scratch files, which the tensors outlive.
+
+    Raises:
+        DamagedError: naming the file that is missing or damaged.
+        UnreadableError: the storage does not answer.
+    """
+    tensors: dict[str, Tensor] = {}
+    for file, record in (checkpoint.model_files if model_only else checkpoint.files).items():
+        with _at_hand(store, store.path(checkpoint.name, file)) as path:
+            try:
+                for _ in stream_tensors(LocalFileSystem(), str(path), record):  # one after the other, and dropped
+                    pass
+            except CheckpointError as error:
+                raise error if isinstance(error, UnreadableError) else DamagedError(str(error)) from None
+            with safe_open(path, framework="pt") as opened:
+                tensors |= {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 (no dictionary)
+    for name, entry in _entries(checkpoint, model_only).items():
+        expected, found = _empty(entry), tensors.get(name)
+        if found is None or (expected.shape, expected.dtype) != (found.shape, found.dtype):
+            raise DamagedError(f"{checkpoint.name} is damaged: its {name} is not the one that state.json tells of")
+    return checkpoint.snapshot(tensors)
+
+
+@contextmanager
+def _at_hand(store: CheckpointStore, path: str) -> Iterator[Path]:
+    """Lend a file of the store as one on this machine.
+
+    Raises:
+        DamagedError: it is missing.
+        UnreadableError: the storage does not answer.
+    """
+    if isinstance(store.fs, LocalFileSystem):
+        if not Path(path).is_file():
+            raise DamagedError(f"{path} is missing")
+        yield Path(path)
+        return
+    with tempfile.TemporaryDirectory() as scratch:
+        copy = Path(scratch, Path(path).name)
+        try:
+            store.fs.get_file(path, str(copy))
+        except FileNotFoundError:
+            raise DamagedError(f"{path} is missing") from None
+        except Exception as error:  # every storage library has exceptions of its own
+            raise UnreadableError(f"{path} cannot be read: {type(error).__name__}: {error}") from None
+        yield copy
 
 
 def _entries(checkpoint: Checkpoint, model_only: bool) -> dict[str, dict[str, Any]]:

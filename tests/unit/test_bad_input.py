@@ -298,12 +298,6 @@ def test_check_of_storage_leaves_nothing(tiny: TrainConfig, tmp_path: Path) -> N
 # what out_dir holds
 
 
-def test_finished_run(refused: Refused, finished: TrainConfig) -> None:
-    said = refused("train", *flags(finished))
-    assert f"out_dir={finished.out_dir} holds a finished run: iteration 4 of max_iters=4" in said
-    assert "To go on, raise --max_iters; to begin anew, give another --out_dir" in said
-
-
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

@@ -226,7 +226,7 @@ class Trap:
     [
         (lambda c: c.update(config=Trap()), "nothing is run from a checkpoint"),
         (lambda c: c.pop("model_args"), "no 'model_args' in it"),
-        (lambda c: c["model_args"].pop("bias"), "model_args lacks bias"),
+        (lambda c: c["model_args"].pop("n_head"), "model_args lacks n_head, and no tensor tells it"),
         (lambda c: c["model"].pop("transformer.wpe.weight"), r"missing transformer\.wpe\.weight"),
         (lambda c: c["model"].update(extra=torch.ones(1)), "unexpected extra"),
         (lambda c: c["model_args"].update(n_embd=32), r"\(65, 64\) instead of \(65, 32\)"),

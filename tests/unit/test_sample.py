@@ -3,6 +3,8 @@
 import io
 import os
 import pickle
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -12,7 +14,10 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from model import GPT, GPTConfig
+from model import GPT, GPTConfig, transpose_if_linear
+from model.names import parameter_shapes
+from model.pretrained import Pretrained
+from model.weight_files import Stored
 from orchestrator import sample as sampling
 from orchestrator import sample_text
 from orchestrator.checkpoint.durable import announce, files_of, tensor_index, upload
@@ -142,12 +147,18 @@ def test_a_name_takes_gpt2s_tokenizer_and_shows_whole_characters(monkeypatch: py
         assert idx.tolist() == [[50256]]
         yield from torch.tensor(snowman)[:, None, None]
 
-    def pretrained(name: str) -> GPT:
+    @contextmanager
+    def opened(name: str, _fs: object) -> Iterator[Pretrained]:
         assert name == "gpt2"
-        return GPT(GPTConfig(block_size=4, vocab_size=50257, n_layer=1, n_head=1, n_embd=2))
+        args = {"block_size": 4, "vocab_size": 50257, "n_layer": 1, "n_head": 1, "n_embd": 2, "bias": True}
+        zeros = {name: torch.zeros(shape) for name, shape in parameter_shapes(args).items()}
+        stored = {
+            name: Stored(x.t().shape, x.dtype, partial(transpose_if_linear, name, x)) for name, x in zeros.items()
+        }
+        yield Pretrained(args, stored, [], {})
 
     monkeypatch.setattr(GPT, "generate_stream", stream)
-    monkeypatch.setattr(GPT, "from_pretrained", pretrained)
+    monkeypatch.setattr("orchestrator.checkpoint.sources.open_pretrained", opened)
     written: list[str] = []
     monkeypatch.setattr(sample_text, "print_text", lambda _, text: written.append(text))
     sample(SampleConfig("gpt2", start="<|endoftext|>", num_samples=1, device="cpu"), io.StringIO())

@@ -22,10 +22,10 @@ from orchestrator.checkpoint.progress import Progress
 from orchestrator.checkpoint.snapshot import Snapshot, describe, tensors_equal
 from orchestrator.checkpoint.start import read_start
 from orchestrator.checkpoint.store import FORMAT_VERSION, Checkpoint, CheckpointStore
-from orchestrator.checkpoint.stream import DamagedError, outline, stream
+from orchestrator.checkpoint.stream import outline, stream
 from orchestrator.checkpoint.torch_file import TorchFile
 from orchestrator.config import TrainConfig
-from orchestrator.errors import CheckpointError
+from orchestrator.errors import CheckpointError, DamagedError
 from orchestrator.export import ExportConfig, export
 
 SMALL = {"n_layer": 2, "n_head": 2, "n_embd": 8, "block_size": 4, "vocab_size": 11, "bias": True, "dropout": 0.0}
