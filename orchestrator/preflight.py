@@ -11,9 +11,9 @@ from pathlib import Path
 
 from fsspec.implementations.local import LocalFileSystem
 
+from orchestrator.checkpoint.folders import check_writable
 from orchestrator.checkpoint.start import Start, check_start
 from orchestrator.checkpoint.store import CheckpointStore
-from orchestrator.checkpoint.transfer import check_writable
 from orchestrator.config import TrainConfig, check
 from orchestrator.data.dataset import Dataset, open_dataset
 from orchestrator.errors import ConfigError, DataError
@@ -62,7 +62,8 @@ def plan(config: TrainConfig) -> Plan:
     start = check_start(config, store, _vocab_size(data, store))
     if data:
         data.check_fits(start.model_args["vocab_size"])
-    check_writable(config.out_dir, options)
+    if not config.eval_only:  # which writes nothing that a run needs
+        check_writable(config.out_dir, options)
     return Plan(config, store, start, no_data)
 
 

@@ -15,13 +15,16 @@ from functools import partial
 from typing import Any, TypeVar
 
 import tenacity
+from fsspec.implementations.local import LocalFileSystem
 from torch import Tensor
 
 from orchestrator.checkpoint.files import FileRecord, write_file
+from orchestrator.checkpoint.folders import PROBE_FILE, delete_folder
 from orchestrator.checkpoint.ownership import owners, split
+from orchestrator.checkpoint.reasons import has_expired, is_refused, reason_of
 from orchestrator.checkpoint.snapshot import Snapshot
 from orchestrator.checkpoint.store import CheckpointStore
-from orchestrator.checkpoint.transfer import make_folder
+from orchestrator.checkpoint.transfer import is_there, make_folder
 from orchestrator.errors import CheckpointError, UnreadableError
 from orchestrator.world import World
 
@@ -92,7 +95,7 @@ def upload(
 
 
 def _failure(error: Exception) -> dict[str, Any]:
-    return {"error": f"{type(error).__name__}: {error}", "may_pass": is_transient(error)}
+    return {"error": reason_of(error), "may_pass": is_transient(error)}
 
 
 def _write(store: CheckpointStore, name: str, file: str, pieces: Pieces, written: Callable[[int], None]) -> FileRecord:
@@ -140,9 +143,9 @@ def _commit(store: CheckpointStore, name: str, state: dict[str, Any], attempt: s
 def _take_back(store: CheckpointStore, name: str) -> None:
     """Delete what was written of a checkpoint before the disk was full: it would take the room of the next one."""
     try:
-        store.fs.rm(store.path(name), recursive=True)
+        delete_folder(store.fs, store.path(name))
     except Exception as error:  # it goes when a later one is announced
-        logger.info("%s was not deleted: %s: %s", name, type(error).__name__, error)
+        logger.info("%s was not deleted: %s", name, reason_of(error))
 
 
 def _prune(store: CheckpointStore, keep: int, attempt: str) -> None:
@@ -150,7 +153,20 @@ def _prune(store: CheckpointStore, keep: int, attempt: str) -> None:
         if not store.is_taken_over(attempt):  # a late writer's idea of what is old may be wrong
             store.prune(keep)
     except Exception as error:  # what stays is only clutter
-        logger.warning("old checkpoints were not deleted: %s: %s", type(error).__name__, error)
+        if is_refused(error):
+            _keep_all(store, error)
+        else:
+            logger.warning("old checkpoints were not deleted: %s", reason_of(error))
+
+
+def _keep_all(store: CheckpointStore, error: Exception) -> None:
+    """Delete nothing from now on, and say so, once: where the probe of the start is still there, it was said then."""
+    store.can_delete = False
+    with suppress(Exception):
+        if is_there(store.fs, store.path(PROBE_FILE)):
+            return
+    told = store.out_dir, reason_of(error)
+    logger.warning("out_dir=%s: nothing can be deleted there (%s): old checkpoints stay until you delete them", *told)
 
 
 def patiently(
@@ -175,18 +191,36 @@ def patiently(
 
     def before_sleep(attempt: tenacity.RetryCallState) -> None:
         error = attempt.outcome.exception() if attempt.outcome else None
-        logger.info("storage failed, trying again (%d): %s: %s", attempt.attempt_number, type(error).__name__, error)
+        _tell_of_trying(error, attempt.attempt_number)
         with suppress(CheckpointError):  # still down: the next call says so
-            store.reconnect()
+            store.reconnect(error)
+
+    refused: list[BaseException] = []
+
+    def is_worth_it(error: BaseException) -> bool:
+        if (may_pass or is_transient)(error):
+            return True
+        if not is_refused(error) or isinstance(store.fs, LocalFileSystem):
+            return False
+        refused.append(error)
+        return len(refused) == 1  # not every server says that credentials have expired
 
     retry = tenacity.Retrying(
-        retry=tenacity.retry_if_exception(may_pass or is_transient),
+        retry=tenacity.retry_if_exception(is_worth_it),
         wait=tenacity.wait_random_exponential(multiplier=0.5, max=_LONGEST_PAUSE_S),
         stop=is_enough,
         before_sleep=before_sleep,
         reraise=True,
     )
     return retry(call)
+
+
+def _tell_of_trying(error: BaseException | None, number: int) -> None:
+    if error and has_expired(error):
+        if number == 1:
+            logger.warning("storage does not take our credentials any more, they are read again: %s", reason_of(error))
+        return
+    logger.info("storage failed, trying again (%d): %s", number, reason_of(error))
 
 
 def patiently_read(call: Callable[[], T], store: CheckpointStore) -> T:
@@ -202,8 +236,11 @@ def is_transient(error: BaseException) -> bool:
     """Return whether a fault may pass by itself: all but what a storage says of permissions and room, and our bugs.
 
     What is not found may be there in the next attempt: a folder, or a multipart upload that the server has forgotten.
-    Over SFTP a full disk is tried again as well: the protocol says "Failure" to that as to much else.
+    Over SFTP a full disk is tried again as well: the protocol says "Failure" to that as to much else. Credentials that
+    have expired may have been renewed by somebody, and are read again.
     """
+    if has_expired(error):
+        return True
     root: BaseException | None = error
     while root:
         if isinstance(root, (PermissionError, NotADirectoryError, IsADirectoryError)):
