@@ -233,7 +233,7 @@ class Lease:
 
     def _tolerate(self, act: Callable[[], None]) -> None:
         try:
-            self._store.insisting(act)
+            self._store.insisting(act, tells=False)
         except CheckpointError as error:
             if not self._is_failing:
                 logger.warning("the run goes on, but its driver cannot show that it is alive: %s", error)
@@ -245,7 +245,7 @@ class Lease:
 
     def _release(self) -> None:
         try:
-            self._store.insisting(self._give_back)
+            self._store.insisting(self._give_back, tells=False)
         except CheckpointError as error:  # the run has ended all the same
             logger.warning("%s stays behind, the next driver may wait %g s: %s", LEASE_FILE, self._me.patience_s, error)
 

@@ -23,7 +23,7 @@ from orchestrator.checkpoint.folders import PROBE_FILE, delete_folder
 from orchestrator.checkpoint.ownership import owners, split
 from orchestrator.checkpoint.reasons import has_expired, is_refused, reason_of
 from orchestrator.checkpoint.snapshot import Snapshot
-from orchestrator.checkpoint.store import CheckpointStore
+from orchestrator.checkpoint.store import CheckpointStore, UndeletableError
 from orchestrator.checkpoint.transfer import is_there, make_folder
 from orchestrator.errors import CheckpointError, UnreadableError
 from orchestrator.world import World
@@ -33,6 +33,7 @@ logger = logging.getLogger(__name__)
 RETRY_FOR_S = 300.0  # from the first failure of a file; the next checkpoint begins anew
 READ_AGAIN_FOR_S = 60.0
 _LONGEST_PAUSE_S = 20.0
+_REFUSALS = 2  # with credentials that were read again; not every server says that those before have expired
 _LASTING = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.EACCES, errno.EPERM, errno.ENAMETOOLONG}
 
 T = TypeVar("T")
@@ -150,23 +151,21 @@ def _take_back(store: CheckpointStore, name: str) -> None:
 
 def _prune(store: CheckpointStore, keep: int, attempt: str) -> None:
     try:
-        if not store.is_taken_over(attempt):  # a late writer's idea of what is old may be wrong
-            store.prune(keep)
+        if not store.insisting(lambda: store.is_taken_over(attempt)):  # a late writer's idea of old may be wrong
+            store.insisting(lambda: store.prune(keep))
+    except UndeletableError as error:
+        _keep_all(store, error)
     except Exception as error:  # what stays is only clutter
-        if is_refused(error):
-            _keep_all(store, error)
-        else:
-            logger.warning("old checkpoints were not deleted: %s", reason_of(error))
+        logger.warning("old checkpoints were not deleted: %s", reason_of(error))
 
 
-def _keep_all(store: CheckpointStore, error: Exception) -> None:
+def _keep_all(store: CheckpointStore, error: UndeletableError) -> None:
     """Delete nothing from now on, and say so, once: where the probe of the start is still there, it was said then."""
     store.can_delete = False
     with suppress(Exception):
         if is_there(store.fs, store.path(PROBE_FILE)):
             return
-    told = store.out_dir, reason_of(error)
-    logger.warning("out_dir=%s: nothing can be deleted there (%s): old checkpoints stay until you delete them", *told)
+    logger.warning("out_dir=%s: %s: old checkpoints stay until you delete them", store.out_dir, error)
 
 
 def patiently(
@@ -190,10 +189,11 @@ def patiently(
         return failed_at_s[-1] - failed_at_s[0] >= (RETRY_FOR_S if for_s is None else for_s)
 
     def before_sleep(attempt: tenacity.RetryCallState) -> None:
-        error = attempt.outcome.exception() if attempt.outcome else None
-        _tell_of_trying(error, attempt.attempt_number)
+        error, number = attempt.outcome.exception() if attempt.outcome else None, attempt.attempt_number
+        if not error or not has_expired(error):  # of that the store tells
+            logger.info("storage failed, trying again (%d): %s", number, reason_of(error))
         with suppress(CheckpointError):  # still down: the next call says so
-            store.reconnect(error)
+            store.reconnect(error, tells=number == 1)
 
     refused: list[BaseException] = []
 
@@ -203,7 +203,7 @@ def patiently(
         if not is_refused(error) or isinstance(store.fs, LocalFileSystem):
             return False
         refused.append(error)
-        return len(refused) == 1  # not every server says that credentials have expired
+        return len(refused) <= _REFUSALS
 
     retry = tenacity.Retrying(
         retry=tenacity.retry_if_exception(is_worth_it),
@@ -213,14 +213,6 @@ def patiently(
         reraise=True,
     )
     return retry(call)
-
-
-def _tell_of_trying(error: BaseException | None, number: int) -> None:
-    if error and has_expired(error):
-        if number == 1:
-            logger.warning("storage does not take our credentials any more, they are read again: %s", reason_of(error))
-        return
-    logger.info("storage failed, trying again (%d): %s", number, reason_of(error))
 
 
 def patiently_read(call: Callable[[], T], store: CheckpointStore) -> T:

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from orchestrator.checkpoint.files import FileRecord, read_tensors
 from orchestrator.checkpoint.folders import delete_folder
-from orchestrator.checkpoint.reasons import is_refused, lacks_bucket, reason_of
+from orchestrator.checkpoint.reasons import has_expired, is_refused, lacks_bucket, reason_of
 from orchestrator.checkpoint.snapshot import Snapshot, undescribe
 from orchestrator.checkpoint.transfer import check_place, delivered, is_there, locate, renewed
 from orchestrator.config import nearest
@@ -43,6 +43,10 @@ _NAME = re.compile(r"checkpoint_(\d{8,})_(\w+)")
 _WITHDRAWN_TEXT = b'{"withdrawn": true}'
 
 T = TypeVar("T")
+
+
+class UndeletableError(Exception):
+    """Storage that can be written does not let us delete."""
 
 
 @dataclass(frozen=True)
@@ -94,15 +98,18 @@ class CheckpointStore:
         self.damaged: dict[str, str] = {}  # checkpoints that were found not to be whole, and why
         self.can_delete = True  # until storage says that it lets us not
 
-    def reconnect(self, error: BaseException | None = None) -> None:
+    def reconnect(self, error: BaseException | None = None, *, tells: bool = False) -> None:
         """Open a new connection to file servers, which keep one: it may have been lost with the server.
 
         error: what has failed. Where storage has refused it, credentials are read again.
+        tells: say so where it is known that they have expired.
         """
         if isinstance(self.fs, LocalFileSystem):
             return
         if self.fs.async_impl:
             if error and is_refused(error):
+                if tells and has_expired(error):
+                    logger.info("%s: credentials are read again: %s", self.out_dir, reason_of(error))
                 self.fs, self.storage_options = renewed(self.fs, self.out_dir, self.storage_options)
             return
         lost, self.storage_options = self.fs, read_again(self.storage_options)
@@ -111,8 +118,10 @@ class CheckpointStore:
             lost.client.close()  # of SSH: nobody else has it
         self._is_shared = False
 
-    def insisting(self, call: Callable[[], T]) -> T:
+    def insisting(self, call: Callable[[], T], *, tells: bool = True) -> T:
         """Return call()'s value; where storage refuses it, call once more with credentials that were read again.
+
+        tells: see `reconnect`.
 
         Raises:
             Exception: the second one.
@@ -122,7 +131,7 @@ class CheckpointStore:
         except Exception as error:  # every storage has exceptions of its own
             if isinstance(self.fs, LocalFileSystem) or not is_refused(error):
                 raise
-            self.reconnect(error)
+            self.reconnect(error, tells=tells)
             return call()
 
     def path(self, *parts: str) -> str:
@@ -301,7 +310,9 @@ class CheckpointStore:
         What was begun up to the iteration of the newest committed one and never announced goes too. Beginnings of later
         ones stay, for somebody may be writing them; and what could not be read, for the storage may have been at fault.
         """
-        found = self._whole() if self.can_delete else []
+        if not self.can_delete or not self.names():  # asked first: what is refused here is no sign of damage
+            return []
+        found = self._whole()
         if not found:
             return []
         stay = {checkpoint.name for checkpoint in found[:keep]}
@@ -326,19 +337,27 @@ class CheckpointStore:
             raise CheckpointError(f"{self.path(name)} cannot be deleted: {reason_of(error)}") from error
 
     def delete_checkpoint(self, name: str) -> None:
-        """Delete state.json first, so that at no moment half a checkpoint looks whole."""
+        """Delete state.json first, so that at no moment half a checkpoint looks whole.
+
+        Raises:
+            UndeletableError: storage refuses that.
+            Exception: the storage's own.
+        """
         announced = self.path(name, "state.json")
-        if is_there(self.fs, announced):
-            self.fs.rm_file(announced)
-        delete_folder(self.fs, self.path(name))
+        try:
+            if is_there(self.fs, announced):
+                self.fs.rm_file(announced)
+            delete_folder(self.fs, self.path(name))
+        except Exception as error:
+            if is_refused(error) and not has_expired(error):
+                raise UndeletableError(f"nothing can be deleted there ({reason_of(error)})") from error
+            raise
 
     def withdraw(self, name: str) -> None:
         """Make a checkpoint one that was never announced: it is deleted, or said to be none where that is refused."""
         try:
             self.delete_checkpoint(name)
-        except Exception as error:
-            if not is_refused(error):
-                raise
+        except UndeletableError:
             self._write_text(f"{name}/state.json", _WITHDRAWN_TEXT.decode())
 
 

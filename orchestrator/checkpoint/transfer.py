@@ -5,6 +5,7 @@ A file appears whole or not at all. Nothing here knows what is in a file.
 
 from __future__ import annotations
 
+import copy
 import os
 import socket
 import tempfile
@@ -222,9 +223,10 @@ def _connect(url: str, protocol: str, options: dict[str, Any]) -> tuple[Any, str
         raise ValueError("there is no bucket in it: s3://bucket/run")
     if "?versionId=" in path:
         options = {"version_aware": True, **options}
+    options = copy.deepcopy(options)  # botocore writes into them, and what is equal now would not be so then
     if "config_kwargs" in options:
         return kind(**options), path
-    fs = kind(**options, config_kwargs=_S3_LIMITS)
+    fs = kind(**options, config_kwargs=copy.deepcopy(_S3_LIMITS))
     fs.retries = _S3_ROUNDS
     return fs, path
 

@@ -206,7 +206,7 @@ def test_sftp_is_connected_to_again_and_does_not_dawdle(sftp: Storage, sftp_serv
     sftp_server.kill()
     with pytest.raises((OSError, EOFError, paramiko.SSHException)):
         fs.cat_file(path)
-    with pytest.raises(CheckpointError, match="the server cannot be reached .NoValidConnectionsError"):
+    with pytest.raises(CheckpointError, match=r"the server cannot be reached .NoValidConnectionsError"):
         locate(sftp.url, sftp.options)
     sftp_server.start()
     fs, path = locate(f"{sftp.url}/file", sftp.options)

@@ -237,7 +237,12 @@ def fault_of(kind: str, proxy: FaultyProxy, matches: Callable[[str, str], bool],
 
 def kinds(*fast: str) -> Any:
     """Let a test run with each kind of fault, by default with these."""
-    reasons = {"500": "the server has failed", "503": "the server is busy", "reset": "EndpointConnectionError", "hang": "ReadTimeoutError"}
+    reasons = {
+        "500": "the server has failed",
+        "503": "the server is busy",
+        "reset": "EndpointConnectionError",
+        "hang": "ReadTimeoutError",
+    }
     slow = {kind: () if kind in fast else pytest.mark.slow for kind in reasons}
     return pytest.mark.parametrize(
         ("kind", "reason"), [pytest.param(kind, reason, marks=slow[kind]) for kind, reason in reasons.items()]
