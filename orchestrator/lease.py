@@ -29,7 +29,7 @@ from typing import Any
 
 from fsspec.implementations.local import LocalFileSystem
 
-from orchestrator.checkpoint.reasons import is_refused, reason_of
+from orchestrator.checkpoint.reasons import reason_of
 from orchestrator.checkpoint.store import CheckpointStore
 from orchestrator.errors import CheckpointError, ConfigError
 from orchestrator.machine import boot_id
@@ -254,11 +254,7 @@ class Lease:
         if not holder or holder.driver != self._me.driver:
             return
         self._store.fs.invalidate_cache()  # a listing from before would hide the file
-        try:
-            self._store.delete_file(LEASE_FILE)
-        except CheckpointError as error:
-            if not is_refused(error):
-                raise
+        if not self._store.delete_file(LEASE_FILE):
             self._store.write_json(LEASE_FILE, _GIVEN_BACK, is_lasting=False)  # storage in which nothing can be deleted
 
     def _missing_folders(self) -> list[Path]:

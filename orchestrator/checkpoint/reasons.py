@@ -102,8 +102,13 @@ def has_expired(error: BaseException) -> bool:
 
 def is_refused(error: BaseException) -> bool:
     """Return whether storage does not let us do something: for good, or until other credentials are shown."""
-    chain = list(_chain(error))
-    return has_expired(error) or any(isinstance(each, PermissionError) or _code(each) in _REFUSED for each in chain)
+    return has_expired(error) or any(
+        isinstance(each, PermissionError)
+        or _code(each) in _REFUSED
+        or getattr(each, "status_code", getattr(each, "code", None)) in (401, 403)  # of Azure's and Google's libraries
+        or (type(each) is OSError and str(each).startswith(("Forbidden", "Unauthorized")))  # gcsfs
+        for each in _chain(error)
+    )
 
 
 def lacks_bucket(error: BaseException) -> bool:

@@ -324,16 +324,19 @@ class CheckpointStore:
             self.delete_checkpoint(name)
         return doomed
 
-    def delete_file(self, name: str) -> None:
-        """Delete a file of the run, where it is there.
+    def delete_file(self, name: str) -> bool:
+        """Delete a file of the run, where it is there; return whether it is gone: some storage lets us delete nothing.
 
         Raises:
-            CheckpointError: it cannot be deleted.
+            CheckpointError: it cannot be deleted, which may pass.
         """
         try:
             if is_there(self.fs, self.path(name)):
                 self.fs.rm_file(self.path(name))
+            return True
         except Exception as error:  # every storage has exceptions of its own
+            if is_refused(error) and not has_expired(error):
+                return False
             raise CheckpointError(f"{self.path(name)} cannot be deleted: {reason_of(error)}") from error
 
     def delete_checkpoint(self, name: str) -> None:
