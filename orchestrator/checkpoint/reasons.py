@@ -91,9 +91,12 @@ def reason_of(error: BaseException | None) -> str:
 
 
 def has_expired(error: BaseException) -> bool:
-    """Return whether credentials are good no more, or not there at the moment: who reads them again may have others."""
+    """Return whether credentials are good no more, or not there at the moment: who reads them again may have others.
+
+    Of an answer without a body, as to HEAD, the number is all that is known: 400 is then what AWS says of old tokens.
+    """
     for each in _chain(error):
-        if type(each).__name__ in _UNUSABLE or (code := _code(each)) in _EXPIRED | _UNKNOWN_KEY:
+        if type(each).__name__ in _UNUSABLE or (code := _code(each)) in _EXPIRED | _UNKNOWN_KEY | {"400"}:
             return True
         if code and "expired" in _text(each).lower():
             return True

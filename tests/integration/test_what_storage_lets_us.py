@@ -25,6 +25,7 @@ from orchestrator.checkpoint.transfer import delivered, exists, fetched, locate
 from orchestrator.config import TrainConfig
 from orchestrator.errors import CheckpointError, UserError
 from orchestrator.inspect import InspectConfig, inspect
+from orchestrator.launch import launch
 from orchestrator.lease import LEASE_FILE, Lease
 from orchestrator.loop import train
 from orchestrator.preflight import plan
@@ -547,3 +548,51 @@ def test_keys_of_two_runs_do_not_mix(s3: Storage, config: TrainConfig) -> None:
     run(config)
     store = CheckpointStore(config.out_dir, options)
     assert tensors_equal(store.read(store.select()), CheckpointStore(config.out_dir).read(store.select()))
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("default")  # Ray and its parts warn of themselves
+def test_ray_trains_where_nothing_can_be_deleted_and_evaluates_where_nothing_can_be_written(
+    tiny: TrainConfig, faulty_s3: Storage, proxy: FaultyProxy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = replace(tiny, out_dir=f"{faulty_s3.url}/lr=[1e-3] *?/run", max_failures=0, keep_checkpoints=1)
+    refused = proxy.answer(403, "AccessDenied", deletes, 10**6)
+    assert launch(replace(config, max_iters=8)).iter_num == 8
+    assert launch(replace(config, max_iters=16)).iter_num == 16
+    assert refused.fired
+    store = CheckpointStore(config.out_dir)
+    held = store.names()
+    assert [held[0].split("_")[1], held[-1].split("_")[1]] == ["00000016", "00000004"]
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", S3Server.reader_key)
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", S3Server.reader_secret)
+    forget_clients()
+    assert launch(replace(config, max_iters=16, eval_only=True)).iter_num == 16
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("default")
+def test_keys_are_renewed_under_ray(
+    tiny: TrainConfig, faulty_s3: Storage, proxy: FaultyProxy, keys_file: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    config = replace(tiny, out_dir=f"{faulty_s3.url}/run", max_failures=0, num_workers=2, max_iters=600)
+    config = replace(config, checkpoint_interval=20, eval_interval=600)
+
+    def renew() -> None:
+        deadline_s = time.monotonic() + 120
+        while not any(m == "PUT" and "checkpoint_" in path and "state.json" in path for m, path in proxy.traffic.seen):
+            assert time.monotonic() < deadline_s
+            time.sleep(0.05)
+        write_keys(keys_file, S3Server.new_key, S3Server.new_secret)
+        faults.append(proxy.expire(S3Server.key))
+
+    faults: list[Any] = []
+    renewing = threading.Thread(target=renew)
+    renewing.start()
+    assert launch(config).iter_num == 600
+    renewing.join()
+    said = "".join(capfd.readouterr())
+    assert faults[0].fired
+    assert "was not saved" not in said
+    assert "could not be written" not in said
+    assert "cannot show" not in said
+    assert 1 <= said.count("credentials are read again") <= 2
