@@ -18,6 +18,7 @@ from typing import TypeVar
 from orchestrator import __version__
 from orchestrator.config import TrainConfig, check, nearest, parse
 from orchestrator.errors import ConfigError, FinishedRunError, UserError
+from orchestrator.paths import with_paths
 from orchestrator.resubmit import LOST
 from orchestrator.storage_options import StorageSettings, public
 
@@ -102,7 +103,7 @@ def prepare(argv: Sequence[str]) -> int:
         use_underscores=True,
         config=options,
     )
-    print(preparing.prepare(config))
+    print(preparing.prepare(with_paths(config)))
     return 0
 
 

@@ -10,6 +10,7 @@ import ast
 import dataclasses
 import difflib
 import math
+import os
 import re
 import traceback
 import typing
@@ -19,6 +20,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar, cast
 
 from orchestrator.errors import ConfigError
+from orchestrator.paths import at_home, with_paths
 
 GPT2_NAMES = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
 
@@ -176,7 +178,7 @@ def _contradictions(config: TrainConfig) -> Iterator[str]:
             f"Give --gradient_accumulation_steps={config.max_workers} or more (it is the global batch over all workers)"
         )
     starts = ("scratch", "resume", *GPT2_NAMES)
-    if not (config.init_from in starts or "://" in config.init_from or Path(config.init_from).exists()):
+    if not (config.init_from in starts or "://" in config.init_from or os.path.lexists(config.init_from)):
         yield (
             f"init_from={config.init_from!r} is neither {', '.join(starts)} nor an existing ckpt.pt, Hugging Face "
             f"folder or run{nearest(config.init_from, starts)}"
@@ -208,10 +210,14 @@ def parse(kind: type[C], argv: Sequence[str], prog: str, description: str | None
     for is_file, words in _runs(list(_completed(kind, argv))):
         if is_file:
             for word in words:
-                values |= _read_file(kind, Path(word), values)
+                values |= _read_file(kind, _settings_file(word), values)
         else:
             values = _parse_flags(kind, words, values, prog, description)
-    return kind(**values)
+    return with_paths(kind(**values))
+
+
+def _settings_file(word: str) -> Path:
+    return Path(at_home("settings file", word) if word.startswith("~") else word)
 
 
 def _completed(kind: Any, argv: Sequence[str]) -> Iterator[str]:

@@ -29,6 +29,7 @@ from typing import Any
 
 from fsspec.implementations.local import LocalFileSystem
 
+from orchestrator.checkpoint.reasons import reason_of
 from orchestrator.checkpoint.store import CheckpointStore
 from orchestrator.errors import CheckpointError, ConfigError
 from orchestrator.machine import boot_id
@@ -41,6 +42,7 @@ _MISSED_BEATS = 3  # a driver that is silent for so many intervals is taken for 
 _MAX_BEAT_INTERVAL_S = 60.0  # of what others wrote, no more is believed
 _POLLS_PER_BEAT = 5
 _READ_TIMEOUT_S = 10.0
+_GIVEN_BACK = {"given_back": True}
 _END_TIMEOUT_S = 10.0  # for a beat that hangs in storage when the run ends
 
 
@@ -132,7 +134,7 @@ class Lease:
             CheckpointError: storage cannot be read.
         """
         found = self._read(LEASE_FILE)
-        if found is None:
+        if found is None or _is_given_back(found):
             return
         holder = _parse(found)
         if holder and holder.is_gone():
@@ -153,7 +155,7 @@ class Lease:
         for _ in range(polls):  # not until some time: if both stood still in one machine, it has its chance afterwards
             self._sleep(patience_s / polls)
             now = self._read(LEASE_FILE)
-            if now is None or (holder and holder.is_gone()):
+            if now is None or _is_given_back(now) or (holder and holder.is_gone()):
                 logger.info("%s has ended", who)
                 return
             if now != found:
@@ -205,16 +207,18 @@ class Lease:
 
     def check(self) -> str | None:
         """Read again, and return who has replaced this driver: None too while storage does not answer."""
-        with self._tolerated():
-            self._look()
+        self._tolerate(self._look)
         return self.successor
 
     def beat(self) -> None:
         """Show life, unless this driver was replaced. Storage that fails does not stop it: the next may pass."""
-        with self._tolerated():
+
+        def look_and_write() -> None:
             self._look()
             if not self.successor:
                 self._write()
+
+        self._tolerate(look_and_write)
 
     def _keep_beating(self) -> None:
         while not self.successor and not self._ending.wait(self._me.beat_interval_s):
@@ -227,10 +231,9 @@ class Lease:
         elif not holder and self._start_in_run_json() not in (None, self._me.driver, self._start_before):
             self.successor = "a driver that has ended since"  # a file that is merely lost or damaged is written again
 
-    @contextmanager
-    def _tolerated(self) -> Iterator[None]:
+    def _tolerate(self, act: Callable[[], None]) -> None:
         try:
-            yield
+            self._store.insisting(act, tells=False)
         except CheckpointError as error:
             if not self._is_failing:
                 logger.warning("the run goes on, but its driver cannot show that it is alive: %s", error)
@@ -242,12 +245,17 @@ class Lease:
 
     def _release(self) -> None:
         try:
-            holder = _parse(self._read(LEASE_FILE))
-            if holder and holder.driver == self._me.driver:
-                self._store.fs.invalidate_cache()  # a listing from before would hide the file
-                self._store.delete_file(LEASE_FILE)
+            self._store.insisting(self._give_back, tells=False)
         except CheckpointError as error:  # the run has ended all the same
             logger.warning("%s stays behind, the next driver may wait %g s: %s", LEASE_FILE, self._me.patience_s, error)
+
+    def _give_back(self) -> None:
+        holder = _parse(self._read(LEASE_FILE))
+        if not holder or holder.driver != self._me.driver:
+            return
+        self._store.fs.invalidate_cache()  # a listing from before would hide the file
+        if not self._store.delete_file(LEASE_FILE):
+            self._store.write_json(LEASE_FILE, _GIVEN_BACK, is_lasting=False)  # storage in which nothing can be deleted
 
     def _missing_folders(self) -> list[Path]:
         """Return what a claim makes on a disk, the deepest first, so that a run refused later leaves nothing behind."""
@@ -279,7 +287,7 @@ class Lease:
         except (FileNotFoundError, NotADirectoryError):
             return None
         except Exception as error:  # every storage has exceptions of its own
-            raise CheckpointError(f"{path} cannot be read: {type(error).__name__}: {error}") from None
+            raise CheckpointError(f"{path} cannot be read: {reason_of(error)}") from error
 
 
 def _cat(fs: Any, path: str) -> bytes:
@@ -290,6 +298,13 @@ def _cat(fs: Any, path: str) -> bytes:
         if error.errno != errno.ESTALE:  # NFS: replaced by its driver while it was being opened
             raise
         return bytes(fs.cat_file(path, **limit))
+
+
+def _is_given_back(text: bytes) -> bool:
+    try:
+        return bool(json.loads(text) == _GIVEN_BACK)
+    except ValueError:
+        return False
 
 
 def _parse(text: bytes | None) -> Holder | None:

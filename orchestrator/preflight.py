@@ -11,9 +11,9 @@ from pathlib import Path
 
 from fsspec.implementations.local import LocalFileSystem
 
+from orchestrator.checkpoint.folders import check_writable
 from orchestrator.checkpoint.start import Start, Vocabulary, check_start
 from orchestrator.checkpoint.store import CheckpointStore
-from orchestrator.checkpoint.transfer import check_writable
 from orchestrator.config import TrainConfig, check
 from orchestrator.data.dataset import Dataset, open_dataset
 from orchestrator.errors import ConfigError, DataError
@@ -64,7 +64,8 @@ def plan(config: TrainConfig) -> Plan:
     start = check_start(config, store, _vocabulary(data))
     if data:
         data.check_fits(start.model_args["vocab_size"])
-    check_writable(config.out_dir, options)
+    if not config.eval_only:  # which writes nothing that a run needs
+        check_writable(config.out_dir, options)
     tell_doubts(config)
     return Plan(config, store, start, no_data)
 

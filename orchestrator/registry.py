@@ -1,4 +1,7 @@
-"""Ray's registry: the list of checkpoints that Ray Train keeps in out_dir, which is of use to others and never needed.
+"""What Ray Train keeps in out_dir: its list of checkpoints, which is of use to others and never needed; no more.
+
+An empty file with which Ray tries whether it can write is not written at all: that is found out before Ray is started,
+and an evaluation reads where nobody may write.
 
 What a run goes on from is what lies in storage whole. So the list may be missing, old or damaged; but Ray ends a run
 whose list cannot be written, and waits for one that hangs. Here such a write is given up, with a warning.
@@ -9,13 +12,17 @@ from __future__ import annotations
 import io
 import logging
 import threading
+from typing import Any
 
 import fsspec
 import pyarrow
-from pyarrow.fs import FSSpecHandler, PyFileSystem
+from pyarrow.fs import FileInfo, FileType, FSSpecHandler, PyFileSystem
+
+from orchestrator.checkpoint.reasons import is_refused, reason_of
 
 REGISTRY_FILE = "checkpoint_manager_snapshot.json"
 
+_TRIAL_FILE = ".validate_storage_marker"  # Source: Ray 2.60, train/v2/_internal/constants.py
 _WRITE_S = 10.0
 _writing: list[threading.Thread] = []  # of the controller's process: the latest
 
@@ -30,16 +37,29 @@ def storage_for_ray(fs: fsspec.AbstractFileSystem) -> PyFileSystem:
 class _Handler(FSSpecHandler):  # type: ignore[misc]
     def open_output_stream(self, path: str, metadata: dict[str, str] | None) -> pyarrow.NativeFile:
         if path.rpartition("/")[2] == REGISTRY_FILE:
-            return pyarrow.PythonFile(_Registry(self.fs, path), mode="w")
+            return pyarrow.PythonFile(_Registry(self, path), mode="w")
+        if path.rpartition("/")[2] == _TRIAL_FILE:
+            return pyarrow.PythonFile(io.BytesIO(), mode="w")
         return super().open_output_stream(path, metadata)
+
+    def get_file_info(self, paths: list[str]) -> list[FileInfo]:
+        return [
+            FileInfo(path, FileType.File, size=0)
+            if path.rpartition("/")[2] == _TRIAL_FILE
+            else super(_Handler, self).get_file_info([path])[0]
+            for path in paths
+        ]
+
+    def create_dir(self, path: str, recursive: bool) -> None:
+        """Make none: a run's folder is there before Ray is started, and an evaluation needs none."""
 
 
 class _Registry(io.BytesIO):
     """The list as it is being written; it goes to storage as a whole, when it is closed."""
 
-    def __init__(self, fs: fsspec.AbstractFileSystem, path: str) -> None:
+    def __init__(self, handler: _Handler, path: str) -> None:
         super().__init__()
-        self._fs, self._path = fs, path
+        self._handler, self._path = handler, path
 
     def close(self) -> None:
         if not self.closed and not any(thread.is_alive() for thread in _writing):  # one that hangs is not joined
@@ -50,6 +70,23 @@ class _Registry(io.BytesIO):
 
     def _write(self, content: bytes) -> None:
         try:
-            self._fs.pipe_file(self._path, content)
+            self._put(content)
         except Exception as error:  # whatever it is, the next checkpoint writes the list again
-            logger.warning("Ray's list of checkpoints could not be written: %s: %s", type(error).__name__, error)
+            logger.warning("Ray's list of checkpoints could not be written: %s", reason_of(error))
+
+    def _put(self, content: bytes) -> None:
+        try:
+            self._handler.fs.pipe_file(self._path, content)
+        except Exception as error:
+            if not is_refused(error):
+                raise
+            self._handler.fs = _with_new_credentials(self._handler.fs)
+            self._handler.fs.pipe_file(self._path, content)
+
+
+def _with_new_credentials(fs: Any) -> Any:
+    """Return a client like this one that has read its credentials again: somebody may have renewed them."""
+    fs.clear_instance_cache()
+    again = type(fs)(*fs.storage_args, **fs.storage_options)
+    again.retries = getattr(fs, "retries", None)
+    return again

@@ -45,30 +45,58 @@ def storage_options_of(config: StorageSettings, url: str | None = None) -> dict[
     text = config.storage_options.strip()
     if not text or (url is not None and _protocol(url) != _protocol(config.out_dir)):
         return None
-    if _is_file(text):
-        return _parse(_read(text), f"storage_options={text}")
-    return _parse(text, "storage_options")
+    return _with_home(_read(text) if is_options_file(text) else _parse(text, "storage_options"))
+
+
+_read_from: dict[str, str] = {}  # options that came from a file, as JSON: its path
+
+
+def read_again(options: dict[str, Any] | None) -> dict[str, Any] | None:
+    """Return what the file says now that these options came from; the same ones where there is none, or half of one."""
+    path = _read_from.get(json.dumps(options, sort_keys=True, default=str))
+    try:
+        return _with_home(_read(path)) if path else options
+    except ConfigError:  # it is being written
+        return options
 
 
 def public(config: Any) -> dict[str, Any]:
     """Return a settings object as a dictionary that may be stored and shown: of storage_options, a file's path only."""
     values = dataclasses.asdict(config)
-    if values["storage_options"].strip() and not _is_file(values["storage_options"].strip()):
+    if values["storage_options"].strip() and not is_options_file(values["storage_options"].strip()):
         values["storage_options"] = GIVEN_INLINE
     return values
 
 
-def _is_file(text: str) -> bool:
+def is_options_file(text: str) -> bool:
     """Return whether it is a path, going by its end: a secret that somebody gives as it is must not be shown as one."""
     return text.endswith(".json") and not text.startswith(("{", "["))
 
 
-def _read(path: str) -> str:
+def _read(path: str) -> dict[str, Any]:
     try:
-        return Path(path).expanduser().read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+        text = Path(path).expanduser().read_text(encoding="utf-8")
+    except (OSError, ValueError, RuntimeError) as error:
         reason = getattr(error, "strerror", None) or "it is no text"
         raise ConfigError(f"storage_options={path} cannot be read: {reason}; it must lie there on every node") from None
+    options = _parse(text, f"storage_options={path}")
+    _read_from[json.dumps(_with_home(options), sort_keys=True)] = path
+    return options
+
+
+def _with_home(options: dict[str, Any]) -> dict[str, Any]:
+    """Return the options with ~ replaced in those that are files, such as a key's: no library does that."""
+
+    def at_home(value: Any) -> Any:
+        if not isinstance(value, str) or not value.startswith("~/"):
+            return value
+        try:
+            path = Path(value).expanduser()
+            return str(path) if path.is_file() else value
+        except (OSError, RuntimeError, ValueError):  # it is something else
+            return value
+
+    return {key: at_home(value) for key, value in options.items()}
 
 
 def _parse(text: str, where: str) -> dict[str, Any]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import getpass
 import http.client
+import json
 import os
 import shutil
 import socket
@@ -70,7 +71,7 @@ class Server:
 
 
 class S3Server(Server):
-    """SeaweedFS with one bucket, `ckpt`, and one user.
+    """SeaweedFS with one bucket, `ckpt`, one user with two keys, and one who may only read.
 
     Raises:
         ServerMissingError: it is not installed.
@@ -79,6 +80,8 @@ class S3Server(Server):
     bucket = "ckpt"
     url = f"s3://{bucket}"
     key, secret = "testkey", "testsecret-9f3c17"  # the secret is long enough to be looked for in files
+    new_key, new_secret = "testkey-2", "testsecret-2b81e0"
+    reader_key, reader_secret = "reader", "readersecret-77a0c4"
 
     def __init__(self, folder: Path) -> None:
         beside_python = Path(sys.executable).with_name("weed")
@@ -111,16 +114,30 @@ class S3Server(Server):
     def start(self) -> None:
         """Start the server on its folder and ports, and wait until the bucket is there."""
         ports = [f"-{name}={port}" for name, port in self._ports.items()]
+        users = self._folder.parent / "users.json"
+        users.write_text(json.dumps(self._users()), encoding="utf-8")
         command = [
             *(self._program, "mini", f"-dir={self._folder}", "-ip=127.0.0.1", "-ip.bind=127.0.0.1"),
             *(f"-bucket={self.bucket}", "-webdav=false", "-admin.ui=false", "-s3.port.iceberg=0", "-s3.port.lance=0"),
             "-s3.autoCreateBucket=false",  # a mistyped bucket is an error, as on other servers
+            f"-s3.config={users}",
             *ports,
         ]
         with (self._folder.parent / "weed.log").open("ab") as log:
             environment = {**os.environ, **self.environment}
             self._process = subprocess.Popen(command, env=environment, stdout=log, stderr=log)  # type: ignore[arg-type]
         _wait_until(self._has_bucket, self._process, "SeaweedFS")
+
+    def _users(self) -> dict[str, Any]:
+        pairs = ((self.key, self.secret), (self.new_key, self.new_secret))
+        keys = [{"accessKey": key, "secretKey": secret} for key, secret in pairs]
+        readers = [{"accessKey": self.reader_key, "secretKey": self.reader_secret}]
+        return {
+            "identities": [
+                {"name": "tests", "credentials": keys, "actions": ["Admin", "Read", "List", "Tagging", "Write"]},
+                {"name": "reader", "credentials": readers, "actions": [f"Read:{self.bucket}", f"List:{self.bucket}"]},
+            ]
+        }
 
     def _has_bucket(self) -> bool:
         try:
@@ -242,11 +259,19 @@ class Fault:
     times: int
     status: int = 500
     code: str = "InternalError"
+    message: str | None = "as the test asked"  # None: no message, as some servers answer
     after_bytes: int = 0
+    signed_by: str = ""  # only requests that are signed with this access key
     fired: int = 0
 
-    def is_due(self, method: str, path: str) -> bool:
-        return self.fired < self.times and self.matches(method, path)
+    def is_due(self, method: str, path: str, signature: str) -> bool:
+        is_theirs = not self.signed_by or f"Credential={self.signed_by}/" in signature
+        return is_theirs and self.fired < self.times and self.matches(method, path)
+
+    @property
+    def body(self) -> str:
+        message = "" if self.message is None else f"<Message>{self.message}</Message>"
+        return f"<?xml version='1.0'?><Error><Code>{self.code}</Code>{message}</Error>"
 
 
 @dataclass
@@ -285,9 +310,20 @@ class FaultyProxy:
     def environment(self) -> dict[str, str]:
         return {**self._server.environment, "AWS_ENDPOINT_URL": self.endpoint}
 
-    def answer(self, status: int, code: str, matches: Callable[[str, str], bool], times: int = 1) -> Fault:
+    def answer(
+        self,
+        status: int,
+        code: str,
+        matches: Callable[[str, str], bool],
+        times: int = 1,
+        message: str | None = "as the test asked",
+    ) -> Fault:
         """Answer with an S3 error instead: 500 InternalError, 503 SlowDown, ..."""
-        return self._add(Fault("answer", matches, times, status=status, code=code))
+        return self._add(Fault("answer", matches, times, status=status, code=code, message=message))
+
+    def expire(self, key: str, status: int = 400, code: str = "ExpiredToken") -> Fault:
+        """Answer every request that is signed with an access key with an error, until `heal`."""
+        return self._add(Fault("answer", lambda *_: True, 10**9, status=status, code=code, signed_by=key))
 
     def hang(self, matches: Callable[[str, str], bool], times: int = 1) -> Fault:
         """Take the request and never answer, until `heal` or `close`."""
@@ -316,12 +352,12 @@ class FaultyProxy:
             self._faults.append(fault)
         return fault
 
-    def _take(self, method: str, path: str) -> Fault | None:
+    def _take(self, method: str, path: str, signature: str) -> Fault | None:
         """Count a request and return the fault that meets it."""
         with self._lock:
             self.traffic.requests += 1
             self.traffic.seen.append((method, path))
-            fault = next((fault for fault in self._faults if fault.is_due(method, path)), None)
+            fault = next((fault for fault in self._faults if fault.is_due(method, path, signature)), None)
             if fault:
                 fault.fired += 1
             return fault
@@ -344,7 +380,7 @@ class FaultyProxy:
             protocol_version = "HTTP/1.1"  # keeps connections, and says 100 Continue to who waits for it
 
             def do_GET(self) -> None:
-                fault = proxy._take(self.command, self.path)
+                fault = proxy._take(self.command, self.path, self.headers.get("Authorization") or "")
                 if fault and fault.kind == "hang":
                     proxy._is_open.wait()
                     raise _Cut
@@ -397,9 +433,7 @@ class FaultyProxy:
                     self.wfile.write(piece)
 
             def _refuse(self, fault: Fault) -> None:
-                text = (
-                    f"<?xml version='1.0'?><Error><Code>{fault.code}</Code><Message>as the test asked</Message></Error>"
-                )
+                text = fault.body
                 self.send_response_only(fault.status)
                 self.send_header("Content-Type", "application/xml")
                 self.send_header("Content-Length", str(len(text)))

@@ -15,13 +15,16 @@ from functools import partial
 from typing import Any, TypeVar
 
 import tenacity
+from fsspec.implementations.local import LocalFileSystem
 from torch import Tensor
 
 from orchestrator.checkpoint.files import FileRecord, write_file
+from orchestrator.checkpoint.folders import PROBE_FILE, delete_folder
 from orchestrator.checkpoint.ownership import owners, split
+from orchestrator.checkpoint.reasons import has_expired, is_refused, reason_of
 from orchestrator.checkpoint.snapshot import Snapshot
-from orchestrator.checkpoint.store import CheckpointStore
-from orchestrator.checkpoint.transfer import make_folder
+from orchestrator.checkpoint.store import CheckpointStore, UndeletableError
+from orchestrator.checkpoint.transfer import is_there, make_folder
 from orchestrator.errors import CheckpointError, UnreadableError
 from orchestrator.world import World
 
@@ -30,6 +33,7 @@ logger = logging.getLogger(__name__)
 RETRY_FOR_S = 300.0  # from the first failure of a file; the next checkpoint begins anew
 READ_AGAIN_FOR_S = 60.0
 _LONGEST_PAUSE_S = 20.0
+_REFUSALS = 2  # with credentials that were read again; not every server says that those before have expired
 _LASTING = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.EACCES, errno.EPERM, errno.ENAMETOOLONG}
 
 T = TypeVar("T")
@@ -92,7 +96,7 @@ def upload(
 
 
 def _failure(error: Exception) -> dict[str, Any]:
-    return {"error": f"{type(error).__name__}: {error}", "may_pass": is_transient(error)}
+    return {"error": reason_of(error), "may_pass": is_transient(error)}
 
 
 def _write(store: CheckpointStore, name: str, file: str, pieces: Pieces, written: Callable[[int], None]) -> FileRecord:
@@ -140,17 +144,28 @@ def _commit(store: CheckpointStore, name: str, state: dict[str, Any], attempt: s
 def _take_back(store: CheckpointStore, name: str) -> None:
     """Delete what was written of a checkpoint before the disk was full: it would take the room of the next one."""
     try:
-        store.fs.rm(store.path(name), recursive=True)
+        delete_folder(store.fs, store.path(name))
     except Exception as error:  # it goes when a later one is announced
-        logger.info("%s was not deleted: %s: %s", name, type(error).__name__, error)
+        logger.info("%s was not deleted: %s", name, reason_of(error))
 
 
 def _prune(store: CheckpointStore, keep: int, attempt: str) -> None:
     try:
-        if not store.is_taken_over(attempt):  # a late writer's idea of what is old may be wrong
-            store.prune(keep)
+        if not store.insisting(lambda: store.is_taken_over(attempt)):  # a late writer's idea of old may be wrong
+            store.insisting(lambda: store.prune(keep))
+    except UndeletableError as error:
+        _keep_all(store, error)
     except Exception as error:  # what stays is only clutter
-        logger.warning("old checkpoints were not deleted: %s: %s", type(error).__name__, error)
+        logger.warning("old checkpoints were not deleted: %s", reason_of(error))
+
+
+def _keep_all(store: CheckpointStore, error: UndeletableError) -> None:
+    """Delete nothing from now on, and say so, once: where the probe of the start is still there, it was said then."""
+    store.can_delete = False
+    with suppress(Exception):
+        if is_there(store.fs, store.path(PROBE_FILE)):
+            return
+    logger.warning("out_dir=%s: %s: old checkpoints stay until you delete them", store.out_dir, error)
 
 
 def patiently(
@@ -174,13 +189,24 @@ def patiently(
         return failed_at_s[-1] - failed_at_s[0] >= (RETRY_FOR_S if for_s is None else for_s)
 
     def before_sleep(attempt: tenacity.RetryCallState) -> None:
-        error = attempt.outcome.exception() if attempt.outcome else None
-        logger.info("storage failed, trying again (%d): %s: %s", attempt.attempt_number, type(error).__name__, error)
+        error, number = attempt.outcome.exception() if attempt.outcome else None, attempt.attempt_number
+        if not error or not has_expired(error):  # of that the store tells
+            logger.info("storage failed, trying again (%d): %s", number, reason_of(error))
         with suppress(CheckpointError):  # still down: the next call says so
-            store.reconnect()
+            store.reconnect(error, tells=number == 1)
+
+    refused: list[BaseException] = []
+
+    def is_worth_it(error: BaseException) -> bool:
+        if (may_pass or is_transient)(error):
+            return True
+        if not is_refused(error) or isinstance(store.fs, LocalFileSystem):
+            return False
+        refused.append(error)
+        return len(refused) <= _REFUSALS
 
     retry = tenacity.Retrying(
-        retry=tenacity.retry_if_exception(may_pass or is_transient),
+        retry=tenacity.retry_if_exception(is_worth_it),
         wait=tenacity.wait_random_exponential(multiplier=0.5, max=_LONGEST_PAUSE_S),
         stop=is_enough,
         before_sleep=before_sleep,
@@ -202,8 +228,11 @@ def is_transient(error: BaseException) -> bool:
     """Return whether a fault may pass by itself: all but what a storage says of permissions and room, and our bugs.
 
     What is not found may be there in the next attempt: a folder, or a multipart upload that the server has forgotten.
-    Over SFTP a full disk is tried again as well: the protocol says "Failure" to that as to much else.
+    Over SFTP a full disk is tried again as well: the protocol says "Failure" to that as to much else. Credentials that
+    have expired may have been renewed by somebody, and are read again.
     """
+    if has_expired(error):
+        return True
     root: BaseException | None = error
     while root:
         if isinstance(root, (PermissionError, NotADirectoryError, IsADirectoryError)):

@@ -26,6 +26,7 @@ from fsspec import AbstractFileSystem
 from fsspec.implementations.local import LocalFileSystem
 from torch import Tensor
 
+from orchestrator.checkpoint.reasons import reason_of
 from orchestrator.errors import CheckpointError, UnreadableError
 
 _DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F64": torch.float64, "I64": torch.int64}
@@ -242,7 +243,7 @@ def stream_tensors(
     except CheckpointError:
         raise
     except Exception as error:  # every storage library has exceptions of its own
-        raise UnreadableError(f"{path} cannot be read: {type(error).__name__}: {error}") from None
+        raise UnreadableError(f"{path} cannot be read: {reason_of(error)}") from error
 
 
 def read_tensors(fs: AbstractFileSystem, path: str, record: FileRecord) -> dict[str, Tensor]:

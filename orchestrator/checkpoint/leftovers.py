@@ -10,11 +10,12 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
+from orchestrator.checkpoint.reasons import is_refused, reason_of
 from orchestrator.checkpoint.store import CheckpointStore
 
 logger = logging.getLogger(__name__)
 
-_TEMPORARY = re.compile(r"\.(run\.json|attempt\.json)\.[0-9a-f]+\.tmp|\.writable-\d+")
+_TEMPORARY = re.compile(r"\.(run\.json|attempt\.json)\.[0-9a-f]+\.tmp|\.writable(-\d+)?")
 
 
 def clear_leftovers(store: CheckpointStore) -> None:
@@ -25,7 +26,8 @@ def clear_leftovers(store: CheckpointStore) -> None:
             if _TEMPORARY.fullmatch(path.rsplit("/", 1)[-1]):
                 store.fs.rm_file(path)
     except Exception as error:  # it is only clutter, and some servers refuse to list it
-        logger.info("leftovers in %s were not deleted: %s: %s", store.out_dir, type(error).__name__, error)
+        level = logging.DEBUG if is_refused(error) else logging.INFO  # that nothing can be deleted is told once
+        logger.log(level, "leftovers in %s were not deleted: %s", store.out_dir, reason_of(error))
 
 
 def _abort_uploads(store: CheckpointStore) -> None:

@@ -60,7 +60,7 @@ def delete_undone(store: CheckpointStore, rollbacks: Sequence[Rollback]) -> None
     for checkpoint in list(store.newest_first()) if rollbacks else []:
         if is_undone(checkpoint.state, rollbacks):
             logger.info("deleting %s, which was undone: %s", checkpoint.name, rollbacks[-1].why)
-            store.delete_checkpoint(checkpoint.name)
+            store.withdraw(checkpoint.name)
 
 
 def is_undone(state: dict[str, Any], rollbacks: Sequence[Rollback]) -> bool:

@@ -14,9 +14,9 @@ import json
 import logging
 import re
 import uuid
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import xxhash
 from fsspec.exceptions import FSTimeoutError
@@ -24,10 +24,13 @@ from fsspec.implementations.local import LocalFileSystem
 from torch import Tensor
 
 from orchestrator.checkpoint.files import FileRecord, read_tensors
+from orchestrator.checkpoint.folders import delete_folder
+from orchestrator.checkpoint.reasons import has_expired, is_refused, lacks_bucket, reason_of
 from orchestrator.checkpoint.snapshot import Snapshot, undescribe
-from orchestrator.checkpoint.transfer import delivered, locate
+from orchestrator.checkpoint.transfer import check_place, delivered, is_there, locate, renewed
 from orchestrator.config import nearest
 from orchestrator.errors import CheckpointError, UnreadableError
+from orchestrator.storage_options import read_again
 
 logger = logging.getLogger(__name__)
 
@@ -37,6 +40,13 @@ _ATTEMPT_FILE = "attempt.json"
 _FIRST_ANSWER_S = 20.0  # storage that says nothing for so long is taken for unreachable
 _CHOICES = ("auto", "latest", "best")
 _NAME = re.compile(r"checkpoint_(\d{8,})_(\w+)")
+_WITHDRAWN_TEXT = b'{"withdrawn": true}'
+
+T = TypeVar("T")
+
+
+class UndeletableError(Exception):
+    """Storage that can be written does not let us delete."""
 
 
 @dataclass(frozen=True)
@@ -81,20 +91,48 @@ class CheckpointStore:
         self.out_dir, self.storage_options, self.key = out_dir, storage_options, key
         try:
             self.fs, self.root = locate(out_dir, storage_options)
+            check_place(self.fs, self.root, out_dir)
         except CheckpointError as error:
             raise CheckpointError(f"{key}={error}") from None
         self._is_shared = True  # fsspec hands out one client to all
         self.damaged: dict[str, str] = {}  # checkpoints that were found not to be whole, and why
+        self.can_delete = True  # until storage says that it lets us not
 
-    def reconnect(self) -> None:
-        """Open a new connection to file servers, which keep one: it may have been lost with the server."""
-        if self.fs.async_impl or isinstance(self.fs, LocalFileSystem):
+    def reconnect(self, error: BaseException | None = None, *, tells: bool = False) -> None:
+        """Open a new connection to file servers, which keep one: it may have been lost with the server.
+
+        error: what has failed. Where storage has refused it, credentials are read again.
+        tells: say so where it is known that they have expired.
+        """
+        if isinstance(self.fs, LocalFileSystem):
             return
-        lost = self.fs
+        if self.fs.async_impl:
+            if error and is_refused(error):
+                if tells and has_expired(error):
+                    logger.info("%s: credentials are read again: %s", self.out_dir, reason_of(error))
+                self.fs, self.storage_options = renewed(self.fs, self.out_dir, self.storage_options)
+            return
+        lost, self.storage_options = self.fs, read_again(self.storage_options)
         self.fs, _ = locate(self.out_dir, {**(self.storage_options or {}), "skip_instance_cache": True})
         if not self._is_shared and hasattr(lost, "client"):
             lost.client.close()  # of SSH: nobody else has it
         self._is_shared = False
+
+    def insisting(self, call: Callable[[], T], *, tells: bool = True) -> T:
+        """Return call()'s value; where storage refuses it, call once more with credentials that were read again.
+
+        tells: see `reconnect`.
+
+        Raises:
+            Exception: the second one.
+        """
+        try:
+            return call()
+        except Exception as error:  # every storage has exceptions of its own
+            if isinstance(self.fs, LocalFileSystem) or not is_refused(error):
+                raise
+            self.reconnect(error, tells=tells)
+            return call()
 
     def path(self, *parts: str) -> str:
         return "/".join((self.root.rstrip("/"), *parts))
@@ -105,15 +143,19 @@ class CheckpointStore:
         try:
             limit = {"timeout": _FIRST_ANSWER_S} if self.fs.async_impl else {}
             entries = self.fs.ls(self.root, detail=False, **limit)
-        except (FileNotFoundError, NotADirectoryError):
-            return []
         except Exception as error:  # every storage has exceptions of its own
+            if lacks_bucket(error):
+                raise CheckpointError(
+                    f"out_dir={self.out_dir}: {reason_of(error)}; make it, or check its name"
+                ) from error
+            if isinstance(error, FileNotFoundError | NotADirectoryError):
+                return []
             is_late = isinstance(error, FSTimeoutError)
-            reason = f"no answer in {_FIRST_ANSWER_S:g} s" if is_late else f"{type(error).__name__}: {error}"
+            reason = f"no answer in {_FIRST_ANSWER_S:g} s" if is_late else reason_of(error)
             raise UnreadableError(
                 f"{self.key}={self.out_dir} cannot be read: {reason}; "
                 "check the address, the network and the credentials"
-            ) from None
+            ) from error
         found = [name for entry in entries if _NAME.fullmatch(name := entry.rstrip("/").rsplit("/", 1)[-1])]
         return newest_name_first(found)
 
@@ -125,7 +167,9 @@ class CheckpointStore:
             UnreadableError: the storage does not answer.
         """
         text = self._read(f"{name}/state.json")
-        return None if text is None else Checkpoint(name, parse_state(text, self.path(name, "state.json")))
+        if text is None or text == _WITHDRAWN_TEXT:
+            return None
+        return Checkpoint(name, parse_state(text, self.path(name, "state.json")))
 
     def _read(self, name: str) -> bytes | None:
         path = self.path(name)
@@ -134,7 +178,7 @@ class CheckpointStore:
         except (FileNotFoundError, NotADirectoryError):
             return None
         except Exception as error:  # every storage has exceptions of its own
-            raise UnreadableError(f"{path} cannot be read: {type(error).__name__}: {error}") from None
+            raise UnreadableError(f"{path} cannot be read: {reason_of(error)}") from error
 
     def newest_first(self) -> Iterator[Checkpoint]:
         """Yield the committed checkpoints; one with a damaged state.json is passed over with a warning."""
@@ -267,6 +311,8 @@ class CheckpointStore:
         What was begun up to the iteration of the newest committed one and never announced goes too. Beginnings of later
         ones stay, for somebody may be writing them; and what could not be read, for the storage may have been at fault.
         """
+        if not self.can_delete or not self.names():  # asked first: what is refused here is no sign of damage
+            return []
         found = self._whole()
         if not found:
             return []
@@ -279,24 +325,44 @@ class CheckpointStore:
             self.delete_checkpoint(name)
         return doomed
 
-    def delete_file(self, name: str) -> None:
-        """Delete a file of the run, where it is there.
+    def delete_file(self, name: str) -> bool:
+        """Delete a file of the run, where it is there; return whether it is gone: some storage lets us delete nothing.
 
         Raises:
-            CheckpointError: it cannot be deleted.
+            CheckpointError: it cannot be deleted, which may pass.
         """
         try:
-            if self.fs.exists(self.path(name)):
+            if is_there(self.fs, self.path(name)):
                 self.fs.rm_file(self.path(name))
+            return True
         except Exception as error:  # every storage has exceptions of its own
-            raise CheckpointError(f"{self.path(name)} cannot be deleted: {type(error).__name__}: {error}") from None
+            if is_refused(error) and not has_expired(error):
+                return False
+            raise CheckpointError(f"{self.path(name)} cannot be deleted: {reason_of(error)}") from error
 
     def delete_checkpoint(self, name: str) -> None:
-        """Delete state.json first, so that at no moment half a checkpoint looks whole."""
+        """Delete state.json first, so that at no moment half a checkpoint looks whole.
+
+        Raises:
+            UndeletableError: storage refuses that.
+            Exception: the storage's own.
+        """
         announced = self.path(name, "state.json")
-        if self.fs.exists(announced):
-            self.fs.rm_file(announced)
-        self.fs.rm(self.path(name), recursive=True)
+        try:
+            if is_there(self.fs, announced):
+                self.fs.rm_file(announced)
+            delete_folder(self.fs, self.path(name))
+        except Exception as error:
+            if is_refused(error) and not has_expired(error):
+                raise UndeletableError(f"nothing can be deleted there ({reason_of(error)})") from error
+            raise
+
+    def withdraw(self, name: str) -> None:
+        """Make a checkpoint one that was never announced: it is deleted, or said to be none where that is refused."""
+        try:
+            self.delete_checkpoint(name)
+        except UndeletableError:
+            self._write_text(f"{name}/state.json", _WITHDRAWN_TEXT.decode())
 
 
 def best(checkpoints: list[Checkpoint]) -> Checkpoint | None:

@@ -5,20 +5,24 @@ A file appears whole or not at all. Nothing here knows what is in a file.
 
 from __future__ import annotations
 
+import copy
 import os
 import socket
 import tempfile
+import threading
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from fsspec import available_protocols
+from fsspec import available_protocols, get_filesystem_class
 from fsspec.core import url_to_fs
 from fsspec.implementations.local import LocalFileSystem
 
+from orchestrator.checkpoint.reasons import lacks_bucket, reason_of
 from orchestrator.config import nearest
 from orchestrator.errors import CheckpointError
+from orchestrator.storage_options import read_again
 
 _EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gcs", "gcs": "gcs", "abfs": "azure", "abfss": "azure", "az": "azure"}
 _EXTRAS |= {"sftp": "sftp", "ssh": "sftp"}
@@ -33,6 +37,7 @@ _S3_LIMITS = {
     "retries": {"mode": "standard", "total_max_attempts": 3},
 }
 _S3_ROUNDS = 2
+_renewing = threading.Lock()
 
 
 def exists(url: str, storage_options: dict[str, Any] | None = None) -> bool:
@@ -43,9 +48,20 @@ def exists(url: str, storage_options: dict[str, Any] | None = None) -> bool:
     """
     fs, path = locate(url, storage_options)
     try:
-        return bool(fs.exists(path))
+        return is_there(fs, path)
     except Exception as error:  # every storage library has exceptions of its own
-        raise CheckpointError(f"{url} cannot be looked for: {type(error).__name__}: {error}") from error
+        raise CheckpointError(f"{url} cannot be looked for: {reason_of(error)}") from error
+
+
+def is_there(fs: Any, path: str) -> bool:
+    """Return whether there is a file or folder; fsspec's `exists` says no as well where a server does not answer."""
+    try:
+        fs.info(path)
+    except (FileNotFoundError, NotADirectoryError) as error:
+        if lacks_bucket(error):
+            raise
+        return False
+    return True
 
 
 @contextmanager
@@ -65,10 +81,10 @@ def fetched(url: str, storage_options: dict[str, Any] | None = None) -> Iterator
         copy = Path(scratch, Path(path).name)
         try:
             fs.get_file(path, str(copy))
-        except FileNotFoundError:
-            raise CheckpointError(f"{url}: no such file; check bucket and path") from None
         except Exception as error:  # every storage library has exceptions of its own
-            raise CheckpointError(f"{url}: cannot be fetched: {type(error).__name__}: {error}") from error
+            if isinstance(error, FileNotFoundError) and not lacks_bucket(error):
+                raise CheckpointError(f"{url}: no such file; check bucket and path") from error
+            raise CheckpointError(f"{url}: cannot be fetched: {reason_of(error)}") from error
         yield copy
 
 
@@ -83,6 +99,7 @@ def delivered(url: str, storage_options: dict[str, Any] | None = None, *, is_las
         CheckpointError: the file could not be written; what was at the url before is still there.
     """
     fs, path = locate(url, storage_options)
+    check_place(fs, path, url)
     try:
         if isinstance(fs, LocalFileSystem):
             with _renamed_onto(Path(path), is_lasting) as scratch_file:
@@ -99,8 +116,9 @@ def delivered(url: str, storage_options: dict[str, Any] | None = None, *, is_las
     except CheckpointError:
         raise
     except Exception as error:  # every storage library has exceptions of its own
-        reason = f"{type(error).__name__}: {error}"
-        raise CheckpointError(f"{url}: cannot be written: {reason}; check permissions and free space") from error
+        raise CheckpointError(
+            f"{url}: cannot be written: {reason_of(error)}; check permissions and free space"
+        ) from error
 
 
 @contextmanager
@@ -117,35 +135,6 @@ def _renamed_onto(path: Path, is_lasting: bool) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
-def check_writable(folder_url: str, storage_options: dict[str, Any] | None = None) -> None:
-    """Write an empty file into a run's folder and delete it again, with the folders that were made for it.
-
-    Raises:
-        CheckpointError: it cannot be written.
-    """
-    fs, folder = locate(folder_url, storage_options)
-    probe = f"{folder.rstrip('/')}/.writable-{os.getpid()}"
-    made = _missing_folders(folder) if isinstance(fs, LocalFileSystem) else []
-    try:
-        make_folder(fs, folder)
-        fs.pipe_file(probe, b"")
-        fs.rm_file(probe)
-    except Exception as error:  # every storage library has exceptions of its own
-        reason = f"{type(error).__name__}: {error}"
-        raise CheckpointError(
-            f"out_dir={folder_url} cannot be written: {reason}; check the path, permissions and free space"
-        ) from error
-    finally:
-        for path in made:
-            with suppress(OSError):  # never made, or somebody else has put something there
-                path.rmdir()
-
-
-def _missing_folders(folder: str) -> list[Path]:
-    """Return what would have to be made, the deepest first."""
-    return [path for path in (Path(folder), *Path(folder).parents) if not path.exists()]
-
-
 def make_folder(fs: Any, path: str) -> None:
     """Make a folder on file servers. On object stores there are none, and theirs would make a mistyped bucket."""
     if not path.startswith("/"):
@@ -157,8 +146,23 @@ def make_folder(fs: Any, path: str) -> None:
             raise
 
 
+def check_place(fs: Any, path: str, url: str) -> None:
+    """Check that what is written there can be found again: object stores take a path letter by letter, or refuse it.
+
+    Raises:
+        CheckpointError: naming what has to go.
+    """
+    if isinstance(fs, LocalFileSystem) or path.startswith("/") or "://" in path:
+        return
+    odd = next((part or "//" for part in path.split("/") if part in ("", ".", "..")), None)
+    if "?versionId=" in path:
+        raise CheckpointError(f"{url} names a version of an object: leave out ?versionId=... to write there")
+    if odd:
+        raise CheckpointError(f"{url} has {odd} in its path, which an object store does not resolve: leave it out")
+
+
 def locate(url: str, storage_options: dict[str, Any] | None = None) -> tuple[Any, str]:
-    """Return the fsspec filesystem of a path or URL, and the path in it.
+    """Return the fsspec filesystem of a path or URL, and the path in it, in which no letter has a meaning of its own.
 
     Raises:
         CheckpointError: an unknown protocol, one whose package is not installed, storage options that do not fit, or
@@ -177,31 +181,68 @@ def locate(url: str, storage_options: dict[str, Any] | None = None) -> tuple[Any
         hint = nearest(protocol, _EXTRAS)
         raise CheckpointError(f"{url}: no such protocol; give a path, or a URL such as s3://bucket/run{hint}") from None
     except Exception as error:  # file servers are connected to at once, and every library has exceptions of its own
-        reason = f"{type(error).__name__}: {error}"
         raise CheckpointError(
-            f"{url} cannot be opened: {reason}; check the address, the credentials and storage_options"
-        ) from None
+            f"{url} cannot be opened: {reason_of(error)}; check the address, the credentials and storage_options"
+        ) from error
     return fs, path
+
+
+def renewed(fs: Any, url: str, storage_options: dict[str, Any] | None) -> tuple[Any, dict[str, Any] | None]:
+    """Return a client in place of one whose credentials are refused, and the options: both are read again.
+
+    All who ask get the same one, and so do those who locate the URL from now on.
+
+    Raises:
+        CheckpointError: as `locate` does.
+    """
+    options = read_again(storage_options)
+    with _renewing:
+        again, _ = locate(url, options)
+        if again is fs:  # nobody has asked before
+            fs.clear_instance_cache()
+            again, _ = locate(url, options)
+    return again, options
 
 
 def _connect(url: str, protocol: str, options: dict[str, Any]) -> tuple[Any, str]:
-    """Ask fsspec, which hands out one client for equal options again and again, dead or alive."""
+    """Ask fsspec, which hands out one client for equal options again and again, dead or alive.
+
+    It is not given the whole URL where that is one: it would take `::` in a path for a chain, and cut it off at `?`.
+    """
     if protocol in ("sftp", "ssh"):
         return _connect_sftp(url, {**_SFTP_LIMITS_S, **options})
-    if protocol in ("s3", "s3a") and "config_kwargs" not in options:
-        fs, path = url_to_fs(url, **options, config_kwargs=_S3_LIMITS)
-        fs.retries = _S3_ROUNDS
-        return fs, path
-    return url_to_fs(url, **options)  # type: ignore[no-any-return]
+    if url.partition("::")[0] in available_protocols():  # a chain, such as simplecache::s3://
+        return url_to_fs(url, **options)  # type: ignore[no-any-return]
+    kind = get_filesystem_class(protocol or "file")
+    path = kind._strip_protocol(url)
+    if kind is LocalFileSystem and ".." in path.split("/"):
+        path = str(Path(path).resolve())  # the system follows links before it goes up
+    if protocol not in ("s3", "s3a"):
+        return kind(**{**kind._get_kwargs_from_urls(url), **options}), path
+    if path.startswith("/"):
+        raise ValueError("there is no bucket in it: s3://bucket/run")
+    if "?versionId=" in path:
+        options = {"version_aware": True, **options}
+    options = copy.deepcopy(options)  # botocore writes into them, and what is equal now would not be so then
+    if "config_kwargs" in options:
+        return kind(**options), path
+    fs = kind(**options, config_kwargs=copy.deepcopy(_S3_LIMITS))
+    fs.retries = _S3_ROUNDS
+    return fs, path
 
 
 def _connect_sftp(url: str, options: dict[str, Any]) -> tuple[Any, str]:
-    fs, path = url_to_fs(url, **options)
+    scheme, _, rest = url.partition("://")
+    host, slash, path = rest.partition("/")
+    server = f"{scheme}://{host}/"
+    fs, _ = url_to_fs(server, **options)
     transport = fs.client.get_transport()
     if transport is None or not transport.is_active():  # the server went away, or the connection was cut
         fs.clear_instance_cache()
-        fs, path = url_to_fs(url, **options)
+        fs, _ = url_to_fs(server, **options)
     # or every 32 KiB that is written waits for the 40 ms of a delayed acknowledgement
     fs.client.get_transport().sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     fs.ftp.get_channel().settimeout(_SFTP_SILENCE_S)
-    return fs, path
+    if path.partition("/")[0] == "~":  # as with scp and git: the home folder there
+        path = fs.ftp.normalize(".").strip("/") + path[1:]
+    return fs, slash + path

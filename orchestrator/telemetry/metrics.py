@@ -22,7 +22,8 @@ from typing import Any
 
 from fsspec.implementations.local import LocalFileSystem
 
-from orchestrator.checkpoint.transfer import locate, make_folder
+from orchestrator.checkpoint.reasons import is_refused, lacks_bucket, reason_of
+from orchestrator.checkpoint.transfer import locate, make_folder, renewed
 from orchestrator.errors import CheckpointError
 
 logger = logging.getLogger(__name__)
@@ -53,6 +54,7 @@ class MetricsLog:
         clock: Callable[[], float] = time.time,
         stem: str = "metrics",
     ) -> None:
+        self._out_dir, self._storage_options = out_dir, storage_options
         self._fs, self._root = locate(out_dir, storage_options)
         self.is_local = isinstance(self._fs, LocalFileSystem)
         self._attempt, self._stem = attempt, stem
@@ -104,14 +106,14 @@ class MetricsLog:
         if not lines:
             return
         try:
-            (self._append if self.is_local else self._put)(lines)
+            self._append(lines) if self.is_local else self._insist(lines)
         except Exception as error:  # whatever a disk or a storage library fails with: training goes on
             self._keep_for_later(error)
             return
         with self._lock:
             del self._lines[: len(lines)]
         if self._is_failing:
-            logger.info("metrics are written to %s again", self._root)
+            logger.info("%s are written to %s again", self._stem, self._root)
         self._is_failing = False
 
     def _append(self, lines: list[tuple[int, str]]) -> None:
@@ -120,6 +122,16 @@ class MetricsLog:
         with path.open("ab+") as file:
             text = "".join(line for _, line in lines)
             file.write((text if _ends_whole(file) else "\n" + text).encode())
+
+    def _insist(self, lines: list[tuple[int, str]]) -> None:
+        """Put them; where storage refuses that, read the credentials again, which somebody may have renewed."""
+        try:
+            self._put(lines)
+        except Exception as error:
+            if not is_refused(error):
+                raise
+            self._fs, self._storage_options = renewed(self._fs, self._out_dir, self._storage_options)
+            self._put(lines)
 
     def _put(self, lines: list[tuple[int, str]]) -> None:
         """Put the newest part again with these lines added, or begin another where it is large."""
@@ -137,8 +149,8 @@ class MetricsLog:
 
     def _keep_for_later(self, error: Exception) -> None:
         if not self._is_failing:
-            reason = f"{type(error).__name__}: {error}"
-            logger.warning("metrics cannot be written to %s (%s); training goes on, trying again", self._root, reason)
+            told = self._stem, self._root, reason_of(error)
+            logger.warning("%s cannot be written to %s (%s); training goes on, trying again", *told)
         self._is_failing = True
         with self._lock:
             del self._lines[:-_KEPT_LINES]
@@ -175,14 +187,16 @@ def _read_records(out_dir: str, storage_options: dict[str, Any] | None, stem: st
     try:
         return sorted(_read_lines(fs, root, stem), key=lambda record: record["time"])
     except Exception as error:  # every storage library has exceptions of its own
-        raise CheckpointError(f"{stem} in {out_dir} cannot be read: {type(error).__name__}: {error}") from error
+        raise CheckpointError(f"{stem} in {out_dir} cannot be read: {reason_of(error)}") from error
 
 
 def _read_lines(fs: Any, root: str, stem: str) -> Iterator[Record]:
     fs.invalidate_cache()
     try:
         names = sorted(path for path in fs.ls(root, detail=False) if _is_part(path, stem))
-    except FileNotFoundError:
+    except FileNotFoundError as error:
+        if lacks_bucket(error):
+            raise
         return
     for name in names:
         damaged = 0

@@ -12,6 +12,7 @@ from typing import Any, Protocol
 
 from fsspec.implementations.local import LocalFileSystem
 
+from orchestrator.checkpoint.reasons import reason_of
 from orchestrator.checkpoint.transfer import locate, make_folder
 from orchestrator.errors import ConfigError, UserError
 from orchestrator.telemetry.metrics import MetricsLog, Record
@@ -199,7 +200,7 @@ def _run_id(fs: Any, root: str) -> str:
 
 
 def _warn_dropped(name: str, error: Exception) -> None:
-    logger.warning("%s is left out from now on (%s: %s); training goes on", name, type(error).__name__, error)
+    logger.warning("%s is left out from now on (%s); training goes on", name, reason_of(error))
 
 
 def _missing(extra: str, key: str) -> str:

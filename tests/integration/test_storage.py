@@ -163,8 +163,7 @@ def refusal(config: TrainConfig) -> str:
 
 def test_a_mistyped_bucket_is_refused_and_not_made(s3: Storage, tiny: TrainConfig) -> None:
     message = refusal(replace(tiny, out_dir="s3://mistyped/run"))
-    assert "out_dir=s3://mistyped/run cannot be written" in message
-    assert "bucket does not exist" in message
+    assert "out_dir=s3://mistyped/run: no such bucket (NoSuchBucket" in message
     fs, _ = url_to_fs(s3.url)
     assert "mistyped" not in fs.ls("", refresh=True)
 
@@ -207,7 +206,7 @@ def test_sftp_is_connected_to_again_and_does_not_dawdle(sftp: Storage, sftp_serv
     sftp_server.kill()
     with pytest.raises((OSError, EOFError, paramiko.SSHException)):
         fs.cat_file(path)
-    with pytest.raises(CheckpointError, match="cannot be opened: NoValidConnectionsError"):
+    with pytest.raises(CheckpointError, match=r"the server cannot be reached .NoValidConnectionsError"):
         locate(sftp.url, sftp.options)
     sftp_server.start()
     fs, path = locate(f"{sftp.url}/file", sftp.options)

@@ -259,7 +259,7 @@ def test_storage_that_cannot_be_read_is_not_taken_for_free(
     store: CheckpointStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(store.fs, "cat_file", failing(PermissionError("no")))
-    with pytest.raises(CheckpointError, match=r"driver.json cannot be read: PermissionError: no"):
+    with pytest.raises(CheckpointError, match=r"driver.json cannot be read: access denied .PermissionError: no"):
         new_lease(store, Time()).wait_until_free()
 
 

@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 from fsspec.implementations.local import LocalFileSystem
 from pyarrow.fs import FileType
+from ray.train.v2._internal.constants import VALIDATE_STORAGE_MARKER_FILENAME
+from ray.train.v2._internal.execution.storage import StorageContext
 
 from orchestrator import registry
 from orchestrator.registry import REGISTRY_FILE, storage_for_ray
@@ -52,3 +54,11 @@ def test_all_else_fails_as_it_does(tmp_path: Path) -> None:
         write(tmp_path / "nowhere" / "file", b"content")
     write(tmp_path / "file", b"content")
     assert storage_for_ray(LocalFileSystem()).get_file_info(str(tmp_path / "file")).type == FileType.File
+
+
+def test_nothing_is_written_to_find_out_whether_it_can_be(tmp_path: Path) -> None:
+    storage = storage_for_ray(LocalFileSystem())
+    context = StorageContext(str(tmp_path), "run", storage)  # which writes a file and looks for it
+    context._check_validation_file()
+    assert list(tmp_path.iterdir()) == []
+    assert VALIDATE_STORAGE_MARKER_FILENAME == registry._TRIAL_FILE
