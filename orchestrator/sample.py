@@ -256,7 +256,7 @@ def _read_prompt(start: str) -> str:
     else:
         where = start.removeprefix("FILE:")
         try:
-            text = Path(where).read_text(encoding="utf-8")
+            text = Path(where).expanduser().read_text(encoding="utf-8-sig")
         except (OSError, UnicodeDecodeError) as error:
             raise ConfigError(f"start={start!r}: {where} is not a readable text file: {error}") from None
     if not text:

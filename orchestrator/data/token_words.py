@@ -16,6 +16,7 @@ from orchestrator.errors import DataError
 
 _STRETCHES, _STRETCH_WORDS = 64, 16_384
 _FEWEST_WORDS = 16  # below, nothing shows
+_FEWEST_BYTES, _FEWEST_HIGH = 512, 16  # words, and different high bytes, that show tokens of one byte
 _WRITE_UINT16 = "write them as uint16: np.array(ids, dtype=np.uint16).tofile(...)"
 _REMEDIES = {
     "a .npy file": "np.load('train.npy').astype(np.uint16).tofile('train.bin') writes its tokens",
@@ -28,7 +29,7 @@ _REMEDIES = {
     "a pointer of Git LFS": "fetch the file itself with git lfs pull",
     "a text": "`prepare NAME --text FILE` makes tokens of it",
 }
-_STATED = ("int32", "int64")
+_STATED = ("uint8", "int32", "int64")
 _FLOAT16_1024 = 0x6400  # from 1024 on, every float16 is a whole number
 
 
@@ -50,7 +51,7 @@ def check_words(path: Path, words: NDArray[Any]) -> None:
         )
 
 
-_STATED = ("int32", "int64")
+_STATED = ("uint8", "int32", "int64")
 _FLOAT16_1024 = 0x6400  # from 1024 on, every float16 is a whole number
 
 
@@ -75,8 +76,11 @@ def _other_type(words: NDArray[np.uint16]) -> str | None:
     for name, (period, place) in _ZEROS.items():
         if _only(words, period, place):
             return name
-    if not (words & 0xFF).any() and len(np.unique(words)) > 2:
+    low, high = words & 0xFF, words >> 8
+    if not low.any() and len(np.unique(words)) > 2:
         return "uint16 of big-endian byte order"
+    if len(words) >= _FEWEST_BYTES and max(low.max(), high.max()) < 0x80 and len(np.unique(high)) > _FEWEST_HIGH:
+        return "uint8"  # the low bytes of thousands of ids would take all values
     return None
 
 

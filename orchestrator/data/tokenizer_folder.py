@@ -82,6 +82,8 @@ def read_tokenizer_folder(folder_or_url: str, storage_options: dict[str, Any] | 
     names = folder.names()
     if OUR_FILE in names:
         return tokenizer_from_json(folder.json(OUR_FILE))
+    if (its := folder.settings("meta.json").get("tokenizer")) is not None:  # a dataset that `prepare` made
+        return tokenizer_from_json(its, folder.text)
     settings = folder.settings("tokenizer_config.json")
     if TOKENIZER_FILE in names:
         if "auto_map" in settings:

@@ -288,6 +288,19 @@ def test_a_dataset_keeps_the_file(folder: Path, tmp_path: Path) -> None:
         open_token_files(tmp_path / "data", "mine")
 
 
+def test_another_datasets_folder_is_one(tmp_path: Path) -> None:
+    theirs = folder_of(tmp_path / "theirs", byte_level(end="</s>"), eos_token="</s>")
+    prepared(theirs, tmp_path)
+    assert read_tokenizer_folder(f"{tmp_path}/data/mine") == read(theirs)
+    assert read(tmp_path / "data/mine").end_of_text == 0
+    (tmp_path / "b.txt").write_text("bbaa" * 9)
+    settings = PrepareConfig("b", (str(tmp_path / "b.txt"),), "char", str(tmp_path / "data"))
+    prepare(settings)
+    (tmp_path / "c.txt").write_text("aaaa" * 9)
+    prepare(replace(settings, name="c", text=(str(tmp_path / "c.txt"),), tokenizer=f"{tmp_path}/data/b"))
+    assert read_tokenizer(tmp_path / "data", "c") == CharTokenizer("ab")
+
+
 def test_ends_of_text_are_the_folders(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     folder = folder_of(tmp_path / "theirs", byte_level(end="</s>"), eos_token={"content": "</s>"})
     (tmp_path / "more.txt").write_text("the fox</s>the dog\n" * 9)
