@@ -29,7 +29,13 @@ _REMEDIES = {
     "a pointer of Git LFS": "fetch the file itself with git lfs pull",
     "a text": "`prepare NAME --text FILE` makes tokens of it",
 }
-_STATED = ("uint8", "int32", "int64")
+# How a meta.json says what they are; floats are no ids, and so it can only say that they are uint16 after all.
+_STATED = {
+    "uint16 of big-endian byte order": ">u2",
+    "int32 of big-endian byte order": ">i4",
+    "int64 of big-endian byte order": ">i8",
+    **dict.fromkeys(("float16", "float32", "float64"), "uint16"),
+}
 _FLOAT16_1024 = 0x6400  # from 1024 on, every float16 is a whole number
 
 
@@ -47,12 +53,8 @@ def check_words(path: Path, words: NDArray[Any]) -> None:
     if looks := _other_type(_sampled(words)):
         raise DataError(
             f"{path} looks like {looks} tokens, and nothing says so: {_WRITE_UINT16}, or give a meta.json beside it "
-            f'that says the dtype, such as {{"dtype": "{looks if looks in _STATED else "uint16"}"}}'
+            f'that says the dtype, such as {{"dtype": "{_STATED.get(looks, looks)}"}}'
         )
-
-
-_STATED = ("uint8", "int32", "int64")
-_FLOAT16_1024 = 0x6400  # from 1024 on, every float16 is a whole number
 
 
 def _sampled(words: NDArray[Any]) -> NDArray[np.uint16]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import bz2
 import gzip
 import io
+import json
 import pickle
 import zipfile
 from pathlib import Path
@@ -53,9 +54,13 @@ def test_tokens_of_another_type_are_refused_by_name(tmp_path, tokens, dtype, loo
 
 @pytest.mark.parametrize(("dtype", "looks"), [("<f2", "float16"), (">u2", "uint16 of big-endian byte order")])
 def test_two_bytes_of_another_kind_are_refused_by_name(tmp_path, dtype, looks):
-    write(tmp_path, CHARS.astype(dtype).tobytes())
-    with pytest.raises(DataError, match=f"looks like {looks} tokens"):
+    folder = write(tmp_path, CHARS.astype(dtype).tobytes())
+    with pytest.raises(DataError, match=f"looks like {looks} tokens") as error:
         open_token_files(tmp_path, "mine")
+    advice = json.loads(str(error.value).split("such as ")[1])
+    (folder / "meta.json").write_text(json.dumps(advice))
+    tokens = open_token_files(tmp_path, "mine").splits["train"]
+    assert tokens.tolist() == CHARS.tolist() or (looks, advice) == ("float16", {"dtype": "uint16"})
 
 
 @pytest.mark.parametrize(
