@@ -85,6 +85,21 @@ def test_tokens_as_nanogpt_writes_them_are_taken(tmp_path, tokens):
     assert open_token_files(tmp_path, "mine").splits["train"].tolist() == tokens.tolist()
 
 
+def test_wide_ids_are_seen_in_int64_as_well(tmp_path):
+    write(tmp_path, (CHARS * 1_999).astype("<i8").tobytes())  # up to 127,936, as Llama's
+    with pytest.raises(DataError, match="looks like int64 tokens"):
+        open_token_files(tmp_path, "mine")
+
+
+def test_a_file_that_was_not_written_to_its_end_is_said(tmp_path, caplog):
+    write(tmp_path, CHARS.astype("<u2").tobytes())
+    open_token_files(tmp_path, "mine")
+    assert "zeros" not in caplog.text
+    write(tmp_path, CHARS.astype("<u2").tobytes() + bytes(40_000))  # as an array that is filled up to there
+    open_token_files(tmp_path, "mine")
+    assert "train.bin ends in 16384 zeros or more: was it written to its end?" in caplog.text
+
+
 def test_a_meta_that_states_the_type_ends_all_doubt(tmp_path):
     folder = write(tmp_path, CHARS.astype("<i8").tobytes())
     CHARS.astype("<i8").tofile(folder / "val.bin")
