@@ -12,7 +12,6 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from itertools import islice
-from pathlib import Path
 from typing import Any, Literal, TextIO
 
 import torch
@@ -21,22 +20,15 @@ from torch import Tensor
 from model import GPT, GPTConfig
 from model.names import HEAD
 from model.sampling import NotFiniteError, skip_draws
-from orchestrator.checkpoint.run_tokenizer import saved_tokenizer
 from orchestrator.checkpoint.snapshot import Snapshot
 from orchestrator.checkpoint.sources import Kind, Weights, find_source, refuse_missing, using
-from orchestrator.checkpoint.store import CheckpointStore
-from orchestrator.config import GPT2_NAMES
-from orchestrator.data.token_files import read_tokenizer
-from orchestrator.data.token_ids import REPLACEMENT
-from orchestrator.data.tokenizer_folder import read_tokenizer_folder
-from orchestrator.data.tokenizers import GPT2_VOCAB_SIZE, GPT2Tokenizer, Tokenizer
+from orchestrator.data.tokenizers import Tokenizer
 from orchestrator.errors import CheckpointError, ConfigError, DataError
 from orchestrator.process import compiler_fault, device_here
+from orchestrator.prompt import encode_prompt, folder_tokenizer, tokenizer_of
 from orchestrator.sample_text import Texts, print_text
 
 logger = logging.getLogger(__name__)
-
-_MOST_PADDED = 51_200  # to what GPT-2's 50,257 are padded at most: Megatron's, for eight-way tensor parallelism
 
 
 @dataclass(frozen=True)
@@ -154,47 +146,6 @@ def build(snapshot: Snapshot, tensors: Iterable[tuple[str, Tensor]], *, draws: b
     return model
 
 
-def tokenizer_of(run_config: dict[str, Any], data_dir: str, store: CheckpointStore | None = None) -> Tokenizer:
-    """Return the tokenizer that a run's config carries, else that of its dataset, else GPT-2's, as in nanoGPT.
-
-    store: the run's folder, where a tokenizer's file lies.
-
-    Raises:
-        DataError: the dataset's meta tells the size of the vocabulary, but not what the ids mean.
-    """
-    if saved := saved_tokenizer(run_config, store, data_dir):
-        return saved
-    name = str(run_config.get("dataset") or "")
-    tokenizer = read_tokenizer(data_dir, name) if name else GPT2Tokenizer()
-    if isinstance(tokenizer, GPT2Tokenizer):
-        logger.info("tokenizer: GPT-2's (none with the model, no other in %s)", Path(data_dir, name))
-    return tokenizer
-
-
-def folder_tokenizer(source: str, vocab_size: int, storage_options: dict[str, Any] | None = None) -> Tokenizer:
-    """Return the tokenizer of a Hugging Face folder, GPT-2's for GPT-2's names and where the vocabulary is of its size.
-
-    Raises:
-        DataError: the folder's cannot be read, or it has none and its model is of another vocabulary.
-    """
-    if source in GPT2_NAMES:
-        return GPT2Tokenizer()
-    if found := read_tokenizer_folder(source, storage_options):
-        if found.vocab_size > vocab_size:
-            raise DataError(
-                f"the model has vocab_size={vocab_size}, but the tokenizer {found.vocab_size} tokens: the tokenizer in "
-                f"{source} is another model's"
-            )
-        return found
-    if not GPT2_VOCAB_SIZE <= vocab_size <= _MOST_PADDED:
-        raise DataError(
-            f"{source} holds no tokenizer, and vocab_size={vocab_size} is not GPT-2's: put the tokenizer.json of the "
-            f"model there"
-        )
-    logger.info("tokenizer: GPT-2's (none in %s)", source)
-    return GPT2Tokenizer()
-
-
 def _encode(config: SampleConfig, tokenizer: Tokenizer, vocab_size: int) -> list[int]:
     """Return the prompt's token ids; for nanoGPT's default prompt, where it is not known, those of another one."""
     if tokenizer.vocab_size > vocab_size:
@@ -202,42 +153,7 @@ def _encode(config: SampleConfig, tokenizer: Tokenizer, vocab_size: int) -> list
             f"the model has vocab_size={vocab_size}, but the tokenizer {tokenizer.vocab_size} tokens: the model was "
             f"trained on another dataset than data_dir={config.data_dir} tells; give the --data_dir that has its meta"
         )
-    is_default = config.start == SampleConfig.start
-    prompt = _read_prompt(config.start)
-    try:
-        ids = [int(token) for token in tokenizer.encode(prompt, allow_special=True)]
-    except DataError as error:
-        if not is_default:
-            raise DataError(f"start={config.start!r}: {error}") from None
-        ids = []
-    if is_default and (not ids or tokenizer.decode(ids) != prompt):
-        return _other_prompt(tokenizer)
-    if not ids:
-        raise DataError(f"start={config.start!r}: the tokenizer has no token for it; give another prompt")
-    return ids
-
-
-def _other_prompt(tokenizer: Tokenizer) -> list[int]:
-    """Return the end of a text, or the first token with a text, for a vocabulary that has no newline."""
-    ends = [] if tokenizer.end_of_text is None else [tokenizer.end_of_text]
-    texts = ((token, tokenizer.decode([token])) for token in (*ends, *range(tokenizer.vocab_size)))
-    token, text = next((token, text) for token, text in texts if text not in ("", REPLACEMENT))
-    logger.info("the vocabulary has no newline: samples begin with %r (--start gives another)", text)
-    return [token]
-
-
-def _read_prompt(start: str) -> str:
-    if not start.startswith("FILE:"):
-        text, where = start, "start"
-    else:
-        where = start.removeprefix("FILE:")
-        try:
-            text = Path(where).read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise ConfigError(f"start={start!r}: {where} is not a readable text file: {error}") from None
-    if not text:
-        raise ConfigError(f"{where} is empty: the model needs something to go on from, for instance --start='\\n'")
-    return text
+    return encode_prompt(config.start, tokenizer, is_default=config.start == SampleConfig.start)
 
 
 def _print_samples(

@@ -64,8 +64,9 @@ class Dataset:
         if sizes is None:
             return None
         tokens = self.files.splits[split]
-        size_bytes = sum(int(sizes[tokens[i : i + _AT_ONCE]].sum()) for i in range(0, len(tokens), _AT_ONCE))
-        return size_bytes / len(tokens)
+        chunks = (tokens[i : i + _AT_ONCE] for i in range(0, len(tokens), _AT_ONCE))
+        # An id beyond the tokenizer's, which a padded model knows, is no text.
+        return sum(int(sizes[chunk[chunk < len(sizes)]].sum()) for chunk in chunks) / len(tokens)
 
     def batch(self, split: Split, iter_num: int, micro_step: int, *, evaluation: bool = False) -> tuple[Tensor, Tensor]:
         """Return inputs and next-token targets, contiguous int64 (B, T) each, of one micro-step of one iteration.

@@ -24,6 +24,7 @@ logger = logging.getLogger(__name__)
 
 _USED = ("vocab_size", "itos", "stoi", "dtype")
 _WIDEST_UINT16 = 1 << 16
+_MOST_IDS = 1 << 32
 _MOST_HOLES = 100_000  # ids without an entry
 DTYPES = ("uint8", "int16", "uint16", "int32", "uint32", "int64", "uint64")
 
@@ -124,8 +125,8 @@ def _checked(value: Any, path: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise DataError(f"{path} must hold a dict with vocab_size, as nanoGPT's does, not a {type(value).__name__}")
     size = _whole(value["vocab_size"]) if "vocab_size" in value else _size_of(value)
-    if size is None or size < 1:
-        found = f"vocab_size={value['vocab_size']!r}" if "vocab_size" in value else "no vocab_size"
+    if size is None or not 1 <= size <= _MOST_IDS:
+        found = f"vocab_size={_shown(value['vocab_size'])}" if "vocab_size" in value else "no vocab_size"
         raise DataError(
             f"{path} says {found[:100]}, and must say an integer vocab_size, as nanoGPT's does, "
             f'such as {{"vocab_size": 65}}; is it damaged, or another program\'s?'
@@ -135,10 +136,17 @@ def _checked(value: Any, path: Path) -> dict[str, Any]:
 
 
 def _note_others(value: dict[str, Any], path: Path) -> None:
-    others = [str(key)[:40] for key in value if key not in _USED]
+    others = [key[:40] if isinstance(key, str) else _shown(key) for key in value if key not in _USED]
     if others:
         more = ", ..." if len(others) > 8 else ""
         logger.info("%s: not used here: %s%s", path, ", ".join(others[:8]), more)
+
+
+def _shown(value: Any) -> str:
+    try:
+        return repr(value)[:50]
+    except ValueError:  # Python writes no number of more than 4,300 digits
+        return f"{type(value).__name__} too long to be shown"
 
 
 def _whole(value: Any) -> int | None:
@@ -158,7 +166,7 @@ def _dtype(said: Any, path: Path) -> np.dtype[Any]:
     except TypeError:
         found = None
     if found is None or found.name not in DTYPES:
-        raise DataError(f"{path}: dtype {str(said)[:50]!r} is none of {', '.join(DTYPES)}")
+        raise DataError(f"{path}: dtype {_shown(said)} is none of {', '.join(DTYPES)}")
     return found.newbyteorder("<") if re.fullmatch(r"[a-z]+\d+", said) else found
 
 

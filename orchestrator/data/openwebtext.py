@@ -27,6 +27,8 @@ from orchestrator.errors import DataError
 logger = logging.getLogger(__name__)
 
 OPENWEBTEXT = "openwebtext"
+_HUB_NAME = "Skylion007/openwebtext"
+_DOCUMENTS = 8_013_769
 _VAL_SHARE, _SEED = 0.0005, 2357
 _BUILDERS = {"parquet": "parquet", "jsonl": "json", "json": "json", "arrow": "arrow"}  # ending -> datasets' reader
 _PACKED = (".gz", ".zst", ".bz2", ".xz")
@@ -152,12 +154,25 @@ def _load_from_hub(_scratch: str) -> Any:
         logger.info("%s does not answer (%s): datasets' cache is looked at", endpoint, error)
         os.environ["HF_HUB_OFFLINE"] = os.environ["HF_DATASETS_OFFLINE"] = "1"
     try:
-        return _loaded(OPENWEBTEXT, split="train")
+        rows = _first_of_hub()
     except DataError as error:
         raise DataError(
             f"{error}. Either run this on a machine with a network, or give its files: "
             f"prepare openwebtext --text 'openwebtext/*.parquet' (or .jsonl, .arrow; one column `text`)"
         ) from error
+    if len(rows) != _DOCUMENTS:
+        logger.warning("the hub's openwebtext has %d documents, nanoGPT's has %d", len(rows), _DOCUMENTS)
+    return rows
+
+
+def _first_of_hub() -> Any:
+    try:
+        return _loaded(OPENWEBTEXT, split="train")
+    except DataError as error:
+        if not isinstance(error.__cause__, RuntimeError):
+            raise
+        logger.info("%s; its conversion to parquet is taken", error)  # datasets from 4 on runs no script of a dataset
+        return _loaded(_HUB_NAME, revision="refs/convert/parquet", split="train")
 
 
 def _loaded(builder: str | None, **options: Any) -> Any:

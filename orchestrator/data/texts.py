@@ -167,6 +167,8 @@ def _read(pattern: str) -> Iterator[tuple[str, bytes]]:
             with urllib.request.urlopen(pattern, timeout=_DOWNLOAD_TIMEOUT_S) as response:
                 yield pattern, response.read()
             return
+        if not pattern:
+            raise DataError("--text is empty: give paths, globs or URLs")
         filesystem, path = fsspec.core.url_to_fs(pattern)
         # A file may have a bracket in its name, so a pattern that names one is no glob.
         is_glob = any(sign in path for sign in "*?[") and not filesystem.exists(path)

@@ -5,6 +5,7 @@ Refuses only what the words show, and names it. Nothing here knows vocabularies 
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,11 @@ from numpy.typing import NDArray
 from orchestrator.data.file_kinds import HEAD_BYTES, is_text, kind_of
 from orchestrator.errors import DataError
 
+logger = logging.getLogger(__name__)
+
 _STRETCHES, _STRETCH_WORDS = 64, 16_384
 _FEWEST_WORDS = 16  # below, nothing shows
+_FEWEST_BYTES, _FEWEST_HIGH = 512, 16  # words, and different high bytes, that show tokens of one byte
 _WRITE_UINT16 = "write them as uint16: np.array(ids, dtype=np.uint16).tofile(...)"
 _REMEDIES = {
     "a .npy file": "np.load('train.npy').astype(np.uint16).tofile('train.bin') writes its tokens",
@@ -28,7 +32,13 @@ _REMEDIES = {
     "a pointer of Git LFS": "fetch the file itself with git lfs pull",
     "a text": "`prepare NAME --text FILE` makes tokens of it",
 }
-_STATED = ("int32", "int64")
+# How a meta.json says what they are; floats are no ids, and so it can only say that they are uint16 after all.
+_STATED = {
+    "uint16 of big-endian byte order": ">u2",
+    "int32 of big-endian byte order": ">i4",
+    "int64 of big-endian byte order": ">i8",
+    **dict.fromkeys(("float16", "float32", "float64"), "uint16"),
+}
 _FLOAT16_1024 = 0x6400  # from 1024 on, every float16 is a whole number
 
 
@@ -43,10 +53,12 @@ def check_words(path: Path, words: NDArray[Any]) -> None:
     if kind := kind_of(head) or ("a text" if is_text(head) else None):
         remedy = f": {_REMEDIES[kind]}" if kind in _REMEDIES else ""
         raise DataError(f"{path} is {kind}{remedy}; a token file holds nothing but tokens, one after the other")
+    if not words[-_STRETCH_WORDS:].any():
+        logger.warning("%s ends in %s zeros or more: was it written to its end?", path, min(len(words), _STRETCH_WORDS))
     if looks := _other_type(_sampled(words)):
         raise DataError(
             f"{path} looks like {looks} tokens, and nothing says so: {_WRITE_UINT16}, or give a meta.json beside it "
-            f'that says the dtype, such as {{"dtype": "{looks if looks in _STATED else "uint16"}"}}'
+            f'that says the dtype, such as {{"dtype": "{_STATED.get(looks, looks)}"}}'
         )
 
 
@@ -68,27 +80,30 @@ def _other_type(words: NDArray[np.uint16]) -> str | None:
             return name
     if _are_whole(words.view("<f2")) and np.count_nonzero(words < _FLOAT16_1024) * 2 > len(words):
         return "float16"
-    for name, (period, place) in _ZEROS.items():
-        if _only(words, period, place):
+    for name, (zeros, place) in _ZEROS.items():
+        if _has_zeros(words, zeros, place):
             return name
-    if not (words & 0xFF).any() and len(np.unique(words)) > 2:
+    low, high = words & 0xFF, words >> 8
+    if not low.any() and len(np.unique(words)) > 2:
         return "uint16 of big-endian byte order"
+    if len(words) >= _FEWEST_BYTES and max(low.max(), high.max()) < 0x80 and len(np.unique(high)) > _FEWEST_HIGH:
+        return "uint8"  # the low bytes of thousands of ids would take all values
     return None
 
 
-# type -> of how many words which one is not zero
+# type -> which two of four words are zero, and which one is not
 _ZEROS = {
-    "int64": (4, 0),
-    "int64 of big-endian byte order": (4, 3),
-    "int32": (2, 0),
-    "int32 of big-endian byte order": (2, 1),
+    "int64": ((2, 3), 0),
+    "int64 of big-endian byte order": ((0, 1), 3),
+    "int32": ((1, 3), 0),
+    "int32 of big-endian byte order": ((0, 2), 1),
 }
 
 
-def _only(words: NDArray[np.uint16], period: int, place: int) -> bool:
-    """Return whether all words but those at one place of each period are zero, and of those a tenth at least is not."""
-    rows = words.reshape(-1, period)
-    return not np.delete(rows, place, axis=1).any() and bool(np.count_nonzero(rows[:, place]) * 10 >= len(rows))
+def _has_zeros(words: NDArray[np.uint16], zeros: tuple[int, int], place: int) -> bool:
+    """Return whether of every four words these are zero, and at the other place a tenth at least is not."""
+    rows = words.reshape(-1, 4)
+    return not rows[:, zeros].any() and bool(np.count_nonzero(rows[:, place]) * 10 >= len(rows))
 
 
 def _are_whole(values: NDArray[Any]) -> bool:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import logging
+from functools import cached_property
 from typing import Any
 
 import fsspec
@@ -21,6 +22,10 @@ OUR_FILE = "char_tokenizer.json"  # ours: transformers has no tokenizer of singl
 # FileTokenizer's hash of GPT-2's own tokenizer.json, which tests compute from its vocabulary.
 GPT2_SHA256 = "4171692f9c23cb443f6007baf3dca97ab09beb48be90abfb3fe2a47f04818e37"
 _OF_LIBRARIES = ("tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "vocab.txt", "tekken.json")
+_LOOKED_FOR = (
+    *(OUR_FILE, TOKENIZER_FILE, "vocab.json", "merges.txt", "added_tokens.json"),
+    *("tokenizer_config.json", "special_tokens_map.json", "meta.json", *_OF_LIBRARIES),
+)
 _GPT2_CLASSES = (None, "GPT2Tokenizer", "GPT2TokenizerFast", "PreTrainedTokenizerFast", "TokenizersBackend")
 _REMEDY = (
     "open it with transformers' AutoTokenizer on a machine where you trust its code, and save_pretrained to a folder: "
@@ -41,12 +46,17 @@ class TokenizerFolder:
     def path(self, name: str) -> str:
         return f"{self.url}/{name}"
 
+    @cached_property
     def names(self) -> set[str]:
-        """Return the names of what lies there, none where there is no such folder."""
+        """The names of what lies there, none where there is no such folder."""
         try:
             return {str(path).rstrip("/").rsplit("/", 1)[-1] for path in self._fs.ls(self._root, detail=False)}
-        except (FileNotFoundError, NotADirectoryError):
-            return set()
+        except (
+            FileNotFoundError,
+            NotADirectoryError,
+            PermissionError,
+        ):  # web servers list nothing
+            return {name for name in _LOOKED_FOR if self._fs.exists(f"{self._root.rstrip('/')}/{name}")}
         except Exception as error:  # every storage library has exceptions of its own
             raise DataError(f"{self.url} cannot be read: {type(error).__name__}: {error}") from error
 
@@ -66,7 +76,7 @@ class TokenizerFolder:
 
     def settings(self, name: str) -> dict[str, Any]:
         """Return what a file of settings says, {} where it is not there."""
-        value = self.json(name) if name in self.names() else {}
+        value = self.json(name) if name in self.names else {}
         if not isinstance(value, dict):
             raise DataError(f"{self.path(name)} is damaged: it holds no settings")
         return value
@@ -79,9 +89,11 @@ def read_tokenizer_folder(folder_or_url: str, storage_options: dict[str, Any] | 
         DataError: its files are damaged, or of a kind that cannot be read without running somebody's code.
     """
     folder = TokenizerFolder(folder_or_url, storage_options)
-    names = folder.names()
+    names = folder.names
     if OUR_FILE in names:
         return tokenizer_from_json(folder.json(OUR_FILE))
+    if (its := folder.settings("meta.json").get("tokenizer")) is not None:  # a dataset that `prepare` made
+        return tokenizer_from_json(its, folder.text)
     settings = folder.settings("tokenizer_config.json")
     if TOKENIZER_FILE in names:
         if "auto_map" in settings:

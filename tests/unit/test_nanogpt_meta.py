@@ -177,7 +177,7 @@ def test_somebody_elses_meta_json_is_taken_where_it_is_clear(tmp_path, caplog):
         ({"size": 3}, "says no vocab_size"),
         ({"vocab_size": "300"}, "says vocab_size='300'"),
         ({"vocab_size": 3, "dtype": "float32"}, "dtype 'float32' is none of"),
-        ({"vocab_size": 3, "dtype": 16}, "dtype '16' is none of"),
+        ({"vocab_size": 3, "dtype": 16}, "dtype 16 is none of"),
         ([300], "must hold a dict with vocab_size"),
         (b"\xff\xfe", "is damaged"),
         (b"[" * 100_000, "is damaged"),
@@ -186,6 +186,11 @@ def test_somebody_elses_meta_json_is_taken_where_it_is_clear(tmp_path, caplog):
 def test_meta_json_that_is_unclear_is_refused(tmp_path, plain, message):
     with pytest.raises(DataError, match=rf"meta\.json.*{message}"):
         folder_of(tmp_path, None, plain)
+
+
+def test_a_size_that_cannot_be_is_refused(tmp_path):
+    with pytest.raises(DataError, match=r"meta\.pkl says vocab_size=int too long to be shown"):
+        folder_of(tmp_path, {"vocab_size": 10**5000, 10**5000: 1})
 
 
 def test_an_itos_far_smaller_than_its_size_is_no_list_to_fill(tmp_path):

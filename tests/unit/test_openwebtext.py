@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import http.server
 import json
 import os
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pyarrow as pa
@@ -108,6 +110,35 @@ def test_documents_are_told_by_their_endings():
 def test_a_text_under_that_name_is_a_text(tmp_path):
     (tmp_path / "a.txt").write_text("some words\n" * 20)
     assert prepare_in(tmp_path, str(tmp_path / "a.txt")).meta.source_name.endswith("a.txt")
+
+
+def test_the_hubs_conversion_is_taken_where_it_has_a_script(tmp_path, monkeypatch, caplog):
+    """The hub itself is out of a test's reach: what datasets answers with a script there stands for it."""
+    import datasets
+
+    caplog.set_level("INFO")
+    asked = []
+
+    def load_dataset(name, **options):
+        asked.append((name, options))
+        if "revision" not in options:
+            raise RuntimeError("Dataset scripts are no longer supported, but found openwebtext.py")
+        return datasets.Dataset.from_list(rows(30))
+
+    class Hub(http.server.BaseHTTPRequestHandler):
+        def do_HEAD(self):
+            self.send_response(200)
+            self.end_headers()
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    with http.server.HTTPServer(("127.0.0.1", 0), Hub) as hub:
+        threading.Thread(target=hub.handle_request, daemon=True).start()
+        monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{hub.server_port}")
+        prepare_in(tmp_path)
+    assert asked[1] == ("Skylion007/openwebtext", {"revision": "refs/convert/parquet", "split": "train"})
+    assert "the hub's openwebtext has 30 documents, nanoGPT's has 8013769" in caplog.text
+    splits = open_token_files(tmp_path / "data", "openwebtext").splits
+    assert sum(tokens.tolist().count(50256) for tokens in splits.values()) == 30
 
 
 def test_without_datasets_the_extra_is_named(tmp_path, monkeypatch):

@@ -206,6 +206,8 @@ def test_a_prompt_comes_from_a_file(tmp_path: Path, data_dir: str) -> None:
     prompt.write_text("Speak, ")
     config = replace(GREEDY, start=f"FILE:{prompt}", max_new_tokens=1, data_dir=data_dir)
     assert text_of(config).startswith("Speak, ")
+    prompt.write_bytes(b"\xef\xbb\xbfSpeak, ")
+    assert text_of(config).startswith("Speak, ")
     prompt.write_text("")
     with pytest.raises(ConfigError, match=r"prompt\.txt is empty"):
         sample(config)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import bz2
 import gzip
 import io
+import json
 import pickle
 import zipfile
 from pathlib import Path
@@ -53,9 +54,13 @@ def test_tokens_of_another_type_are_refused_by_name(tmp_path, tokens, dtype, loo
 
 @pytest.mark.parametrize(("dtype", "looks"), [("<f2", "float16"), (">u2", "uint16 of big-endian byte order")])
 def test_two_bytes_of_another_kind_are_refused_by_name(tmp_path, dtype, looks):
-    write(tmp_path, CHARS.astype(dtype).tobytes())
-    with pytest.raises(DataError, match=f"looks like {looks} tokens"):
+    folder = write(tmp_path, CHARS.astype(dtype).tobytes())
+    with pytest.raises(DataError, match=f"looks like {looks} tokens") as error:
         open_token_files(tmp_path, "mine")
+    advice = json.loads(str(error.value).split("such as ")[1])
+    (folder / "meta.json").write_text(json.dumps(advice))
+    tokens = open_token_files(tmp_path, "mine").splits["train"]
+    assert tokens.tolist() == CHARS.tolist() or (looks, advice) == ("float16", {"dtype": "uint16"})
 
 
 @pytest.mark.parametrize(
@@ -78,6 +83,21 @@ def test_two_bytes_of_another_kind_are_refused_by_name(tmp_path, dtype, looks):
 def test_tokens_as_nanogpt_writes_them_are_taken(tmp_path, tokens):
     write(tmp_path, tokens.astype("<u2").tobytes())
     assert open_token_files(tmp_path, "mine").splits["train"].tolist() == tokens.tolist()
+
+
+def test_wide_ids_are_seen_in_int64_as_well(tmp_path):
+    write(tmp_path, (CHARS * 1_999).astype("<i8").tobytes())  # up to 127,936, as Llama's
+    with pytest.raises(DataError, match="looks like int64 tokens"):
+        open_token_files(tmp_path, "mine")
+
+
+def test_a_file_that_was_not_written_to_its_end_is_said(tmp_path, caplog):
+    write(tmp_path, CHARS.astype("<u2").tobytes())
+    open_token_files(tmp_path, "mine")
+    assert "zeros" not in caplog.text
+    write(tmp_path, CHARS.astype("<u2").tobytes() + bytes(40_000))  # as an array that is filled up to there
+    open_token_files(tmp_path, "mine")
+    assert "train.bin ends in 16384 zeros or more: was it written to its end?" in caplog.text
 
 
 def test_a_meta_that_states_the_type_ends_all_doubt(tmp_path):
