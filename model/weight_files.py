@@ -37,6 +37,7 @@ _DTYPES = {
     **{"BOOL": torch.bool, "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2},
 }
 _LARGEST_HEADER_BYTES = 100_000_000  # as the safetensors library has it
+_BLOCK_BYTES = 2**18  # that is read ahead from storage: a header is smaller, and some would read 50 MB
 _LFS_POINTER = b"version https://git-lfs"
 
 
@@ -220,7 +221,7 @@ def folder_at(source: str, fs: Any, path: str, scratch: Path) -> Folder:
     def open_file(name: str) -> AbstractContextManager[BinaryIO]:
         if isinstance(fs, LocalFileSystem):
             return fetch(name).open("rb")
-        return reachable(name, lambda: fs.open(f"{path}/{name}", "rb"))  # type: ignore[no-any-return]
+        return reachable(name, lambda: fs.open(f"{path}/{name}", "rb", block_size=_BLOCK_BYTES))  # type: ignore[no-any-return]
 
     return Folder(source, fetch, open_file)
 

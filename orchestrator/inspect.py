@@ -17,9 +17,7 @@ from orchestrator.checkpoint.sources import (
     Kind,
     Source,
     Weights,
-    check_finite,
     find_source,
-    look_at,
     refuse_missing,
     tokenizer_json,
     using,
@@ -94,13 +92,13 @@ def _memory_rows(config: InspectConfig, run_id: str) -> Iterator[tuple[str, ...]
     folder = run_path(config.memory_dir, run_id)
     states = states_in(folder)
     for name in newest_name_first(states):
-        shares = states[name]
+        shares, odd = states[name], ""
         try:
             for share, checkpoint in shares.items() if config.verify else ():
                 for file, record in checkpoint.files.items():
                     path = share_path(folder, name, share, len(shares)) / file
-                    _verify(LocalFileSystem(), str(path), record)
-            word = "verified" if config.verify else "whole"
+                    odd = odd or _verify(LocalFileSystem(), str(path), record)
+            word = ", ".join(filter(None, ["verified" if config.verify else "whole", odd]))
         except CheckpointError as error:
             word = f"DAMAGED: {error}"
         size_bytes = sum(checkpoint.size_bytes for checkpoint in shares.values())
@@ -136,16 +134,16 @@ def describe_model(source: Source, data_dir: str, verify: bool) -> str:
     Raises:
         CheckpointError: it is missing, damaged or does not fit itself.
     """
-    rows = using(source, lambda weights: _model_rows(weights, data_dir))
-    if source.kind is Kind.NANOGPT:
-        rows["optimizer"] = _optimizer_of(source)
-    if verify:
-        rows["values"] = _finite_of(source)
+    try:
+        rows = using(source, lambda weights: _model_rows(weights, data_dir, verify), model_only=False)
+    except CheckpointError as error:  # of the optimizer, perhaps, which may be another one
+        rows = using(source, lambda weights: _model_rows(weights, data_dir, verify))
+        rows["optimizer"] = str(error)
     width = max(map(len, rows))
     return "\n".join([f"{source.where}: {source.kind.value}", *(f"  {k.ljust(width)}  {v}" for k, v in rows.items())])
 
 
-def _model_rows(weights: Weights, data_dir: str) -> dict[str, str]:
+def _model_rows(weights: Weights, data_dir: str, verify: bool) -> dict[str, str]:
     snapshot = weights.snapshot
     args = snapshot.model_args
     count = sum(tensor.numel() for tensor in snapshot.model.values())
@@ -159,20 +157,15 @@ def _model_rows(weights: Weights, data_dir: str) -> dict[str, str]:
         "parameters": f"{count:,} ({count / 1e6:.2f}M)",
         "stored as": ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in weights.dtypes)),
         "tokenizer": name_of(tokenizer) if tokenizer else "not known",
+        "optimizer": "AdamW's moments" if snapshot.optimizer else "none",
+        **({"values": _values(weights)} if verify else {}),
     }
 
 
-def _optimizer_of(source: Source) -> str:
+def _values(weights: Weights) -> str:
     try:
-        step = look_at(source).optimizer.get("step")
+        for _ in weights.tensors:
+            pass
     except CheckpointError as error:
         return str(error)
-    return "none" if step is None else "AdamW's moments"
-
-
-def _finite_of(source: Source) -> str:
-    try:
-        check_finite(source, model_only=True)
-    except CheckpointError as error:
-        return f"NOT FINITE: {error}"
     return "all finite"

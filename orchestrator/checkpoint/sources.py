@@ -170,7 +170,7 @@ def _chosen(source: Source, which: str, key: str) -> Source:
 
 
 def _in_folder(where: str, which: str, options: dict[str, Any] | None, key: str) -> Source | None:
-    """Return what a folder holds: a run, weights of Hugging Face's layout, or nanoGPT's ckpt.pt, in this order."""
+    """Return what a folder holds: a run first of all; an out_dir then nanoGPT's ckpt.pt, others GPT-2 weights."""
     folder = where.rstrip("/")
     huggingface = Source(Kind.HUGGINGFACE, where, options=options)
 
@@ -186,11 +186,10 @@ def _in_folder(where: str, which: str, options: dict[str, Any] | None, key: str)
             if is_huggingface():
                 return huggingface
         raise error
-    if is_huggingface():
+    has_ckpt = exists(f"{folder}/ckpt.pt", options)
+    if not (has_ckpt and key == "out_dir") and is_huggingface():
         return huggingface
-    if exists(f"{folder}/ckpt.pt", options):
-        return Source(Kind.NANOGPT, f"{folder}/ckpt.pt", options=options)
-    return None
+    return Source(Kind.NANOGPT, f"{folder}/ckpt.pt", options=options) if has_ckpt else None
 
 
 # reading
@@ -236,41 +235,35 @@ def read_source(source: Source, *, model_only: bool = False) -> Snapshot:
 
 
 def look_at(source: Source, model_only: bool = False) -> Snapshot:
-    """Return a source's state without the content of its tensors, as cheaply as that can be: from headers.
+    """Return a source's state without the content of its tensors; what is wrong with it is found as far as is cheap.
 
-    A ckpt.pt is verified whole. Of a Hub name nothing is fetched.
+    A ckpt.pt and a folder on this machine are read through once; of a folder elsewhere the headers are; of a run, which
+    has checksums, the list of its checkpoints; of a Hub name nothing is fetched.
 
     Raises:
-        CheckpointError: the source is missing, or does not fit itself.
+        CheckpointError: the source is missing, does not fit itself, or holds values that are not finite.
     """
     if source.kind is Kind.HUB:
         args = {"dropout": 0.0, **read_pretrained_args(source.where)}
         return Snapshot({}, {}, (), args, 0, NO_LOSS, config={"tokenizer": GPT2})
     if source.kind is Kind.RUN:
         return outline(source.store().select(source.which), model_only)
-    if source.kind is Kind.NANOGPT:
-        return _empty(read_nanogpt(source.where, model_only=model_only, storage_options=source.options))
+    if source.kind is Kind.NANOGPT or source.is_local:
+        return using(source, _drained, model_only=model_only)
     with _pretrained(source) as found:
         return _outline(source, found)
 
 
-def check_finite(source: Source, model_only: bool = False) -> None:
-    """Read every tensor once.
-
-    Raises:
-        CheckpointError: naming the first that holds NaN or infinity.
-    """
-
-    def drain(weights: Weights) -> None:
-        for _ in weights.tensors:
-            pass
-
-    using(source, drain, model_only=model_only)
+def _drained(weights: Weights) -> Snapshot:
+    for _ in weights.tensors:
+        pass
+    return weights.snapshot
 
 
 def tokenizer_json(snapshot: Snapshot, data_dir: str) -> dict[str, Any] | None:
     """Return a state's tokenizer as JSON: what it carries, else its dataset's, else by its size; None: not known."""
-    if carried := snapshot.config.get("tokenizer"):
+    carried = snapshot.config.get("tokenizer")
+    if isinstance(carried, dict) and carried:
         return {key: value for key, value in carried.items() if key != "content"}  # of a file that travels along
     dataset = str(snapshot.config.get("dataset") or "")
     folder = Path(data_dir, dataset)

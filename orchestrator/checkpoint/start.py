@@ -17,7 +17,6 @@ from orchestrator.checkpoint.snapshot import Snapshot
 from orchestrator.checkpoint.sources import (
     Kind,
     Source,
-    check_finite,
     find_source,
     look_at,
     read_source,
@@ -86,10 +85,8 @@ def check_start(config: TrainConfig, store: CheckpointStore, data: Vocabulary | 
     if config.init_from == "resume":
         check_unfinished(config, found.iter_num, "ckpt.pt")
     check_fits(config, source.where, found, data)
-    if source.is_local and source.kind is not Kind.RUN:  # a run's own are checksummed, what is elsewhere is read later
-        check_finite(source, model_only)
     args = {**found.model_args, "block_size": config.block_size}
-    return Start(args, found.iter_num, f"initializing from {_told(source)}{_told_of(found)}")
+    return Start(args, found.iter_num, f"initializing from {_told(source)}{_told_of(config, found)}")
 
 
 def check_unfinished(config: TrainConfig, iter_num: int, name: str) -> None:
@@ -258,7 +255,9 @@ def _told(source: Source) -> str:
     return f"{source.where} (checkpoint={source.which})" if is_chosen else source.where
 
 
-def _told_of(found: Snapshot) -> str:
+def _told_of(config: TrainConfig, found: Snapshot) -> str:
+    if config.init_weights_only:
+        return ", its weights alone"
     return f", at iteration {found.iter_num}" if found.iter_num else ""
 
 

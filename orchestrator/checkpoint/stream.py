@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import mmap
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -10,7 +12,6 @@ from typing import Any, TypeVar
 
 import torch
 from fsspec.implementations.local import LocalFileSystem
-from safetensors import safe_open
 from torch import Tensor
 
 from orchestrator.checkpoint.files import stream_tensors
@@ -78,6 +79,7 @@ def mapped(store: CheckpointStore, checkpoint: Checkpoint, model_only: bool = Fa
         UnreadableError: the storage does not answer.
     """
     tensors: dict[str, Tensor] = {}
+    entries = _entries(checkpoint, model_only)
     for file, record in (checkpoint.model_files if model_only else checkpoint.files).items():
         with _at_hand(store, store.path(checkpoint.name, file)) as path:
             try:
@@ -85,13 +87,30 @@ def mapped(store: CheckpointStore, checkpoint: Checkpoint, model_only: bool = Fa
                     pass
             except CheckpointError as error:
                 raise error if isinstance(error, UnreadableError) else DamagedError(str(error)) from None
-            with safe_open(path, framework="pt") as opened:
-                tensors |= {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 (no dictionary)
-    for name, entry in _entries(checkpoint, model_only).items():
-        expected, found = _empty(entry), tensors.get(name)
-        if found is None or (expected.shape, expected.dtype) != (found.shape, found.dtype):
-            raise DamagedError(f"{checkpoint.name} is damaged: its {name} is not the one that state.json tells of")
+            tensors |= _mapped(path, {name: each for name, each in entries.items() if each["file"] == file})
+    if missing := sorted(entries.keys() - tensors.keys()):
+        raise DamagedError(f"{checkpoint.name} is damaged: no file of it has {', '.join(missing[:5])}")
     return checkpoint.snapshot(tensors)
+
+
+def _mapped(path: Path, entries: dict[str, dict[str, Any]]) -> dict[str, Tensor]:
+    """Return tensors of a file that was verified: views of its bytes, of which none is read before it is used.
+
+    Raises:
+        DamagedError: they are not what state.json tells of.
+    """
+    with path.open("rb") as file:
+        content = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+    data_at = 8 + int.from_bytes(content[:8], "little")
+    found = {}
+    for name, place in json.loads(content[8:data_at]).items():
+        empty = _empty(entries[name]) if name in entries else torch.empty(0)
+        start, end = place["data_offsets"]
+        if name not in entries or place["shape"] != list(empty.shape) or end - start != empty.nbytes:
+            raise DamagedError(f"{path} is damaged: its {name} is not the one that state.json tells of")
+        flat = torch.frombuffer(content, dtype=empty.dtype, count=empty.numel(), offset=data_at + start)
+        found[name] = flat.view(empty.shape)
+    return found
 
 
 @contextmanager

@@ -93,6 +93,9 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     return made
 
 
+FROM, START = "export(ExportConfig(init_from=f'{folder}", "read_start(TrainConfig(init_from=f'{folder}"
+
+
 # No more than 1.2 times the largest file is promised. A tensor at a time takes a tenth of it, or what the result takes.
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads peak memory from Linux's /proc")
 @pytest.mark.parametrize(
@@ -100,6 +103,10 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     [
         ("export(ExportConfig(f'{folder}/run', to=f'{folder}/again.pt'))", "again.pt", 0.5),
         ("export(ExportConfig(f'{folder}/run', 'hf', to=f'{folder}/again'))", "again/model.safetensors", 0.5),
+        # of a ckpt.pt the weights, a third of it, are mapped while they are read
+        pytest.param(f"{FROM}/ckpt.pt', format='hf', to=f'{{folder}}/hf2'))", "ckpt.pt", 0.5, marks=pytest.mark.slow),
+        pytest.param(f"{FROM}/hf', to=f'{{folder}}/x.pt'))", "hf/model.safetensors", 0.5, marks=pytest.mark.slow),
+        pytest.param(f"{START}/run', block_size=4))", "ckpt.pt", 0.5, marks=pytest.mark.slow),
         ("read_start(TrainConfig(init_from=f'{folder}/ckpt.pt', block_size=4))", "ckpt.pt", 0.5),
         ("read_start(TrainConfig(init_from=f'{folder}/hf', block_size=4))", "hf/model.safetensors", 0.5),
         ("GPT.from_pretrained(f'{folder}/hf')", "hf/model.safetensors", 1.2),
