@@ -51,7 +51,7 @@ from orchestrator.worker import job_of, run_worker
 
 logger = logging.getLogger(__name__)
 
-EVALUATION_FOLDER = ".evaluation"  # where Ray puts what it needs of a folder when eval_only is set: an empty file
+EVALUATION_FOLDER = ".evaluation"  # the folder that Ray knows when eval_only is set; nothing is put there
 _CONTROLLERS, _LONG_S = 3, 300.0  # so many of Ray Train's that end within that time, one after the other, have a cause
 
 

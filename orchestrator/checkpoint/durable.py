@@ -190,10 +190,12 @@ def patiently(
 
     def before_sleep(attempt: tenacity.RetryCallState) -> None:
         error, number = attempt.outcome.exception() if attempt.outcome else None, attempt.attempt_number
-        if not error or not has_expired(error):  # of that the store tells
+        if not error or not is_refused(error):
             logger.info("storage failed, trying again (%d): %s", number, reason_of(error))
+        elif number == 1:
+            logger.info("storage has refused us, credentials are read again: %s", reason_of(error))
         with suppress(CheckpointError):  # still down: the next call says so
-            store.reconnect(error, tells=number == 1)
+            store.reconnect(error)
 
     refused: list[BaseException] = []
 

@@ -98,18 +98,15 @@ class CheckpointStore:
         self.damaged: dict[str, str] = {}  # checkpoints that were found not to be whole, and why
         self.can_delete = True  # until storage says that it lets us not
 
-    def reconnect(self, error: BaseException | None = None, *, tells: bool = False) -> None:
+    def reconnect(self, error: BaseException | None = None) -> None:
         """Open a new connection to file servers, which keep one: it may have been lost with the server.
 
         error: what has failed. Where storage has refused it, credentials are read again.
-        tells: say so where it is known that they have expired.
         """
         if isinstance(self.fs, LocalFileSystem):
             return
         if self.fs.async_impl:
             if error and is_refused(error):
-                if tells and has_expired(error):
-                    logger.info("%s: credentials are read again: %s", self.out_dir, reason_of(error))
                 self.fs, self.storage_options = renewed(self.fs, self.out_dir, self.storage_options)
             return
         lost, self.storage_options = self.fs, read_again(self.storage_options)
@@ -121,7 +118,7 @@ class CheckpointStore:
     def insisting(self, call: Callable[[], T], *, tells: bool = True) -> T:
         """Return call()'s value; where storage refuses it, call once more with credentials that were read again.
 
-        tells: see `reconnect`.
+        tells: say so where that has helped.
 
         Raises:
             Exception: the second one.
@@ -131,8 +128,11 @@ class CheckpointStore:
         except Exception as error:  # every storage has exceptions of its own
             if isinstance(self.fs, LocalFileSystem) or not is_refused(error):
                 raise
-            self.reconnect(error, tells=tells)
-            return call()
+            self.reconnect(error)
+            value = call()
+            if tells:
+                logger.info("storage had refused us, credentials are read again: %s", reason_of(error))
+            return value
 
     def path(self, *parts: str) -> str:
         return "/".join((self.root.rstrip("/"), *parts))
