@@ -1,9 +1,11 @@
 """TrainConfig -> TorchTrainer -> Outcome: the driver. Knows Ray, and no torch maths.
 
 What can be wrong is looked for first, before anything is started (`preflight.py`) or written. Then Ray's `fit` runs in
-a thread and this process shows what the workers post, and passes Ctrl-C and SIGTERM on to them: they save and leave.
+a thread and this process shows what the workers post, and passes Ctrl-C, SIGTERM and SIGHUP on to them: they save
+and leave.
 """
 
+# ruff: noqa: E402  (Ray reads variables when it is imported)
 from __future__ import annotations
 
 import logging
@@ -17,13 +19,9 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
-# Ray reads these when it is imported or started; what the user has set stays.
-os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.25")  # a lost worker is noticed within this
-os.environ.setdefault("RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S", "1")  # and a node that is drained within this
-os.environ.setdefault("RAY_CHDIR_TO_TRIAL_DIR", "0")  # relative paths keep their meaning in workers
-os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-# Without a dashboard, as in a cluster that is started here, two of Ray's actors complain about it every second.
-os.environ.setdefault("RAY_DEDUP_LOGS_SKIP_REGEX", "State API may be temporarily unavailable|'PreemptionWatcher'")
+from orchestrator import variables
+
+variables.set_defaults()
 
 import ray
 from ray.train import CheckpointConfig, FailureConfig, LoggingConfig, RunConfig, ScalingConfig
@@ -32,7 +30,7 @@ from ray.train.torch import TorchConfig
 from orchestrator import preflight, resubmit
 from orchestrator.board import open_board, take_from
 from orchestrator.checkpoint.store import CheckpointStore
-from orchestrator.cluster import ClusterLostError, StoppedError, cluster_of, first_line, wait_for_room
+from orchestrator.cluster import SIGNALS, ClusterLostError, StoppedError, cluster_of, first_line, wait_for_room
 from orchestrator.config import TrainConfig
 from orchestrator.errors import UserError
 from orchestrator.events import Events, events_of
@@ -45,7 +43,7 @@ from orchestrator.recovery.causes import Budgets, GivenUpError
 from orchestrator.recovery.overseer import Overseer
 from orchestrator.registry import REGISTRY_FILE, storage_for_ray
 from orchestrator.storage_options import public
-from orchestrator.telemetry.display import Display
+from orchestrator.telemetry.display import Display, quiet
 from orchestrator.trainer import Trainer
 from orchestrator.worker import job_of, run_worker
 
@@ -76,7 +74,7 @@ def launch(config: TrainConfig, worker: Callable[[dict[str, Any]], dict[str, Any
 
     Raises:
         UserError: before anything is started, or as soon as a worker finds what only it can see.
-        InterruptedRunError: after Ctrl-C or SIGTERM.
+        InterruptedRunError: after Ctrl-C, SIGTERM or SIGHUP.
         RunFailedError: the run failed more often than max_failures allows, or another driver has taken over.
         RunLostError: the cluster is gone, or Ray's controller of the run again and again.
     """
@@ -99,6 +97,8 @@ def run(plan: Plan, worker: Callable[[dict[str, Any]], dict[str, Any]] = run_wor
             began_s = time.monotonic()
             try:
                 return _outcome(_train_on_ray(plan, worker, stop, lease, events, is_first), config)
+            except StoppedError:
+                raise InterruptedRunError("stopped before training began: the same command begins it") from None
             except ClusterLostError as lost:
                 raise RunLostError(str(lost)) from None
             except ControllerLostError as lost:
@@ -126,6 +126,8 @@ def _train_on_ray(
             gpus_per_worker = wait_for_room(config, may_wait, stop, lambda: events.tell("attempt_waiting"))
         except StoppedError:
             raise InterruptedRunError("stopped while waiting for machines, nothing was begun") from None
+        if stop.is_set():
+            raise StoppedError
         ids = _prepare_out_dir(config, plan.store, lease)
         events.begin()
         logger.info("%s", plan.start.summary)
@@ -139,18 +141,21 @@ def _train_on_ray(
 
 @contextmanager
 def _signals() -> Iterator[threading.Event]:
-    """Lend an event that the first Ctrl-C or SIGTERM sets; a second Ctrl-C interrupts at once."""
+    """Lend an event that the first Ctrl-C, SIGTERM or SIGHUP sets; a second Ctrl-C interrupts at once."""
     stop = threading.Event()
 
     def on_signal(number: int, _frame: Any) -> None:
         if stop.is_set() and number == signal.SIGINT:
             raise KeyboardInterrupt
+        if number == signal.SIGHUP:  # the terminal may be gone
+            quiet()
         stop.set()
 
     if threading.current_thread() is not threading.main_thread():  # only there can signals be caught
         yield stop
         return
-    before = {number: signal.signal(number, on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
+    heard = [number for number in SIGNALS if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN]
+    before = {number: signal.signal(number, on_signal) for number in heard}  # under nohup, SIGHUP stays ignored
     try:
         yield stop
     finally:
@@ -276,6 +281,10 @@ def _outcome(value: dict[str, Any], config: TrainConfig) -> Outcome:
     if "error" in value:
         raise UserError(value["error"])
     outcome = Outcome(**value)
+    if outcome.stopped and config.eval_only:
+        raise InterruptedRunError("the evaluation was stopped; nothing in out_dir was changed")
+    if outcome.stopped and not outcome.iter_num:
+        raise InterruptedRunError("stopped before the first iteration: the same command begins it")
     if outcome.stopped:
         raise InterruptedRunError(
             f"stopped at iteration {outcome.iter_num} of {config.max_iters}, saved in {config.out_dir}; "

@@ -50,7 +50,7 @@ def run_worker(job: dict[str, Any]) -> dict[str, Any]:
     watchdog = Watchdog(config.hang_timeout_s, partial(_hangs, config, world, poster))
 
     def should_stop() -> int:
-        watchdog.beat()
+        watchdog.beat(_savers[-1].changed_at_s if _savers else 0.0)
         if poster.should_stop():
             return STOP
         return LEAVE if notice() else GO_ON
