@@ -136,6 +136,7 @@ def _start_cluster() -> None:
     # No dashboard runs. An actor of Train looks for one all the same, and stumbles where two runs share a machine.
     os.environ.setdefault("RAY_API_SERVER_ADDRESS", "http://127.0.0.1:9")
     folder = variables.temp_dir()
+    before = psutil.Process().children(recursive=True)
     try:
         ray.init(
             address="local",
@@ -145,7 +146,13 @@ def _start_cluster() -> None:
             logging_level=logging.ERROR,
             _temp_dir=folder,
         )
-    except Exception as error:  # of all kinds: what it starts ends with this process
+    except BaseException as error:  # of all kinds, a signal's too
+        for child in psutil.Process().children(recursive=True):
+            if child not in before:
+                with suppress(psutil.NoSuchProcess):
+                    child.kill()
+        if not isinstance(error, Exception):
+            raise
         told = f"{type(error).__name__}: {first_line(error)}{variables.given()}"
         raise ConfigError(f"Ray could not be started on this machine: {told}") from None
 

@@ -15,7 +15,7 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from orchestrator import variables
 variables.set_defaults()
 
 import ray
+from ray._private.state import state as cluster
 from ray.train import CheckpointConfig, FailureConfig, LoggingConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig
 
@@ -50,6 +51,7 @@ from orchestrator.worker import job_of, run_worker
 logger = logging.getLogger(__name__)
 
 EVALUATION_FOLDER = ".evaluation"  # where Ray puts what it needs of a folder when eval_only is set: an empty file
+_FIT_ENDS_S = 5.0
 _CONTROLLERS, _LONG_S = 3, 300.0  # so many of Ray Train's that end within that time, one after the other, have a cause
 
 
@@ -243,7 +245,7 @@ def _fit(
     thread = threading.Thread(target=fit, name="fit", daemon=True)
     thread.start()
     told = False
-    with Display(config.max_iters) as display:
+    with _ended_with_us(thread), Display(config.max_iters) as display:
         while thread.is_alive():
             thread.join(timeout=0.2)
             if lease and lease.successor:
@@ -261,6 +263,24 @@ def _fit(
     if "error" in ended:
         raise ControllerLostError(first_line(ended["error"])) from ended["error"]
     return dict(ended["value"])
+
+
+@contextmanager
+def _ended_with_us(fit: threading.Thread) -> Iterator[None]:
+    """End Ray's fit when this is interrupted: its thread would still call Ray after that has ended, which aborts us.
+
+    Fit ends with its controller. How an actor is found is not public; where that has changed, the exit code is 1.
+    """
+    try:
+        yield
+    except KeyboardInterrupt:
+        with suppress(Exception):
+            core_worker = ray._private.worker.global_worker.core_worker
+            for actor_id, actor in cluster.actor_table(None, core_worker.get_current_job_id(), "ALIVE").items():
+                if actor["ActorClassName"].endswith("TrainController"):
+                    core_worker.kill_actor(ray.ActorID.from_hex(actor_id), True)
+        fit.join(timeout=_FIT_ENDS_S)
+        raise
 
 
 def _pass_on(records: list[dict[str, Any]], display: Display, events: Events) -> None:
