@@ -44,7 +44,7 @@ from orchestrator.config import TrainConfig, check, parse
 from orchestrator.data.dataset import Dataset, open_dataset
 from orchestrator.data.sampling import Sampling
 from orchestrator.errors import DataError, GoneBackError
-from orchestrator.process import environment, new_attempt, pin, plain_world, resolve
+from orchestrator.process import change_of_data, environment, new_attempt, pin, plain_world, resolve
 from orchestrator.recovery.guard import Guard
 from orchestrator.storage_options import public, storage_options_of
 from orchestrator.telemetry.lines import print_record
@@ -121,7 +121,8 @@ def train_on(
     world.together(lambda: data.check_fits(state.model.config.vocab_size))
     state.config = public(config) | ({"tokenizer": data.tokenizer.to_json()} if data.tokenizer else {})
     began_at = state.iter_num
-    surroundings = environment(config, world, data.fingerprint())
+    counts = {f"{split}_tokens": len(tokens) for split, tokens in data.files.splits.items()}
+    surroundings = environment(config, world, {"data": data.fingerprint(), **counts})
     world.together(lambda: check_surroundings(surroundings, world, state))
 
     def say(kind: str, **values: Any) -> None:
@@ -264,7 +265,12 @@ def check_surroundings(now: Record, world: World, state: TrainState) -> None:
     if data_of_main != now["data"]:
         raise DataError(f"{platform.node()} has another dataset than rank 0: prepare the same one on every node")
     before = state.resumed_from.checkpoint.state["environment"] if state.resumed_from else now
-    changed = [f"{key} {before.get(key)} -> {value}" for key, value in now.items() if before.get(key) != value]
+    if world.is_main and (change := change_of_data(before, now)):
+        logger.warning(
+            "THE DATASET IS NOT THE ONE that this run was trained on so far: %s; it goes on with this one", change
+        )
+    others = {key: value for key, value in now.items() if key not in ("data", "train_tokens", "val_tokens")}
+    changed = [f"{key} {before.get(key)} -> {value}" for key, value in others.items() if before.get(key) != value]
     if changed and world.is_main:
         logger.warning("the last bits may differ from an undisturbed run's: %s", ", ".join(changed))
 

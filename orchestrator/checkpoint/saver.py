@@ -64,7 +64,7 @@ class Saver:
         rhythm: Rhythm,
     ) -> None:
         self._world, self._side = world, world.beside()
-        self._store, self._nodes, self._environment = store, nodes, environment
+        self._store, self._nodes, self.environment = store, nodes, environment
         self._rhythm, self._schedule = rhythm, Schedule(rhythm)
         resumed = state.resumed_from
         is_durable = resumed and resumed.is_durable and state.is_evaluated  # once it is, it is saved again
@@ -292,7 +292,7 @@ class Saver:
             "format_version": FORMAT_VERSION,
             **describe(snapshot),
             "is_evaluated": self._state.is_evaluated,
-            "environment": self._environment,
+            "environment": self.environment,
             "tensors": tensor_index(files),
             "saved_at_s": time.time(),  # for people to read: clocks of two nodes may differ, and decide nothing
         }

@@ -209,7 +209,7 @@ class CheckpointStore:
             )
 
     def _whole(self) -> list[Checkpoint]:
-        """Return the committed checkpoints; of an iteration that was saved before and after its evaluation, the last."""
+        """Return the committed checkpoints; of one that was evaluated later, that one alone."""
         found = [checkpoint for checkpoint in self.newest_first() if checkpoint.name not in self.damaged]
         done = {checkpoint.iter_num for checkpoint in found if checkpoint.is_evaluated}
         return [checkpoint for checkpoint in found if checkpoint.is_evaluated or checkpoint.iter_num not in done]

@@ -1,4 +1,4 @@
-"""Signals to a local run, as a terminal, `timeout`, systemd or Slurm send them: it saves and leaves no process behind."""
+"""Signals to a local run, as a terminal, `timeout`, systemd or Slurm send them: it saves, and no process stays."""
 
 from __future__ import annotations
 
