@@ -14,6 +14,7 @@ from contextlib import contextmanager, suppress
 
 import psutil
 import ray
+from ray._private.grpc_utils import init_grpc_channel
 
 from orchestrator import autoscaler, resubmit, variables
 from orchestrator.config import TrainConfig
@@ -130,6 +131,14 @@ def _knock(address: str) -> None:
         return
     host, _, port = address.rpartition(":")
     socket.create_connection((host.strip("[]"), int(port)), timeout=_KNOCK_TIMEOUT_S).close()
+    is_ready = threading.Event()
+    channel = init_grpc_channel(address)
+    channel.subscribe(lambda state: is_ready.set() if state.name == "READY" else None, try_to_connect=True)
+    try:
+        if not is_ready.wait(_KNOCK_TIMEOUT_S):
+            raise ConnectionError("what listens there does not speak as one does")
+    finally:
+        channel.close()
 
 
 def _start_cluster() -> None:
@@ -143,9 +152,10 @@ def _start_cluster() -> None:
             num_cpus=usable_cpus(),
             include_dashboard=False,
             object_store_memory=_LOCAL_OBJECT_STORE_BYTES,
-            logging_level=logging.ERROR,
+            logging_level=logging.CRITICAL,  # it is told below
             _temp_dir=folder,
         )
+        logging.getLogger("ray").setLevel(logging.ERROR)
     except BaseException as error:  # of all kinds, a signal's too
         for child in psutil.Process().children(recursive=True):
             if child not in before:

@@ -58,20 +58,20 @@ def cluster_address() -> str | None:
         return None
     if text == "auto":
         return text
-    remedy = "or unset RAY_ADDRESS to train on this machine"
+    remedy = "Unset RAY_ADDRESS to train on this machine"
     if "://" in text:
         host = _host_of(text) or "HOST"
         what = {"ray": "Ray's client", "http": "Ray's dashboard", "https": "Ray's dashboard"}
         whose = what.get(text.partition("://")[0].lower(), "no cluster")
         raise ConfigError(
             f"RAY_ADDRESS={text}: that is the address of {whose}; training joins a cluster from one of its machines, "
-            f"by host:port (RAY_ADDRESS={host}:6379), or is submitted to it (ray job submit); {remedy}"
+            f"by host:port (RAY_ADDRESS={host}:6379), or is submitted to it (ray job submit). {remedy}"
         )
     host, _, port = text.rpartition(":")
     if not _is_host(host) or not _is_port(port):
         example = f"{text}:6379" if _is_host(text) and ":" not in text else "head:6379"
         raise ConfigError(
-            f"RAY_ADDRESS={text}: give host:port, such as {example} (a port from 1024 to 65535), auto, {remedy}"
+            f"RAY_ADDRESS={text}: give host:port, such as {example} (a port from 1024 to 65535), or auto. {remedy}"
         )
     return text
 
