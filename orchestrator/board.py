@@ -10,7 +10,6 @@ import logging
 import threading
 import time
 from collections import deque
-from contextlib import suppress
 from typing import Any
 
 import ray
@@ -28,14 +27,10 @@ class _Board:
     def __init__(self) -> None:
         self._records: deque[Record] = deque(maxlen=_KEPT_RECORDS)
         self._stopping = False
-        self._words: list[Record] = []
+        self._first: dict[str, Any] = {}
 
-    def say_last(self, word: Record) -> None:
-        self._words.append(word)
-
-    def last_words(self) -> list[Record]:
-        words, self._words = self._words, []
-        return words
+    def first(self, key: str, value: Any) -> Any:
+        return self._first.setdefault(key, value)
 
     def post(self, records: list[Record]) -> bool:
         self._records.extend(records)
@@ -97,10 +92,12 @@ class Poster:
         """Send what is waiting, from whatever thread: this process may be ended at any moment."""
         self._send()
 
-    def say_last(self, word: Record) -> None:
-        """Leave word of why this process ends, before it does: whoever finds it gone will ask for it."""
-        with suppress(ray.exceptions.RayError):
-            ray.get(self._board.say_last.remote(word), timeout=2)
+    def first(self, key: str, value: Any) -> Any:
+        """Return the value of a key that this run's first attempt gave; without an answer, the one given."""
+        try:
+            return ray.get(self._board.first.remote(key, value), timeout=_ANSWER_S)
+        except ray.exceptions.RayError:
+            return value
 
     def close(self) -> None:
         """Send the rest and wait for it to arrive."""

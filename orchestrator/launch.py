@@ -1,9 +1,11 @@
 """TrainConfig -> TorchTrainer -> Outcome: the driver. Knows Ray, and no torch maths.
 
 What can be wrong is looked for first, before anything is started (`preflight.py`) or written. Then Ray's `fit` runs in
-a thread and this process shows what the workers post, and passes Ctrl-C and SIGTERM on to them: they save and leave.
+a thread and this process shows what the workers post, and passes Ctrl-C, SIGTERM and SIGHUP on to them: they save
+and leave.
 """
 
+# ruff: noqa: E402  (Ray reads variables when it is imported)
 from __future__ import annotations
 
 import logging
@@ -13,26 +15,23 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
-# Ray reads these when it is imported or started; what the user has set stays.
-os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.25")  # a lost worker is noticed within this
-os.environ.setdefault("RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S", "1")  # and a node that is drained within this
-os.environ.setdefault("RAY_CHDIR_TO_TRIAL_DIR", "0")  # relative paths keep their meaning in workers
-os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-# Without a dashboard, as in a cluster that is started here, two of Ray's actors complain about it every second.
-os.environ.setdefault("RAY_DEDUP_LOGS_SKIP_REGEX", "State API may be temporarily unavailable|'PreemptionWatcher'")
+from orchestrator import variables
+
+variables.set_defaults()
 
 import ray
+from ray._private.state import state as cluster
 from ray.train import CheckpointConfig, FailureConfig, LoggingConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig
 
 from orchestrator import preflight, resubmit
 from orchestrator.board import open_board, take_from
 from orchestrator.checkpoint.store import CheckpointStore
-from orchestrator.cluster import ClusterLostError, StoppedError, cluster_of, first_line, wait_for_room
+from orchestrator.cluster import SIGNALS, ClusterLostError, StoppedError, cluster_of, first_line, wait_for_room
 from orchestrator.config import TrainConfig
 from orchestrator.errors import UserError
 from orchestrator.events import Events, events_of
@@ -45,13 +44,14 @@ from orchestrator.recovery.causes import Budgets, GivenUpError
 from orchestrator.recovery.overseer import Overseer
 from orchestrator.registry import REGISTRY_FILE, storage_for_ray
 from orchestrator.storage_options import public
-from orchestrator.telemetry.display import Display
+from orchestrator.telemetry.display import Display, quiet
 from orchestrator.trainer import Trainer
 from orchestrator.worker import job_of, run_worker
 
 logger = logging.getLogger(__name__)
 
 EVALUATION_FOLDER = ".evaluation"  # the folder that Ray knows when eval_only is set; nothing is put there
+_FIT_ENDS_S = 5.0
 _CONTROLLERS, _LONG_S = 3, 300.0  # so many of Ray Train's that end within that time, one after the other, have a cause
 
 
@@ -76,7 +76,7 @@ def launch(config: TrainConfig, worker: Callable[[dict[str, Any]], dict[str, Any
 
     Raises:
         UserError: before anything is started, or as soon as a worker finds what only it can see.
-        InterruptedRunError: after Ctrl-C or SIGTERM.
+        InterruptedRunError: after Ctrl-C, SIGTERM or SIGHUP.
         RunFailedError: the run failed more often than max_failures allows, or another driver has taken over.
         RunLostError: the cluster is gone, or Ray's controller of the run again and again.
     """
@@ -99,6 +99,8 @@ def run(plan: Plan, worker: Callable[[dict[str, Any]], dict[str, Any]] = run_wor
             began_s = time.monotonic()
             try:
                 return _outcome(_train_on_ray(plan, worker, stop, lease, events, is_first), config)
+            except StoppedError:
+                raise InterruptedRunError("stopped before training began: the same command begins it") from None
             except ClusterLostError as lost:
                 raise RunLostError(str(lost)) from None
             except ControllerLostError as lost:
@@ -126,6 +128,8 @@ def _train_on_ray(
             gpus_per_worker = wait_for_room(config, may_wait, stop, lambda: events.tell("attempt_waiting"))
         except StoppedError:
             raise InterruptedRunError("stopped while waiting for machines, nothing was begun") from None
+        if stop.is_set():
+            raise StoppedError
         ids = _prepare_out_dir(config, plan.store, lease)
         events.begin()
         logger.info("%s", plan.start.summary)
@@ -139,18 +143,21 @@ def _train_on_ray(
 
 @contextmanager
 def _signals() -> Iterator[threading.Event]:
-    """Lend an event that the first Ctrl-C or SIGTERM sets; a second Ctrl-C interrupts at once."""
+    """Lend an event that the first Ctrl-C, SIGTERM or SIGHUP sets; a second Ctrl-C interrupts at once."""
     stop = threading.Event()
 
     def on_signal(number: int, _frame: Any) -> None:
         if stop.is_set() and number == signal.SIGINT:
             raise KeyboardInterrupt
+        if number == signal.SIGHUP:  # the terminal may be gone
+            quiet()
         stop.set()
 
     if threading.current_thread() is not threading.main_thread():  # only there can signals be caught
         yield stop
         return
-    before = {number: signal.signal(number, on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
+    heard = [number for number in SIGNALS if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN]
+    before = {number: signal.signal(number, on_signal) for number in heard}  # under nohup, SIGHUP stays ignored
     try:
         yield stop
     finally:
@@ -238,7 +245,7 @@ def _fit(
     thread = threading.Thread(target=fit, name="fit", daemon=True)
     thread.start()
     told = False
-    with Display(config.max_iters) as display:
+    with _ended_with_us(thread), Display(config.max_iters) as display:
         while thread.is_alive():
             thread.join(timeout=0.2)
             if lease and lease.successor:
@@ -256,6 +263,24 @@ def _fit(
     if "error" in ended:
         raise ControllerLostError(first_line(ended["error"])) from ended["error"]
     return dict(ended["value"])
+
+
+@contextmanager
+def _ended_with_us(fit: threading.Thread) -> Iterator[None]:
+    """End Ray's fit when this is interrupted: its thread would still call Ray after that has ended, which aborts us.
+
+    Fit ends with its controller. How an actor is found is not public; where that has changed, the exit code is 1.
+    """
+    try:
+        yield
+    except KeyboardInterrupt:
+        with suppress(Exception):
+            core_worker = ray._private.worker.global_worker.core_worker
+            for actor_id, actor in cluster.actor_table(None, core_worker.get_current_job_id(), "ALIVE").items():
+                if actor["ActorClassName"].endswith("TrainController"):
+                    core_worker.kill_actor(ray.ActorID.from_hex(actor_id), True)
+        fit.join(timeout=_FIT_ENDS_S)
+        raise
 
 
 def _pass_on(records: list[dict[str, Any]], display: Display, events: Events) -> None:
@@ -276,6 +301,10 @@ def _outcome(value: dict[str, Any], config: TrainConfig) -> Outcome:
     if "error" in value:
         raise UserError(value["error"])
     outcome = Outcome(**value)
+    if outcome.stopped and config.eval_only:
+        raise InterruptedRunError("the evaluation was stopped; nothing in out_dir was changed")
+    if outcome.stopped and not outcome.iter_num:
+        raise InterruptedRunError("stopped before the first iteration: the same command begins it")
     if outcome.stopped:
         raise InterruptedRunError(
             f"stopped at iteration {outcome.iter_num} of {config.max_iters}, saved in {config.out_dir}; "

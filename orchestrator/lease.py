@@ -17,6 +17,7 @@ import json
 import logging
 import os
 import platform
+import signal
 import threading
 import time
 import uuid
@@ -221,6 +222,8 @@ class Lease:
         self._tolerate(look_and_write)
 
     def _keep_beating(self) -> None:
+        # Signals are for the main thread, which holds them back while Ray starts: in between, Ray would abort for one.
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM, signal.SIGHUP})
         while not self.successor and not self._ending.wait(self._me.beat_interval_s):
             self.beat()
 

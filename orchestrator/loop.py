@@ -46,7 +46,7 @@ from orchestrator.data.sampling import Sampling, going_on
 from orchestrator.data.tokenizers import Tokenizer
 from orchestrator.errors import DataError, GoneBackError
 from orchestrator.lr_schedule import learning_rate
-from orchestrator.process import agree_to_compile, environment, new_attempt, pin
+from orchestrator.process import agree_to_compile, change_of_data, environment, new_attempt, pin
 from orchestrator.recovery.guard import Guard
 from orchestrator.storage_options import public, storage_options_of
 from orchestrator.telemetry.stopwatch import Stopwatch
@@ -95,7 +95,7 @@ def train(
     tell: receives a record of every evaluation, checkpoint and logged iteration, on rank 0.
     committed: receives, on all ranks, the record of a checkpoint that is announced in storage.
     should_stop: if it answers STOP, or LEAVE (a machine is taken away), on any rank, all save and leave after the
-        iteration.
+        iteration; in an evaluation, which is broken off, after the batch.
     began: receives what can rescue the state, before the first iteration.
 
     Raises:
@@ -137,7 +137,8 @@ def train_on(
     data = go_on(data, state.config, data_iter(state.iter_num, rollbacks), world)
     state.config = public(config) | carried(data)
     began_at = state.iter_num
-    surroundings = environment(config, world, data.fingerprint())
+    counts = {f"{split}_tokens": len(tokens) for split, tokens in data.files.splits.items()}
+    surroundings = environment(config, world, {"data": data.fingerprint(), **counts})
     world.together(lambda: check_surroundings(surroundings, world, state))
     world.together(lambda: keep(data.tokenizer, config, world, store))
 
@@ -180,17 +181,18 @@ def train_on(
             done = state.iter_num >= config.max_iters
 
             # evaluate the loss on both splits; a state that was resumed may have been through this
-            if state.evaluated_at != state.iter_num or config.eval_only:
-                val_loss = None
-                if done or config.eval_only or state.iter_num % config.eval_interval == 0:
-                    losses = evaluate(net, data, config, world)
-                    val_loss = losses["val"]
+            if not state.is_evaluated or config.eval_only:
+                losses: dict[str, float] = {}
+                if is_due := done or config.eval_only or state.iter_num % config.eval_interval == 0:
+                    losses, stopping = evaluate(net, data, config, world, should_stop, stopping)
+                if losses:
                     lr = learning_rate(config, state.iter_num)
-                    more = perplexity(val_loss, data) if config.eval_only and world.is_main else {}
-                    say("eval", train_loss=losses["train"], val_loss=val_loss, lr=lr, mfu=running_mfu, **more)
-                    state.best_val_loss = min(state.best_val_loss, val_loss)
+                    more = perplexity(losses["val"], data) if config.eval_only and world.is_main else {}
+                    say("eval", train_loss=losses["train"], val_loss=losses["val"], lr=lr, mfu=running_mfu, **more)
+                    state.best_val_loss = min(state.best_val_loss, losses["val"])
                     watch.evaluated()
-                state.evaluated_at, state.val_loss = state.iter_num, val_loss
+                state.evaluated_at = state.iter_num if losses or not is_due else -1  # it was broken off: still to do
+                state.val_loss = losses.get("val")
 
             # weights that differ between ranks were damaged: no state that has them may be kept
             if back := guard.compare_replicas():
@@ -204,11 +206,12 @@ def train_on(
                 if record["kind"] == "checkpoint":
                     committed(record)
             if done or stopping or config.eval_only:
-                is_preempted = stopping == LEAVE and not done
+                is_complete = (done or config.eval_only) and state.is_evaluated
+                is_preempted = stopping == LEAVE and not is_complete
                 if not config.eval_only:
                     say("steps", **watch.window(saver.paused_s))
                 saver.close(is_finished=not is_preempted)
-                return Outcome(state.iter_num, state.best_val_loss, bool(stopping and not done), is_preempted)
+                return Outcome(state.iter_num, state.best_val_loss, bool(stopping and not is_complete), is_preempted)
 
             t0 = time.perf_counter()
             vote = world.vote([should_stop(), *saver.ballot()])  # answered while the step runs
@@ -303,7 +306,12 @@ def check_surroundings(now: Record, world: World, state: TrainState) -> None:
     if data_of_main != now["data"]:
         raise DataError(f"{platform.node()} has another dataset than rank 0: prepare the same one on every node")
     before = state.resumed_from.checkpoint.state["environment"] if state.resumed_from else now
-    changed = [f"{key} {before.get(key)} -> {value}" for key, value in now.items() if before.get(key) != value]
+    if world.is_main and (change := change_of_data(before, now)):
+        logger.warning(
+            "THE DATASET IS NOT THE ONE that this run was trained on so far: %s; it goes on with this one", change
+        )
+    others = {key: value for key, value in now.items() if key not in ("data", "train_tokens", "val_tokens")}
+    changed = [f"{key} {before.get(key)} -> {value}" for key, value in others.items() if before.get(key) != value]
     if changed and world.is_main:
         logger.warning("the last bits may differ from an undisturbed run's: %s", ", ".join(changed))
 
@@ -358,24 +366,38 @@ def clip(state: TrainState, grad_clip: float) -> Tensor:
 
 
 @torch.no_grad()
-def evaluate(net: nn.Module, data: Dataset, config: TrainConfig, world: World) -> dict[str, float]:
-    """Return the mean loss per split over eval_iters batches, shared out to all ranks.
+def evaluate(
+    net: nn.Module,
+    data: Dataset,
+    config: TrainConfig,
+    world: World,
+    should_stop: Callable[[], int] = lambda: GO_ON,
+    stopping: int = GO_ON,
+) -> tuple[dict[str, float], int]:
+    """Return the mean loss per split over eval_iters batches, shared out to all ranks, and whether to go on.
 
     The batches are the same at every evaluation, so two losses compare states, not batches; and each loss has its
-    own place in the sum, so that the mean has the same bits on any number of ranks.
+    own place in the sum, so that the mean has the same bits on any number of ranks. As soon as a rank is asked to stop,
+    all of them break off, and there are no losses. stopping: what they have agreed on before.
     """
     net.eval()
     means = {}
+    vote = world.vote([stopping])
     for split in ("train", "val"):
         losses = torch.zeros(config.eval_iters, dtype=torch.float64)
-        for k in range(world.rank, config.eval_iters, world.size):
-            X, Y = to_device(data.batch(split, 0, k, evaluation=True), world.device)
-            with autocast(config):
-                _, loss = net(X, Y)
-            losses[k] = loss.item()
+        for first in range(0, config.eval_iters, world.size):
+            if (stopping := vote.result()[0]) != GO_ON:
+                net.train()
+                return {}, stopping
+            vote = world.vote([should_stop()])  # answered while the batches are computed
+            if (k := first + world.rank) < config.eval_iters:
+                X, Y = to_device(data.batch(split, 0, k, evaluation=True), world.device)
+                with autocast(config):
+                    _, loss = net(X, Y)
+                losses[k] = loss.item()
         means[split] = world.sum(losses).mean().item()
     net.train()
-    return means
+    return means, vote.result()[0]
 
 
 def perplexity(val_loss: float, data: Dataset) -> dict[str, float]:

@@ -108,18 +108,33 @@ def pin(config: TrainConfig) -> None:
     torch.backends.cudnn.allow_tf32 = True
 
 
-def environment(config: TrainConfig, world: World, data_fingerprint: str) -> dict[str, Any]:
-    """Return what else decides the bits, to be stored with every checkpoint."""
+def environment(config: TrainConfig, world: World, data: dict[str, Any]) -> dict[str, Any]:
+    """Return what else decides the bits, to be stored with every checkpoint; data: as of `change_of_data`."""
     name = torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else platform.machine()
     return {
         "world_size": world.size,
-        "data": data_fingerprint,
+        **data,
         "torch": torch.__version__,
         "device_name": name,
         "dtype": config.dtype,
         "compile": config.compile,
         "threads": torch.get_num_threads(),
     }
+
+
+def change_of_data(before: dict[str, Any], now: dict[str, Any]) -> str:
+    """Return in which way a dataset has become another one, "" if it has not.
+
+    before, now: {data: its fingerprint, train_tokens, val_tokens: how many}; older runs know the fingerprint alone.
+    """
+    if before.get("data", now["data"]) == now["data"]:
+        return ""
+    counts = []
+    for split in ("train", "val"):
+        had, has = before.get(f"{split}_tokens"), now[f"{split}_tokens"]
+        if had not in (None, has):
+            counts.append(f"{split}.bin had {had:,} tokens, now {has:,}")
+    return ", ".join(counts) or "as many tokens, but others"
 
 
 def process_group_backend(config: TrainConfig) -> str:

@@ -24,7 +24,7 @@ _IN_A_ROW = 20  # starts that came to nothing, about a quarter of an hour
 
 
 def resubmit(command: Sequence[str], wait_s: float = _FIRST_WAIT_S, in_a_row: int = _IN_A_ROW) -> int:
-    """Run a driver until it ends for good; return its exit code. Ctrl-C and SIGTERM are passed on to it."""
+    """Run a driver until it ends for good; return its exit code. Ctrl-C, SIGTERM and SIGHUP are passed on to it."""
     stopping = threading.Event()
     driver: subprocess.Popen[bytes] | None = None
 
@@ -33,7 +33,10 @@ def resubmit(command: Sequence[str], wait_s: float = _FIRST_WAIT_S, in_a_row: in
         if driver and (number != signal.SIGINT or not _is_in_terminal()):  # there it has had it already
             driver.send_signal(number)
 
-    for number in (signal.SIGINT, signal.SIGTERM):
+    heard = [signal.SIGINT, signal.SIGTERM]
+    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # as under nohup
+        heard.append(signal.SIGHUP)
+    for number in heard:
         signal.signal(number, on_signal)
     times, pause_s = 0, wait_s
     while True:

@@ -6,9 +6,11 @@ import logging
 import os
 import threading
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict, replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import ray.train
@@ -20,17 +22,19 @@ from orchestrator.checkpoint.durable import patiently_read
 from orchestrator.checkpoint.saver import Saver
 from orchestrator.checkpoint.store import CheckpointStore
 from orchestrator.config import TrainConfig
-from orchestrator.errors import CheckpointError, UnreadableError, UserError
+from orchestrator.errors import CheckpointError, DataError, UnreadableError, UserError
 from orchestrator.loop import GO_ON, LEAVE, STOP, train
-from orchestrator.process import local_device, new_attempt, resolve
+from orchestrator.process import change_of_data, local_device, new_attempt, resolve
 from orchestrator.recovery.causes import AttemptFailedError, Cause, Ending, ending_of
 from orchestrator.recovery.drain import leave, notice
 from orchestrator.recovery.notices import Watcher, cloud_here
 from orchestrator.recovery.watchdog import Watchdog, stacks
+from orchestrator.recovery.words import last_words
 from orchestrator.storage_options import Hidden, public, storage_options_of
 from orchestrator.telemetry.tell import PostingHandler, open_telemetry
 from orchestrator.world import World
 
+_ENDED_S = 60.0  # in which a controller that lives has ended a process that hangs
 _PEER_LOST_S = 0.5  # in which the controller notices whose process is gone; of a node, it finds out by itself
 
 
@@ -47,19 +51,24 @@ def run_worker(job: dict[str, Any]) -> dict[str, Any]:
     config = resolve(config_of(job))
     world = _world(config)
     watcher: Watcher | None = None
-    watchdog = Watchdog(config.hang_timeout_s, partial(_hangs, config, world, poster))
+    watchdog = Watchdog(config.hang_timeout_s, partial(_hangs, config, world, last_words()))
 
     def should_stop() -> int:
-        watchdog.beat()
+        watchdog.beat(_savers[-1].changed_at_s if _savers else 0.0)
         if poster.should_stop():
             return STOP
         return LEAVE if notice() else GO_ON
+
+    def begin(saver: Saver) -> None:
+        _savers[:] = [saver]
+        first = poster.first("surroundings", saver.environment)
+        world.together(lambda: _check_same_data(config, first, saver.environment))
 
     try:
         watcher = world.together(_watch_cloud)
         world.together(lambda: _check_shared(config, job))
         with open_telemetry(config, world, poster.post) as tell:
-            outcome = train(config, world, tell, _register, should_stop, _keep)
+            outcome = train(config, world, tell, _register, should_stop, begin)
         if outcome.preempted:
             text = notice() or "another rank's machine is taken away"
             now_s = time.time()
@@ -93,10 +102,6 @@ _savers: list[Saver] = []  # one, once training has begun
 _rescuing: list[threading.Thread] = []
 
 
-def _keep(saver: Saver) -> None:
-    _savers[:] = [saver]
-
-
 def begin_rescue() -> None:
     """Put the state into node memory, behind. The controller calls this before the group ends, by another thread."""
     _rescuing.append(threading.Thread(target=_rescue, name="rescue", daemon=True))
@@ -116,8 +121,8 @@ def _rescue(**options: float) -> tuple[int | None, float | None]:
     return (None, None) if iter_num is None else (iter_num, _savers[-1].changed_at_s)
 
 
-def _hangs(config: TrainConfig, world: World, poster: Poster, silence_s: float) -> bool:
-    """End this process: training has stood still for too long. Its state and the stacks of its threads are kept."""
+def _hangs(config: TrainConfig, world: World, say: Callable[[Ending], None], silence_s: float) -> bool:
+    """Fail this attempt: training has stood still for too long. Its state and the stacks of its threads are kept."""
     if _savers and _savers[-1].is_finishing:  # an upload is waited for, which has limits of its own
         return False
     found = stacks()
@@ -126,8 +131,9 @@ def _hangs(config: TrainConfig, world: World, poster: Poster, silence_s: float) 
     reached = _rescue(stand_in_s=0.5)  # for whatever stands still has done so for long
     writer = threading.Thread(target=_write_text, args=(config, name, found), daemon=True)
     writer.start()
-    poster.say_last(Ending(world.rank, Cause.HANG, text, reached[0], "", reached[1]).to_json())
     writer.join(timeout=5)  # storage may be what hangs
+    say(Ending(world.rank, Cause.HANG, text, reached[0], "", reached[1]))
+    time.sleep(_ENDED_S)  # the controller ends this process, in which one thread stands still
     os._exit(1)
 
 
@@ -181,6 +187,21 @@ def _check_shared(config: TrainConfig, job: dict[str, Any]) -> None:
         raise CheckpointError(
             f"out_dir={config.out_dir} is not the driver's on node {os.uname().nodename}: it must be a folder that all "
             "nodes share (NFS) or a URL (s3://bucket/run)"
+        )
+
+
+def _check_same_data(config: TrainConfig, first: dict[str, Any], now: dict[str, Any]) -> None:
+    """Check that the dataset is the one that this driver's first attempt began with.
+
+    A worker dies, by SIGBUS, of a token file that is cut while it reads there. Starting it again mends nothing.
+
+    Raises:
+        DataError: it is another.
+    """
+    if change := change_of_data(first, now):
+        raise DataError(
+            f"{Path(config.data_dir, config.dataset)} was changed while this run used it: {change}. Put back what it "
+            "was and give the same command again; to go on with other data, give it without doing so"
         )
 
 

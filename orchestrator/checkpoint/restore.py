@@ -173,7 +173,7 @@ def _fill_from(
         left = {file: left[file] for file in plan if file in errors}
     _share_steps(state, tensors)
     _adopt(state, checkpoint.snapshot({}), world)
-    if checkpoint.state.get("is_evaluated", True):
+    if checkpoint.is_evaluated:
         state.evaluated_at, state.val_loss = state.iter_num, checkpoint.val_loss
     total_bytes = int(world.sum(torch.tensor([from_storage_bytes])).item())
     is_durable = any(place.is_storage for place in places)

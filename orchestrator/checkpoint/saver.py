@@ -64,10 +64,11 @@ class Saver:
         rhythm: Rhythm,
     ) -> None:
         self._world, self._side = world, world.beside()
-        self._store, self._nodes, self._environment = store, nodes, environment
+        self._store, self._nodes, self.environment = store, nodes, environment
         self._rhythm, self._schedule = rhythm, Schedule(rhythm)
         resumed = state.resumed_from
-        self._durable_iter = state.iter_num if resumed and resumed.is_durable else -1
+        is_durable = resumed and resumed.is_durable and state.is_evaluated  # once it is, it is saved again
+        self._durable_iter = state.iter_num if is_durable else -1
         self._copier, self._uploader = Behind("copy of the state"), Behind("upload of a checkpoint")
         self._pace = Pace(world.device, nodes.shares)
         self._has_no_memory = nodes.memory is None
@@ -220,11 +221,10 @@ class Saver:
             self._copier.last.exception(timeout=_OTHERS_S)
         if self._has_no_memory or not self._slots or not state.optimizer.state:
             return None
-        is_evaluated = state.evaluated_at == state.iter_num
-        snapshot = capture(state, state.val_loss if is_evaluated else None)
+        snapshot = capture(state, state.val_loss if state.is_evaluated else None)
         name = checkpoint_name(snapshot.iter_num, self._world.attempt)
         files = files_of(snapshot, self._world.size)
-        described = {**self._description(snapshot, files), "is_evaluated": is_evaluated}
+        described = self._description(snapshot, files)
         if all(slot.iter_num != snapshot.iter_num for slot in self._slots):
             self._copy_now(snapshot, self._free_slot(), name, self._nodes.share, described)
         memory.sign_out()
@@ -287,10 +287,12 @@ class Saver:
         return min((slot for slot in self._slots if slot is not self._uploading), key=lambda slot: slot.iter_num)
 
     def _description(self, snapshot: Snapshot, files: Files) -> dict[str, Any]:
+        assert self._state
         return {
             "format_version": FORMAT_VERSION,
             **describe(snapshot),
-            "environment": self._environment,
+            "is_evaluated": self._state.is_evaluated,
+            "environment": self.environment,
             "tensors": tensor_index(files),
             "saved_at_s": time.time(),  # for people to read: clocks of two nodes may differ, and decide nothing
         }

@@ -71,7 +71,8 @@ def check_start(config: TrainConfig, store: CheckpointStore, data: Vocabulary | 
     saved = next(store.newest_first(), None)
     if saved:
         check_same_run(config, saved.state, data or Vocabulary(saved.state["model_args"]["vocab_size"]))
-        check_unfinished(config, saved.iter_num, saved.name)
+        if saved.is_evaluated:
+            check_unfinished(config, saved.iter_num, saved.name)
         return Start(saved.state["model_args"], saved.iter_num, f"continuing {saved.name} in {config.out_dir}")
     store.check_not_lost()
     if config.max_iters == 0 and not config.eval_only:
@@ -111,7 +112,8 @@ def told_finished(config: TrainConfig, store: CheckpointStore) -> str:
     try:
         if saved := next(store.newest_first(), None):
             check_same_run(config, saved.state, Vocabulary(saved.state["model_args"]["vocab_size"]))
-            check_unfinished(config, saved.iter_num, saved.name)
+            if saved.is_evaluated:  # else its last evaluation was broken off, and is still to do
+                check_unfinished(config, saved.iter_num, saved.name)
         elif config.init_from == "resume" and not config.init_weights_only:
             check_unfinished(config, look_at(source_of(config), model_only=True).iter_num, "ckpt.pt")
     except FinishedRunError as finished:

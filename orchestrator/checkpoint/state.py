@@ -51,6 +51,11 @@ class TrainState:
     guard: dict[str, Any] = field(default_factory=dict)
     resumed_from: Resumed | None = None
 
+    @property
+    def is_evaluated(self) -> bool:
+        """Whether the evaluation of this iteration is done, or none is due."""
+        return self.evaluated_at == self.iter_num
+
 
 def capture(state: TrainState, val_loss: float | None = None) -> Snapshot:
     """Return the state as a snapshot that shares its tensors: nothing is copied, so use it before the next step."""

@@ -66,6 +66,11 @@ class Checkpoint:
         return None if value is None else float(value)
 
     @property
+    def is_evaluated(self) -> bool:
+        """Whether the evaluation of its iteration is behind it, or none was due."""
+        return bool(self.state.get("is_evaluated", True))
+
+    @property
     def files(self) -> dict[str, FileRecord]:
         return {name: FileRecord(**record) for name, record in self.state["files"].items()}
 
@@ -249,7 +254,10 @@ class CheckpointStore:
             )
 
     def _whole(self) -> list[Checkpoint]:
-        return [checkpoint for checkpoint in self.newest_first() if checkpoint.name not in self.damaged]
+        """Return the committed checkpoints; of one that was evaluated later, that one alone."""
+        found = [checkpoint for checkpoint in self.newest_first() if checkpoint.name not in self.damaged]
+        done = {checkpoint.iter_num for checkpoint in found if checkpoint.is_evaluated}
+        return [checkpoint for checkpoint in found if checkpoint.is_evaluated or checkpoint.iter_num not in done]
 
     def commit(self, name: str, state: dict[str, Any]) -> Checkpoint:
         """Announce a checkpoint whose files are all written: after this it exists."""

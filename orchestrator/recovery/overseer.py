@@ -13,7 +13,7 @@ import logging
 import threading
 import time
 from contextlib import suppress
-from typing import Any
+from typing import Any, cast
 
 import ray
 from ray._raylet import RAY_NODE_ID_KEY  # type: ignore[attr-defined]
@@ -31,7 +31,6 @@ logger = logging.getLogger(__name__)
 
 _ANSWER_S = 2.0  # in which a worker that lives begins to rescue its state
 _RESCUE_S = 60.0  # in which it is done
-_BOARD_S = 2.0
 _PLACES_S = 1.0  # in which those of a group that has ended are free again
 _SPARES_AFTER_S = 3.0  # once training is under way: starting them takes cores for a moment
 
@@ -101,7 +100,7 @@ class Overseer(WorkerGroupCallback, ControllerCallback):  # type: ignore[misc]
         self._is_over = True  # Ray ends a group that is well: another number of workers can run now
         try:
             seen_s = time.time()
-            saved = self._rescue(lost=set(), by_themselves=[])
+            saved, _ = self._rescue(lost=set(), by_themselves=[])
             self._tell(
                 "failure", time=seen_s, cause="resized", ranks=[], text="the number of machines has changed", **saved
             )
@@ -125,17 +124,20 @@ class Overseer(WorkerGroupCallback, ControllerCallback):  # type: ignore[misc]
         gone = {rank for rank, worker in enumerate(workers) if worker.metadata.node_id in silent}
         for rank in gone:
             ray.kill(workers[rank].actor)  # or Ray would wait for it
-        words = {ending.rank: ending for ending in self._last_words()}
-        endings = [words.get(rank) or self._ending(rank, error) for rank, error in errors.items()]
-        saved = self._rescue(lost=set(errors) | gone, by_themselves=endings)
+        endings = [self._ending(rank, error) for rank, error in errors.items()]
+        saved, deaths = self._rescue(lost=set(errors) | gone, by_themselves=endings)
+        endings += [self._ending(rank, error) for rank, error in deaths.items()]  # perhaps what the others tell of
         endings += [Ending(rank, Cause.NODE_LOST, "its node does not answer", self._iter) for rank in gone]
         first = explain(endings)
+        for ending in endings:
+            if ending.cause is Cause.HANG:
+                ray.kill(workers[ending.rank].actor)  # or Ray would ask it to leave the process group, and wait
         node = workers[first.rank].metadata.hostname
         self._tell(
             "failure",
             time=seen_s,
             cause=str(first.cause),
-            ranks=sorted(errors.keys() | gone),
+            ranks=sorted(errors.keys() | deaths.keys() | gone),
             node=node,
             text=first.text,
             traceback=first.traceback,
@@ -166,36 +168,33 @@ class Overseer(WorkerGroupCallback, ControllerCallback):  # type: ignore[misc]
         lives = any(node["Alive"] for node in ray.nodes() if node["NodeID"] == node_id)
         return Cause.WORKER_LOST if lives and "node died" not in text else Cause.NODE_LOST
 
-    def _rescue(self, lost: set[int], by_themselves: list[Ending]) -> dict[str, Any]:
+    def _rescue(self, lost: set[int], by_themselves: list[Ending]) -> tuple[dict[str, Any], dict[int, Exception]]:
         """Have the workers that live put their state into node memory, and wait for that; return what came of it.
 
         by_themselves: the ends of those that are lost; some have put their state there before.
-        reached_iter, reached_at_s: the iteration that is safe, and when it was completed (where any is).
+
+        Returns ({reached_iter, reached_at_s: the iteration that is safe, and when it was completed (where any is),
+        ...}, by rank the deaths of those that turn out not to live).
         """
         from orchestrator.worker import begin_rescue, end_rescue
 
         began_s = time.monotonic()
-        workers = [worker for rank, worker in enumerate(self._group.get_workers()) if rank not in lost]
-        asked = {worker.execute_async(begin_rescue): worker for worker in workers}
+        workers = {rank: worker for rank, worker in enumerate(self._group.get_workers()) if rank not in lost}
+        asked = {worker.execute_async(begin_rescue): rank for rank, worker in workers.items()}
         answered, mute = ray.wait(list(asked), num_returns=len(asked), timeout=_ANSWER_S) if asked else ([], [])
-        waited = [asked[answer].execute_async(end_rescue) for answer in answered]
+        deaths = {asked[answer]: death for answer in answered if (death := _death_of(answer))}
+        begun = [workers[asked[answer]] for answer in answered if asked[answer] not in deaths]
+        waited = [worker.execute_async(end_rescue) for worker in begun]
         done, _ = ray.wait(waited, num_returns=len(waited), timeout=_RESCUE_S) if waited else ([], [])
         for answer in mute:
-            ray.kill(asked[answer].actor)  # it stands still, and Ray would wait for it to leave
+            ray.kill(workers[asked[answer]].actor)  # it stands still, and Ray would wait for it to leave
         answers = [*map(_value, done), *((ending.iter_num, ending.reached_at_s) for ending in by_themselves)]
         safe = [(iter_num, at_s) for iter_num, at_s in answers if iter_num is not None and at_s is not None]
         saved: dict[str, Any] = {"rescue_s": time.monotonic() - began_s, "ranks_rescued": len(safe)}
         if safe:
             self._iter, reached_at_s = max(safe)
             saved |= {"reached_iter": self._iter, "reached_at_s": reached_at_s}
-        return saved
-
-    def _last_words(self) -> list[Ending]:
-        try:
-            words = ray.get(self._board.last_words.remote(), timeout=_BOARD_S)
-        except ray.exceptions.RayError:
-            return []
-        return [Ending.from_json(word) for word in words]
+        return saved, deaths
 
     def _tell(self, kind: str, **values: Any) -> None:
         tell_on(self._board, kind, **{"number": self._number, **values})
@@ -222,6 +221,17 @@ def _in_short(text: str) -> str:
     """Return what Ray says of a death without the actor's ids and what it guesses."""
     text = " ".join(text.split()).partition(" Some common causes")[0]
     return text[max(0, text.find("The actor is dead because")) :][:500]
+
+
+def _death_of(answer: Any) -> Exception | None:
+    """Return why nobody answers any more, None where somebody has."""
+    try:
+        ray.get(answer)
+    except (RayActorError, OutOfMemoryError) as error:
+        return cast(Exception, error)
+    except ray.exceptions.RayError:  # it lives, and could not do it
+        return None
+    return None
 
 
 def _value(answer: Any) -> tuple[int | None, float | None]:

@@ -15,7 +15,7 @@ _STEPS = 50  # of which the median counts
 
 
 class Watchdog:
-    """A thread that waits for beats, one per iteration.
+    """A thread that waits for beats, one per iteration, and in an evaluation one per batch.
 
     timeout_s: the longest silence; for models whose steps are slow, 20 times the median step if that is longer.
     on_hang: is called once, with the seconds of silence; if it returns False, something else is being waited for.
@@ -25,16 +25,16 @@ class Watchdog:
         self._timeout_s, self._on_hang = timeout_s, on_hang
         self._steps_s: deque[float] = deque(maxlen=_STEPS)
         self._beat_s = time.monotonic()
-        self._has_begun = False
+        self._mark: float | None = None
         self._closed = threading.Event()
         threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
 
-    def beat(self) -> None:
-        """Note that training has come an iteration further."""
+    def beat(self, mark: float) -> None:
+        """Note that something moves; mark: another one with each iteration, whose times set how long is too long."""
         now_s = time.monotonic()
-        if self._has_begun:  # what came before was the start
+        if self._mark not in (None, mark):  # what came before the first mark was the start
             self._steps_s.append(now_s - self._beat_s)
-        self._has_begun = True
+        self._mark = mark
         self._beat_s = now_s
 
     def close(self) -> None:

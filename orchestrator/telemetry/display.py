@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+import errno
+import os
+import select
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from types import TracebackType
 from typing import Any
 
@@ -14,7 +20,10 @@ Record = dict[str, Any]
 
 
 class Display:
-    """Shows records as they come; a context manager, so that the terminal is left as it was."""
+    """Shows records as they come; a context manager, so that the terminal is left as it was.
+
+    A terminal that was closed, or a `| tee` that Ctrl-C has ended before us, ends no run.
+    """
 
     def __init__(self, max_iters: int) -> None:
         self._console = Console(highlight=False, soft_wrap=True)
@@ -32,11 +41,16 @@ class Display:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._progress:
-            self._progress.stop()
+        with _until_nobody_reads():
+            if self._progress:
+                self._progress.stop()
 
     def show(self, record: Record) -> None:
         """Print a record's line and move the bar."""
+        with _until_nobody_reads():
+            self._show(record)
+
+    def _show(self, record: Record) -> None:
         style = {"WARNING": "yellow", "ERROR": "red"}.get(record.get("level", ""))
         if line := line_of(record):
             self._console.print(line, style=style, markup=False)
@@ -45,3 +59,28 @@ class Display:
             self._progress.update(self._task, completed=record["iter"])
             if loss:
                 self._progress.update(self._task, loss=f"{loss} {record[loss]:.4f}")
+
+
+@contextmanager
+def _until_nobody_reads() -> Iterator[None]:
+    """Print to nowhere once the terminal or the program that our output goes to is gone."""
+    try:
+        yield
+    except (OSError, SystemExit) as error:  # rich makes the latter of a pipe that is broken
+        if isinstance(error, OSError) and error.errno not in (errno.EPIPE, errno.EIO):
+            raise
+        quiet()
+
+
+def quiet() -> None:
+    """Let what is printed from now on go nowhere, where its reader or terminal is gone."""
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError, ValueError):  # no file, as in a test
+            if _is_lost(stream.fileno()):
+                os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
+def _is_lost(output: int) -> bool:
+    poll = select.poll()
+    poll.register(output, 0)
+    return any(event & (select.POLLERR | select.POLLHUP) for _, event in poll.poll(0))

@@ -29,7 +29,7 @@ from orchestrator.world import World
 from tests import ranks
 from tests.chaos.blackout import Standstill, blackout, struck
 from tests.chaos.faults import Fault
-from tests.conftest import Undisturbed, final_state
+from tests.conftest import Undisturbed, final_state, in_steps
 from tests.ranks import Ended
 from tests.tmpfs import small_tmpfs
 
@@ -512,7 +512,7 @@ def test_without_node_memory(tiny: TrainConfig, folder: Path, undisturbed: Undis
 
 def stop_after_nine(_rank: int) -> None:
     calls = iter(range(10**6))
-    loop.train = partial(loop.train, should_stop=lambda: next(calls) >= 9)
+    loop.train = partial(loop.train, should_stop=in_steps(lambda: next(calls) >= 9))
 
 
 @pytest.mark.slow

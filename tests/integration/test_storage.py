@@ -34,7 +34,7 @@ from orchestrator.telemetry.lines import print_record
 from orchestrator.telemetry.metrics import read_metrics
 from orchestrator.telemetry.tell import open_telemetry
 from orchestrator.world import World
-from tests.conftest import Storage, Undisturbed, enter, forget_clients
+from tests.conftest import Storage, Undisturbed, enter, forget_clients, in_steps
 from tests.servers import S3Server, SFTPServer, free_ports
 
 
@@ -76,7 +76,8 @@ def run(config: TrainConfig, attempt: str, stop_after: int | None = None) -> Non
     world = World(attempt=attempt)
     calls = iter(range(10**6))
     with open_telemetry(config, world, print_record) as tell:
-        train(resolve(config), world, tell, should_stop=lambda: stop_after is not None and next(calls) >= stop_after)
+        is_over = in_steps(lambda: stop_after is not None and next(calls) >= stop_after)
+        train(resolve(config), world, tell, should_stop=is_over)
 
 
 def state_in(config: TrainConfig) -> Snapshot:

@@ -43,7 +43,7 @@ from orchestrator.telemetry.tell import open_telemetry
 from orchestrator.world import World
 from tests import ranks
 from tests.chaos import faults
-from tests.conftest import Storage, Undisturbed, forget_clients
+from tests.conftest import Storage, Undisturbed, forget_clients, in_steps
 from tests.servers import Fault, FaultyProxy, S3Server, SFTPServer
 from tests.tmpfs import small_tmpfs
 
@@ -98,7 +98,7 @@ class Run:
                 self.records.append({**record, "mark": self.mark()})
                 tell(record)
 
-            train(resolve(self.config), world, note, should_stop=should_stop)
+            train(resolve(self.config), world, note, should_stop=in_steps(should_stop))
         return self
 
     def of(self, kind: str) -> list[int]:

@@ -16,6 +16,7 @@ from orchestrator import loop
 from orchestrator.checkpoint import durable
 from orchestrator.checkpoint.nanogpt import write_nanogpt
 from orchestrator.checkpoint.snapshot import tensors_equal
+from orchestrator.checkpoint.start import told_finished
 from orchestrator.checkpoint.state import TrainState, capture
 from orchestrator.checkpoint.store import CheckpointStore
 from orchestrator.config import TrainConfig
@@ -26,6 +27,7 @@ from orchestrator.loop import Outcome, dropout_seed, train
 from orchestrator.process import resolve
 from orchestrator.telemetry.lines import line_of
 from orchestrator.world import World
+from tests.conftest import in_steps
 
 Record = dict[str, Any]
 
@@ -37,7 +39,7 @@ def run(config: TrainConfig, stop_after: int | None = None, attempt: str = "a") 
         resolve(config),
         World(attempt=attempt),
         records.append,
-        should_stop=lambda: stop_after is not None and next(calls) >= stop_after,
+        should_stop=in_steps(lambda: stop_after is not None and next(calls) >= stop_after),
     )
     return outcome, records
 
@@ -106,6 +108,67 @@ def test_epochs_go_on_with_another_batch(
     n_tokens = len(data.files.splits["train"])
     one = replace(loop.sampling_of(config), batch_size=1, gradient_accumulation_steps=1)
     assert seen == [int(real(one, n_tokens, "train", i, 0)[0]) for i in range(5 * 16 + 5 * 6)]
+
+
+def told_in_evaluation(at_iter: int, answer: int, after: int = 2) -> Any:
+    """Return a should_stop that gives its answer in the evaluation of an iteration: at its `after`-th batch."""
+    asked = {"steps": -1, "batches": 0}
+    original = loop.dropout_seed
+
+    def dropout_seed(seed: int, iter_num: int, micro_step: int) -> int:
+        asked.update(steps=iter_num, batches=0)
+        return original(seed, iter_num, micro_step)
+
+    def should_stop() -> int:
+        asked["batches"] += 1
+        return answer if asked["steps"] == at_iter - 1 and asked["batches"] >= after else loop.GO_ON
+
+    return dropout_seed, should_stop, asked
+
+
+@pytest.mark.parametrize(("at_iter", "answer"), [(8, loop.STOP), (16, loop.LEAVE), (24, loop.STOP)])
+def test_an_evaluation_is_broken_off_and_done_by_the_next_attempt(
+    tiny: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at_iter: int, answer: int
+) -> None:
+    undisturbed = replace(tiny, out_dir=str(tmp_path / "undisturbed"), eval_iters=50)
+    disturbed = replace(tiny, eval_iters=50)
+    run(undisturbed)
+    with monkeypatch.context() as patch:
+        dropout_seed, should_stop, asked = told_in_evaluation(at_iter, answer)
+        patch.setattr(loop, "dropout_seed", dropout_seed)
+        outcome = train(resolve(disturbed), World(attempt="a"), should_stop=should_stop)
+    assert asked["batches"] < 5, "within a batch"
+    assert (outcome.iter_num, outcome.stopped, outcome.preempted) == (at_iter, True, answer == loop.LEAVE)
+    (checkpoint,) = [each for each in CheckpointStore(tiny.out_dir).newest_first() if each.iter_num == at_iter]
+    assert (checkpoint.is_evaluated, checkpoint.val_loss) == (False, None)
+    assert told_finished(disturbed, CheckpointStore(tiny.out_dir)) == "", "at max_iters, too"
+
+    outcome, records = run(disturbed, attempt="b")
+    assert not outcome.stopped
+    assert "is finished" in told_finished(disturbed, CheckpointStore(tiny.out_dir))
+    assert [r["iter"] for r in records if r["kind"] == "eval"] == [*range(at_iter, 25, 8)]
+    assert tensors_equal(last_state(disturbed), last_state(undisturbed))
+    assert last_state(disturbed).best_val_loss == last_state(undisturbed).best_val_loss
+    assert (
+        CheckpointStore(tiny.out_dir).select("best").val_loss
+        == CheckpointStore(undisturbed.out_dir).select("best").val_loss
+    )
+
+
+def test_a_stop_before_the_first_iteration_leaves_nothing(tiny: TrainConfig) -> None:
+    outcome = train(resolve(tiny), World(attempt="a"), should_stop=lambda: loop.STOP)
+    assert outcome == Outcome(0, 1e9, stopped=True)
+    assert CheckpointStore(tiny.out_dir).names() == []
+    assert run(tiny, attempt="b")[0].iter_num == tiny.max_iters
+
+
+def test_an_evaluation_alone_is_stopped_and_changes_nothing(tiny: TrainConfig) -> None:
+    run(replace(tiny, max_iters=8))
+    before = contents(tiny.out_dir)
+    config = replace(tiny, eval_only=True, eval_iters=10**6)
+    outcome = train(resolve(config), World(attempt="b"), should_stop=lambda: loop.STOP)
+    assert (outcome.stopped, outcome.iter_num) == (True, 8)
+    assert contents(tiny.out_dir) == before
 
 
 def test_weights_follow_from_seed_and_data_alone(tiny: TrainConfig, tmp_path: Path) -> None:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import inspect
+import pickle
+import threading
+import time
 
 import ray
 from ray._private.ray_constants import WORKER_PROCESS_SETUP_HOOK_ENV_VAR
@@ -12,12 +15,15 @@ from ray.core.generated.autoscaler_pb2 import AutoscalingState, DrainNodeReason,
 from ray.core.generated.node_manager_pb2 import PrestartWorkersRequest
 from ray.scripts import scripts
 from ray.train.torch import TorchTrainer
+from ray.train.v2._internal.exceptions import UserExceptionWithTraceback
 from ray.train.v2._internal.execution.callback import ControllerCallback, WorkerGroupCallback
 from ray.train.v2._internal.execution.preemption import PreemptionContext
 from ray.train.v2._internal.execution.scaling_policy import ScalingPolicy
 from ray.train.v2._internal.execution.worker_group import RayTrainWorker, Worker, WorkerGroup
+from ray.train.v2._internal.execution.worker_group.thread_runner import ThreadRunner
 from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 
+from orchestrator.recovery.causes import AttemptFailedError, Cause, Ending
 from orchestrator.recovery.elastic import FixedPolicy, LivePolicy, Quiet, QuietLivePolicy
 from orchestrator.recovery.overseer import Overseer
 
@@ -39,6 +45,30 @@ def test_the_hooks_of_the_overseer_are_called() -> None:
 
 def test_a_worker_can_be_asked_to_call_something() -> None:
     assert list(inspect.signature(Worker.execute_async).parameters)[:2] == ["self", "fn"]
+
+
+def test_any_thread_of_a_worker_can_fail_it() -> None:
+    runner = ThreadRunner()
+    ending = Ending(1, Cause.HANG, "no progress", 7, "", 1.5)
+    error = UserExceptionWithTraceback(AttemptFailedError(ending.to_json()), traceback_str=ending.text)
+
+    def train() -> None:  # as last_words does, whose context is Ray Train's
+        runner.get_exception_queue().put(error)
+        released.wait(30)
+
+    released = threading.Event()
+    runner.run(train)
+    deadline_s = time.monotonic() + 30
+    while runner.get_error() is None and time.monotonic() < deadline_s:
+        time.sleep(0.01)
+    assert runner.get_error() is error
+    assert runner.is_running(), "it need not end"
+    released.set()
+    restored = pickle.loads(pickle.dumps(error))
+    assert Ending.from_json(restored._base_exc.ending) == ending
+    assert "error = execution_context.training_thread_runner.get_error()" in inspect.getsource(
+        RayTrainWorker.poll_status
+    )
 
 
 def test_the_drain_notice_is_kept_where_it_is_read() -> None:

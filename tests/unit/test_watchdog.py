@@ -16,9 +16,9 @@ def test_silence_is_noticed_once() -> None:
         return True
 
     watchdog = Watchdog(0.3, on_hang)
-    for _ in range(6):
+    for mark in range(6):
         time.sleep(0.1)
-        watchdog.beat()
+        watchdog.beat(mark)
     assert not calls
     assert rang.wait(5)
     time.sleep(0.5)
@@ -29,11 +29,14 @@ def test_silence_is_noticed_once() -> None:
 def test_slow_steps_have_more_time() -> None:
     watchdog = Watchdog(0.1, lambda _silence_s: False)
     watchdog.close()
-    watchdog.beat()
+    watchdog.beat(0)
     assert watchdog.limit_s() == 0.1
-    for _ in range(3):
+    for mark in (1, 2, 3):
         time.sleep(0.05)
-        watchdog.beat()
+        watchdog.beat(mark)
+    assert watchdog.limit_s() >= 20 * 0.05
+    for _ in range(60):  # the batches of an evaluation are no steps
+        watchdog.beat(3)
     assert watchdog.limit_s() >= 20 * 0.05
 
 
