@@ -37,8 +37,8 @@ class Hidden:
 def storage_options_of(config: StorageSettings, url: str | None = None) -> dict[str, Any] | None:
     """Return the fsspec options of out_dir, None where none are given.
 
-    url: of something else that is read or written, which has the options where it lies in the same kind of storage; where
-        out_dir is on a disk, which needs none, in that of init_from.
+    url: of something else that is read or written, which has the options where it lies in the same kind of storage;
+        where out_dir is on a disk, which needs none, in that of init_from.
 
     Raises:
         ConfigError: storage_options holds no JSON object, or its file cannot be read; the value is not in the message.
