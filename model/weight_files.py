@@ -84,16 +84,20 @@ def stored_tensors(folder: Folder) -> dict[str, Stored]:
             if error.args != (name,):
                 raise PretrainedError(f"{folder.title}: {name} names a file that is not there: {error}") from error
             continue
-        except (SafetensorError, ValueError, RuntimeError, EOFError, KeyError, TypeError, AttributeError) as error:
-            if isinstance(error, PretrainedError):
-                raise
-            raise PretrainedError(f"{folder.title}: {name} cannot be read: {error}") from error
+        except ValueError as error:
+            raise _unreadable(name, folder, error) from error
         return found
     if refusal := adapter_only(folder):
         raise refusal
     others = [name for name in _OF_OTHERS if folder.has(name)]
     hint = f"; {' and '.join(others)} is of another framework: save the model from PyTorch" if others else ""
     raise PretrainedError(f"{folder.title}: none of {', '.join(TENSOR_FILES)} there{hint}")
+
+
+def _unreadable(name: str, folder: Folder, error: Exception) -> PretrainedError:
+    if isinstance(error, PretrainedError):
+        return error
+    return PretrainedError(f"{folder.title}: {name} cannot be read: {error}")
 
 
 def adapter_only(folder: Folder) -> PretrainedError | None:
@@ -108,7 +112,7 @@ def adapter_only(folder: Folder) -> PretrainedError | None:
 
 def _shards(index: str, folder: Folder) -> dict[str, Stored]:
     with _opened(index, folder) as file:
-        content = json.loads(file.read())
+        content = json.loads(file.read())  # a ValueError of its own where it is damaged
     weight_map = content.get("weight_map") if isinstance(content, dict) else None
     if not isinstance(weight_map, dict) or not all(isinstance(shard, str) for shard in weight_map.values()):
         raise ValueError("it has no weight_map from tensors to files")
@@ -134,7 +138,7 @@ def _tensors_of(name: str, folder: Folder) -> dict[str, Stored]:
                 for key, (shape, dtype) in entries.items()
             }
         is_mapped = start.startswith(b"PK")  # a file of the old format, no zip, cannot be
-        loaded = cache(lambda: _load(folder.fetch(name), name, mmap=is_mapped))
+        loaded = cache(lambda: _load_whole(name, folder, is_mapped))
         file.seek(0)
         outline = _load(file, name, map_location="meta") if is_mapped else loaded()
     return {
@@ -182,9 +186,21 @@ def _safetensors_entries(file: BinaryIO) -> dict[str, tuple[tuple[int, ...], tor
 
 
 def _read_safetensor(name: str, key: str, folder: Folder) -> Tensor:
-    # Each is mapped by itself: its memory is free once it is dropped.
-    with safe_open(folder.fetch(name), framework="pt") as file:
-        return file.get_tensor(key)  # type: ignore[no-any-return]
+    path = folder.fetch(name)
+    try:
+        # Each is mapped by itself: its memory is free once it is dropped.
+        with safe_open(path, framework="pt") as file:
+            return file.get_tensor(key)  # type: ignore[no-any-return]
+    except (SafetensorError, ValueError, RuntimeError, OSError) as error:  # its header contradicts itself, for one
+        raise _unreadable(name, folder, error) from error
+
+
+def _load_whole(name: str, folder: Folder, is_mapped: bool) -> dict[str, Tensor]:
+    path = folder.fetch(name)
+    try:
+        return _load(path, name, mmap=is_mapped)
+    except ValueError as error:
+        raise _unreadable(name, folder, error) from error
 
 
 def _load(file: Path | BinaryIO, name: str, **options: Any) -> dict[str, Tensor]:
@@ -192,6 +208,9 @@ def _load(file: Path | BinaryIO, name: str, **options: Any) -> dict[str, Tensor]
         content = torch.load(file, weights_only=True, **{"map_location": "cpu", **options})
     except pickle.UnpicklingError:  # PyTorch's own message advises to switch the protection off
         raise ValueError("it holds more than tensors, or is no PyTorch file; convert it to safetensors") from None
+    except Exception as error:  # whatever a damaged file makes of torch.load
+        reason = str(error).partition("\n")[0]
+        raise ValueError(f"it is cut off, damaged or no PyTorch file ({type(error).__name__}: {reason})") from None
     if not isinstance(content, dict) or not all(isinstance(x, Tensor) for x in content.values()):
         inside = f" (keys: {', '.join(map(str, list(content)[:5]))})" if isinstance(content, dict) else ""
         raise ValueError(f"{name} is no dictionary of tensors{inside}")

@@ -61,6 +61,8 @@ def export(config: ExportConfig) -> str:
     refuse_missing(config)
     if exists(config.to, storage_options_of(config, config.to)) and not config.overwrite:
         raise ConfigError(f"{config.to} exists: give another --to, or --overwrite=True")
+    if config.format == "nanogpt" and "://" not in config.to and Path(config.to).is_dir():
+        raise ConfigError(f"--to={config.to} is a folder: give the file to write, {config.to.rstrip('/')}/ckpt.pt")
     source = find_source(config, config.checkpoint)
     _refuse_its_own(config, source)
     name = using(source, _writer(config, source), model_only=config.format == "hf")

@@ -37,13 +37,17 @@ class Hidden:
 def storage_options_of(config: StorageSettings, url: str | None = None) -> dict[str, Any] | None:
     """Return the fsspec options of out_dir, None where none are given.
 
-    url: of something else that is read or written, which has the options where it lies in the same kind of storage.
+    url: of something else that is read or written, which has the options where it lies in the same kind of storage;
+        where out_dir is on a disk, which needs none, in that of init_from.
 
     Raises:
         ConfigError: storage_options holds no JSON object, or its file cannot be read; the value is not in the message.
     """
     text = config.storage_options.strip()
-    if not text or (url is not None and _protocol(url) != _protocol(config.out_dir)):
+    home = _protocol(config.out_dir)
+    if home == "file":
+        home = _protocol(getattr(config, "init_from", ""))
+    if not text or (url is not None and _protocol(url) not in (home, _protocol(config.out_dir))):
         return None
     return _with_home(_read(text) if is_options_file(text) else _parse(text, "storage_options"))
 

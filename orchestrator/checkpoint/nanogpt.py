@@ -54,7 +54,7 @@ def read_nanogpt(
         content = load_torch_file(path, source)
         try:
             return _to_snapshot(content, source, model_only)
-        except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
+        except (KeyError, TypeError, ValueError, AttributeError, OverflowError, RuntimeError) as error:
             reason = f"{type(error).__name__}: {error}"
             raise CheckpointError(f"{source} is not laid out as nanoGPT's ckpt.pt ({reason}); check the path") from None
 

@@ -47,7 +47,7 @@ def read_optimizer(
         ids = [i for group in saved["param_groups"] for i in group["params"]]
         slots_of = dict(zip((name for names in members for name in names), map(saved["state"].get, ids), strict=True))
         tensors = dict(_named_slots(slots_of, model)) if saved["state"] else {}
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
         reason = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
         raise CheckpointError(
             f"{source}: its optimizer state is not that of nanoGPT's AdamW ({reason}). To take the weights alone: "

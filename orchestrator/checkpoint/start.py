@@ -33,7 +33,7 @@ logger = logging.getLogger(__name__)
 GPT2_VOCAB_SIZE = 50304  # 50257 rounded up to a multiple of 64 for speed, as nanoGPT does without a meta file
 _SHAPE_KEYS = ("n_layer", "n_head", "n_embd", "block_size", "bias", "vocab_size")
 _POSITIONS = "transformer.wpe.weight"
-_DIFFERENT_TOKENS = "prepare the text again with the model's tokens, or begin with --init_from=scratch"
+_DIFFERENT_TOKENS = "Prepare the text again with the model's tokens, or begin with --init_from=scratch"
 
 
 @dataclass(frozen=True)
@@ -192,9 +192,7 @@ def check_fits(config: TrainConfig, where: str, found: Snapshot, data: Vocabular
 def _check_tokens(config: TrainConfig, where: str, found: Snapshot, data: Vocabulary) -> None:
     tokenizer, size = tokenizer_json(found, config.data_dir), int(found.model_args["vocab_size"])
     if why := difference(tokenizer, data.tokenizer):
-        raise DataError(
-            f"{where} and dataset={config.dataset} have different vocabularies: {why}. {_DIFFERENT_TOKENS.capitalize()}"
-        )
+        raise DataError(f"{where} and dataset={config.dataset} have different vocabularies: {why}. {_DIFFERENT_TOKENS}")
     if data.size and not (tokenizer and data.tokenizer) and not is_padded(size, data.size):
         logger.warning(
             "%s has vocab_size=%d, dataset=%s %d tokens, and nothing tells what they mean: where the model was made "

@@ -139,6 +139,24 @@ def test_other_commands_read_a_run_on_a_server(place: Place, tiny: TrainConfig, 
     assert state_in(imported).iter_num == 5
 
 
+def test_a_model_on_a_server_is_a_source_for_every_command(place: Place, tiny: TrainConfig, tmp_path: Path) -> None:
+    config = on(place, replace(tiny, max_iters=4))
+    run(config, "a")
+    begun = replace(config, out_dir=f"{config.out_dir}-begun", init_from=config.out_dir, max_iters=6)
+    assert plan(begun).start.iter_num == 4
+    run(begun, "b")
+    assert state_in(begun).iter_num == 6
+    folder = f"{config.out_dir}-hf"
+    export(ExportConfig(config.out_dir, "hf", config.storage_options, folder))
+    tuned = replace(config, out_dir=str(tmp_path / "tuned"), init_from=folder, init_weights_only=True)
+    assert plan(tuned).start.iter_num == 0
+    options = {"storage_options": config.storage_options, "init_from": folder}  # out_dir is no longer on the server
+    assert "a Hugging Face folder" in inspect(InspectConfig(**options, verify=True))
+    assert export(ExportConfig(**options, to=f"{folder}-back/ckpt.pt")).startswith("wrote")
+    run(replace(tuned, max_iters=1), "c")
+    assert state_in(tuned).iter_num == 1
+
+
 @pytest.mark.filterwarnings("default")  # Ray and its parts warn of themselves
 def test_ray_workers_on_s3(
     s3: Storage, s3_server: S3Server, tiny: TrainConfig, undisturbed: Undisturbed, capfd: pytest.CaptureFixture[str]

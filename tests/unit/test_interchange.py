@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import json
+import random
 import shutil
 import weakref
 from collections.abc import Callable
@@ -23,10 +25,10 @@ from orchestrator.checkpoint.nanogpt import HEAD, read_nanogpt, write_nanogpt
 from orchestrator.checkpoint.snapshot import Snapshot, tensors_equal
 from orchestrator.checkpoint.sources import Kind, find_source, read_source, using
 from orchestrator.data.tokenizers import CharTokenizer
-from orchestrator.errors import CheckpointError, ConfigError
+from orchestrator.errors import CheckpointError, ConfigError, UserError
 from orchestrator.export import ExportConfig, export
 from orchestrator.inspect import InspectConfig, inspect
-from orchestrator.sample import SampleConfig
+from orchestrator.sample import SampleConfig, sample
 from tests.unit.test_sample import save_run
 from tests.unit.test_streaming import SMALL, random_state
 
@@ -228,6 +230,11 @@ def test_nothing_is_written_over_its_own_source(
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
 
 
+def test_a_folder_is_no_file_to_write(places: dict[str, str]) -> None:
+    with pytest.raises(ConfigError, match=r"run is a folder: give the file to write, .*/run/ckpt\.pt"):
+        export(ExportConfig(out_dir=places["run"], to=places["run"], overwrite=True))
+
+
 def test_a_ckpt_may_lie_in_the_runs_folder(places: dict[str, str], state: Snapshot) -> None:
     export(ExportConfig(out_dir=places["run"], to=f"{places['run']}/ckpt.pt"))
     assert tensors_equal(read_nanogpt(f"{places['run']}/ckpt.pt"), state)
@@ -242,6 +249,30 @@ def test_a_run_is_mapped_and_verified(places: dict[str, str], state: Snapshot) -
     path.write_bytes(path.read_bytes()[:-1] + b"\xff")
     with pytest.raises(CheckpointError, match=r"holds no whole checkpoint: .*its checksum differs"):
         read_source(source)
+
+
+@pytest.mark.parametrize(
+    "name", ["model.safetensors", "config.json", "char_tokenizer.json", "ckpt.pt", "pytorch_model.bin"]
+)
+def test_damage_ends_in_one_line(places: dict[str, str], name: str) -> None:
+    """Whatever bytes are wrong, a user's error is all that comes of it."""
+    folder, draw = Path(places["hf"]), random.Random(name)
+    if name == "pytorch_model.bin":
+        torch.save(load_file(folder / "model.safetensors"), folder / name)
+        (folder / "model.safetensors").unlink()
+    path = Path(places["ckpt.pt"]) if name == "ckpt.pt" else folder / name
+    whole = path.read_bytes()
+    refused = 0
+    for _ in range(12):
+        content, at = bytearray(whole), draw.randrange(min(len(whole), 3000))
+        content[at] ^= 1 << draw.randrange(8)
+        content[at + 1 : at + 1 + draw.choice([0, 0, 40])] = b""
+        path.write_bytes(content[: draw.choice([len(whole), len(whole), at])])
+        try:
+            sample(SampleConfig(str(path if name == "ckpt.pt" else folder), "", "a", 1, 3, device="cpu"), io.StringIO())
+        except UserError:
+            refused += 1
+    assert refused > 3
 
 
 # inspect

@@ -322,6 +322,26 @@ def test_an_iteration_is_a_whole_number(read: Any, value: Any) -> None:
         read({**content(), "iter_num": value})
 
 
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("best_val_loss", torch.ones(2)),
+        ("best_val_loss", "low"),
+        ("iter_num", torch.ones(2)),
+        ("model", {3: torch.ones(1)}),
+        ("model", [torch.ones(1)]),
+        ("model_args", [2, 2, 8]),
+        ("model_args", {**ARGS, "bias": torch.ones(2)}),
+        ("config", [1]),
+        ("optimizer", [1]),
+        ("optimizer", {"state": [], "param_groups": {}}),
+    ],
+)
+def test_values_of_another_shape_are_one_line(read: Any, key: str, value: Any) -> None:
+    with pytest.raises(CheckpointError, match=r"ckpt\d\.pt"):
+        read({**content(), key: value})
+
+
 @pytest.mark.parametrize("dtype", [torch.int8, torch.int64, torch.bool])
 def test_quantized_weights_are_refused(read: Any, dtype: torch.dtype) -> None:
     saved = content()
