@@ -144,6 +144,7 @@ def _knock(address: str) -> None:
 def _start_cluster() -> None:
     # No dashboard runs. An actor of Train looks for one all the same, and stumbles where two runs share a machine.
     os.environ.setdefault("RAY_API_SERVER_ADDRESS", "http://127.0.0.1:9")
+    variables.check_interface()
     folder = variables.temp_dir()
     before = psutil.Process().children(recursive=True)
     try:

@@ -237,6 +237,7 @@ def _fit(
     ended: dict[str, Any] = {}
 
     def fit() -> None:
+        signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # they are for the main thread
         try:
             ended["value"] = trainer.fit().return_value
         except Exception as error:  # all of Ray's failures are one to us: this is the driver's top

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
+import socket
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -19,6 +20,8 @@ _TRAIN_V2 = "RAY_TRAIN_V2_ENABLED"
 _DEFAULTS = {
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.25",  # a lost worker is noticed within this
     "RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S": "1",  # and a node that is drained within this
+    # Of a cluster that is started here. Ray's 15 leaves workers a thirtieth of a core that another program wants too.
+    "RAY_worker_niceness": "0",
     "RAY_CHDIR_TO_TRIAL_DIR": "0",  # relative paths keep their meaning in workers
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     # Without a dashboard, as in a cluster that is started here, two of Ray's actors complain about it every second.
@@ -92,6 +95,19 @@ def _is_host(text: str) -> bool:
 
 def _is_port(text: str) -> bool:
     return text.isascii() and text.isdecimal() and 1024 <= int(text) <= 65535
+
+
+def check_interface() -> None:
+    """Check that the network interface that workers on this machine are told to meet on is here.
+
+    Raises:
+        ConfigError: GLOO_SOCKET_IFNAME names none.
+    """
+    name, here = os.environ.get("GLOO_SOCKET_IFNAME"), [each for _, each in socket.if_nameindex()]
+    if name is not None and not set(name.split(",")) <= set(here):
+        raise ConfigError(
+            f"GLOO_SOCKET_IFNAME={name}: this machine has {', '.join(here)}; give one of them, or unset it"
+        )
 
 
 def temp_dir() -> str | None:

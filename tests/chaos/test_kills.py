@@ -18,6 +18,7 @@ import pytest
 from orchestrator.checkpoint.snapshot import tensors_equal
 from orchestrator.config import TrainConfig
 from orchestrator.launch import RunFailedError, launch
+from orchestrator.machine import usable_cpus
 from orchestrator.registry import REGISTRY_FILE
 from orchestrator.telemetry.metrics import read_events, read_metrics
 from tests.chaos.clusters import small_cluster
@@ -133,6 +134,24 @@ def test_a_worker_that_stands_still_is_found_and_replaced(
     assert len(stacks) == 1
     assert "loop.py" in stacks[0]
     assert tensors_equal(final_state(config.out_dir), undisturbed(tiny, 2))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+@pytest.mark.usefixtures("cluster")
+def test_a_hang_is_told_as_one_on_busy_cores(tiny: TrainConfig, tmp_path: Path) -> None:
+    busy = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(usable_cpus())]
+    try:
+        for time_ in range(20):
+            fault = Fault("forward", 13, 1, tmp_path / f"fired{time_}", kind=signal.SIGSTOP)
+            config = replace(tiny, num_workers=2, hang_timeout_s=8.0, out_dir=str(tmp_path / f"run{time_}"))
+            launch(config, worker_with(fault))
+            assert fault.marker.exists(), "the fault did not fire"
+            assert causes(config.out_dir) == ["hang"], time_
+    finally:
+        for process in busy:
+            process.kill()
+            process.wait()
 
 
 @pytest.mark.usefixtures("cluster")

@@ -5,13 +5,16 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import threading
 from dataclasses import asdict, replace
+from http.server import HTTPServer, SimpleHTTPRequestHandler
 from pathlib import Path
 
 import pytest
 
 from orchestrator.checkpoint.snapshot import tensors_equal
 from orchestrator.config import TrainConfig
+from orchestrator.machine import usable_cpus
 from tests.conftest import Undisturbed, final_state, train_with_torchrun
 
 pytestmark = pytest.mark.filterwarnings("default")  # Ray and its parts warn of themselves
@@ -30,7 +33,7 @@ def orchestrator_train(config: TrainConfig, **environment: str) -> subprocess.Co
 
 
 def test_more_workers_than_the_cluster_can_give(tiny: TrainConfig) -> None:
-    cpus = os.cpu_count() or 1
+    cpus = usable_cpus()
     config = replace(tiny, num_workers=cpus + 1, gradient_accumulation_steps=cpus + 1, cpus_per_worker=1.0)
     done = orchestrator_train(config)
     assert done.returncode == 2, done.stderr
@@ -44,6 +47,59 @@ def test_cluster_that_does_not_answer(tiny: TrainConfig) -> None:
     done = orchestrator_train(tiny, RAY_ADDRESS="127.0.0.1:9")
     assert done.returncode == 2, done.stderr
     assert "error: RAY_ADDRESS=127.0.0.1:9: no Ray cluster answers there" in done.stderr
+    assert not Path(tiny.out_dir).exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "address", ["http://127.0.0.1:8265", "somehost", "nowhere.invalid:6379", "a..b:6379", "auto", "x"]
+)
+def test_what_is_no_address(tiny: TrainConfig, tmp_path: Path, address: str) -> None:
+    done = orchestrator_train(tiny, RAY_ADDRESS=address, TMPDIR=str(tmp_path))  # where no cluster has left its address
+    assert done.returncode == 2, done.stderr
+    (line,) = done.stderr.splitlines()
+    assert line.startswith(f"error: RAY_ADDRESS={address}: ")
+    assert not Path(tiny.out_dir).exists()
+
+
+@pytest.mark.slow
+def test_another_server_than_rays(tiny: TrainConfig) -> None:
+    with HTTPServer(("127.0.0.1", 0), SimpleHTTPRequestHandler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        done = orchestrator_train(tiny, RAY_ADDRESS=f"127.0.0.1:{server.server_port}")
+        server.shutdown()
+    assert done.returncode == 2, done.stderr
+    assert "what listens there does not speak as one does" in done.stderr
+    assert not Path(tiny.out_dir).exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("environment", "told"),
+    [
+        ({"RAY_TRAIN_V2_ENABLED": "0"}, "RAY_TRAIN_V2_ENABLED=0 is set to 1: training needs it"),
+        ({"TMPDIR": f"/tmp{'/.' * 50}"}, "is too long for Ray's sockets"),
+        ({"TMPDIR": "/nowhere"}, "TMPDIR=/nowhere is no folder: Ray's files go to"),
+        ({"http_proxy": "http://127.0.0.1:9", "https_proxy": "http://127.0.0.1:9"}, ""),
+        ({"CUDA_VISIBLE_DEVICES": ""}, ""),
+        ({"RAY_ADDRESS": ""}, ""),
+    ],
+)
+def test_what_is_left_in_a_shell_ends_no_run(tiny: TrainConfig, environment: dict[str, str], told: str) -> None:
+    done = orchestrator_train(replace(tiny, num_workers=1, max_iters=2), **environment)
+    assert done.returncode == 0, done.stderr
+    assert told in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("variable", ["RAY_JOB_CONFIG_JSON_ENV_VAR", "RAY_RUNTIME_ENV_HOOK", "RAY_OVERRIDE_RESOURCES"])
+def test_what_ray_cannot_read_is_named(tiny: TrainConfig, variable: str) -> None:
+    done = orchestrator_train(tiny, **{variable: "no.such"})
+    assert done.returncode == 2, done.stderr
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("error: Ray could not be started on this machine: ")
+    assert variable in line
     assert not Path(tiny.out_dir).exists()
 
 

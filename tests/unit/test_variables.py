@@ -127,3 +127,13 @@ def test_what_the_user_has_set_stays_and_is_named(monkeypatch: pytest.MonkeyPatc
     assert os.environ["RAY_TRAIN_HEALTH_CHECK_INTERVAL_S"] == "7"
     assert "RAY_REDIS_PASSWORD" in variables.given()
     assert "secret" not in variables.given()
+
+
+def test_the_interface_is_one_of_this_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("GLOO_SOCKET_IFNAME", raising=False)
+    variables.check_interface()
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")
+    variables.check_interface()
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "eth99")
+    with pytest.raises(ConfigError, match=r"GLOO_SOCKET_IFNAME=eth99: this machine has .*lo.*; give one, or unset it"):
+        variables.check_interface()
