@@ -19,7 +19,7 @@ from orchestrator.errors import CheckpointError
 logger = logging.getLogger(__name__)
 
 PROBE_FILE = ".writable"  # one name for all: where nothing can be deleted, it stays
-_PLAIN = re.compile(r"[\w./=,+@%~ -]*")
+_PLAIN = re.compile(r"[\w./=,+@%~ -]*", re.ASCII)
 _PROBES = 3  # another driver that starts at the same moment deletes ours
 
 
