@@ -25,7 +25,8 @@ _KEPT_RECORDS = 10_000
 
 class _Board:
     def __init__(self) -> None:
-        self._records: deque[Record] = deque(maxlen=_KEPT_RECORDS)
+        self._records: deque[Record] = deque()
+        self._gone = 0  # so many were before these
         self._stopping = False
         self._first: dict[str, Any] = {}
 
@@ -34,13 +35,18 @@ class _Board:
 
     def post(self, records: list[Record]) -> bool:
         self._records.extend(records)
+        self._drop(len(self._records) - _KEPT_RECORDS)
         return self._stopping
 
-    def take(self, stop: bool) -> list[Record]:
+    def take(self, stop: bool, heard: int) -> tuple[int, list[Record]]:
         self._stopping = self._stopping or stop
-        records = list(self._records)
-        self._records.clear()
-        return records
+        self._drop(heard - self._gone)
+        return self._gone, list(self._records)
+
+    def _drop(self, count: int) -> None:
+        for _ in range(min(count, len(self._records))):
+            self._records.popleft()
+            self._gone += 1
 
 
 def open_board() -> Any:
@@ -49,13 +55,24 @@ def open_board() -> Any:
     return ray.remote(_Board).options(num_cpus=0, scheduling_strategy=here).remote()
 
 
-def take_from(board: Any, stop: bool) -> list[Record]:
-    """Return what was posted since the last call; stop tells the workers to save and leave."""
-    try:
-        return list(ray.get(board.take.remote(stop), timeout=10))
-    except ray.exceptions.RayError as error:
-        logger.warning("the display is lost, the run goes on: %s", type(error).__name__)
-        return []
+class Listener:
+    """The driver's side of the board. What was posted stays there until it has arrived: answers may come late."""
+
+    def __init__(self, board: Any) -> None:
+        self._board, self._heard = board, 0
+
+    def take(self, stop: bool) -> list[Record]:
+        """Return what was posted since the last call; stop tells the workers to save and leave."""
+        try:
+            gone, records = ray.get(self._board.take.remote(stop, self._heard), timeout=2 * _ANSWER_S)
+        except ray.exceptions.GetTimeoutError:
+            return []
+        except ray.exceptions.RayError as error:
+            logger.warning("the display is lost, the run goes on: %s", type(error).__name__)
+            return []
+        new = records[max(0, self._heard - gone) :]
+        self._heard = gone + len(records)
+        return list(new)
 
 
 def note_on(board: Any, text: str, level: str = "INFO") -> None:

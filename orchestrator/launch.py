@@ -29,7 +29,7 @@ from ray.train import CheckpointConfig, FailureConfig, LoggingConfig, RunConfig,
 from ray.train.torch import TorchConfig
 
 from orchestrator import preflight, resubmit
-from orchestrator.board import open_board, take_from
+from orchestrator.board import Listener, open_board
 from orchestrator.checkpoint.store import CheckpointStore
 from orchestrator.cluster import SIGNALS, ClusterLostError, StoppedError, cluster_of, first_line, wait_for_room
 from orchestrator.config import TrainConfig
@@ -245,7 +245,7 @@ def _fit(
 
     thread = threading.Thread(target=fit, name="fit", daemon=True)
     thread.start()
-    told = False
+    told, listener = False, Listener(board)
     with _ended_with_us(thread), Display(config.max_iters) as display:
         while thread.is_alive():
             thread.join(timeout=0.2)
@@ -255,8 +255,8 @@ def _fit(
             if stop.is_set() and not told:
                 told = True
                 display.show(_note("stopping: the iteration is finished and saved (Ctrl-C again: stop at once)"))
-            _pass_on(take_from(board, stop.is_set()), display, events)
-        _pass_on(take_from(board, stop.is_set()), display, events)
+            _pass_on(listener.take(stop.is_set()), display, events)
+        _pass_on(listener.take(stop.is_set()), display, events)
     if lease and lease.check():  # whatever has become of the workers since
         raise RunFailedError(lease.cut_off)
     if isinstance(given_up := getattr(ended.get("error"), "controller_failure", None), GivenUpError):
