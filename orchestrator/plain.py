@@ -24,6 +24,7 @@ from orchestrator.loop import GO_ON, STOP, Outcome, train
 from orchestrator.lr_schedule import tell_doubts
 from orchestrator.process import plain_world, resolve
 from orchestrator.storage_options import storage_options_of
+from orchestrator.telemetry.display import quiet, until_nobody_reads
 from orchestrator.telemetry.lines import print_record
 from orchestrator.telemetry.tell import open_telemetry
 
@@ -56,11 +57,25 @@ def main(argv: Sequence[str] | None = None) -> int:
         if dist.is_initialized():
             dist.destroy_process_group()
     if outcome.stopped and is_main:
-        print(
-            f"stopped at iteration {outcome.iter_num} of {config.max_iters}, saved in {config.out_dir}; "
-            "the same command goes on from there"
-        )
+        _show({"kind": "note", "text": _stopped(outcome, config)})
     return 130 if outcome.stopped else 0
+
+
+def _stopped(outcome: Outcome, config: TrainConfig) -> str:
+    if config.eval_only:
+        return "the evaluation was stopped; nothing in out_dir was changed"
+    if not outcome.iter_num:
+        return "stopped before the first iteration: the same command begins it"
+    return (
+        f"stopped at iteration {outcome.iter_num} of {config.max_iters}, saved in {config.out_dir}; "
+        "the same command goes on from there"
+    )
+
+
+def _show(record: dict[str, Any]) -> None:
+    """Print a record's line; where nobody reads any more, as when Ctrl-C has ended a `| tee`, training goes on."""
+    with until_nobody_reads():
+        print_record(record)
 
 
 def _train(config: TrainConfig) -> Outcome:
@@ -69,7 +84,7 @@ def _train(config: TrainConfig) -> Outcome:
     finished = world.broadcast_json(world.together(lambda: told_finished(config, store) if world.is_main else ""))
     if finished:
         raise FinishedRunError(finished)
-    with _stop_asked() as asked, open_telemetry(config, world, print_record) as tell:
+    with _stop_asked() as asked, open_telemetry(config, world, _show) as tell:
         return train(config, world, tell, should_stop=lambda: STOP if asked else GO_ON)
 
 
@@ -85,8 +100,10 @@ def _stop_asked() -> Iterator[list[int]]:
     def on_signal(number: int, _frame: Any) -> None:
         if asked and number == signal.SIGINT and not is_under_torchrun:
             raise KeyboardInterrupt
+        if number == signal.SIGHUP:  # the terminal may be gone
+            quiet()
         if not asked and os.environ.get("RANK", "0") == "0":
-            print("stopping: the iteration is finished and saved", file=sys.stderr)
+            _show({"kind": "note", "text": "stopping: the iteration is finished and saved"})
         asked.append(number)
 
     heard = [number for number in _SIGNALS if signal.getsignal(number) != signal.SIG_IGN]  # as nohup ignores SIGHUP

@@ -41,13 +41,13 @@ class Display:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        with _until_nobody_reads():
+        with until_nobody_reads():
             if self._progress:
                 self._progress.stop()
 
     def show(self, record: Record) -> None:
         """Print a record's line and move the bar."""
-        with _until_nobody_reads():
+        with until_nobody_reads():
             self._show(record)
 
     def _show(self, record: Record) -> None:
@@ -62,7 +62,7 @@ class Display:
 
 
 @contextmanager
-def _until_nobody_reads() -> Iterator[None]:
+def until_nobody_reads() -> Iterator[None]:
     """Print to nowhere once the terminal or the program that our output goes to is gone."""
     try:
         yield

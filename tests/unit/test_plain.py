@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import subprocess
@@ -64,6 +65,8 @@ def test_a_signal_saves_and_the_same_command_goes_on(
         print_record(record)
         if record["kind"] == "step" and record["iter"] == 6:
             os.kill(os.getpid(), number)
+            if number == signal.SIGHUP:
+                raise OSError(errno.EIO, "the terminal is gone")
 
     with monkeypatch.context() as patch:
         patch.setattr(plain, "print_record", print_and_interrupt)
@@ -81,6 +84,7 @@ def test_a_signal_saves_and_the_same_command_goes_on(
 def test_what_nohup_ignores_stays_ignored(tiny: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     monkeypatch.setattr(plain, "print_record", lambda _record: os.kill(os.getpid(), signal.SIGHUP))
+
     try:
         assert plain.main(flags(replace(tiny, max_iters=4))) == 0
     finally:
