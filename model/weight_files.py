@@ -163,7 +163,8 @@ def _safetensors_entries(file: BinaryIO) -> dict[str, tuple[tuple[int, ...], tor
     Raises:
         ValueError: it is no such file, or its end is missing.
     """
-    size_bytes = file.seek(0, 2)
+    file.seek(0, 2)
+    size_bytes = file.tell()  # what seek returns, some file servers' files keep to themselves
     file.seek(0)
     length_bytes = struct.unpack("<Q", file.read(8))[0] if size_bytes >= 8 else 0
     if not 2 <= length_bytes <= min(size_bytes - 8, _LARGEST_HEADER_BYTES):

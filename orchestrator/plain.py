@@ -19,7 +19,7 @@ import torch.distributed as dist
 from orchestrator.checkpoint.start import told_finished
 from orchestrator.checkpoint.store import CheckpointStore
 from orchestrator.config import TrainConfig, check, parse
-from orchestrator.errors import FinishedRunError, UserError
+from orchestrator.errors import FinishedRunError, StorageError, UserError
 from orchestrator.loop import GO_ON, STOP, Outcome, train
 from orchestrator.lr_schedule import tell_doubts
 from orchestrator.process import plain_world, resolve
@@ -33,7 +33,8 @@ _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Train, and return the exit code: 0 when it is finished, 130 when it was stopped, 2 for a user's mistake."""
+    """Train, and return the exit code: 0 when it is finished, 130 when it was stopped, 2 for a user's mistake, 1 where
+    storage fails."""
     is_main = os.environ.get("RANK", "0") == "0"
     logging.basicConfig(format="%(message)s", stream=sys.stderr)
     for name in ("orchestrator", "model"):
@@ -51,6 +52,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         if is_main:
             print(f"error: {error}", file=sys.stderr)
         return 2
+    except StorageError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         return 130
     finally:

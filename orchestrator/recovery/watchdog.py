@@ -12,12 +12,14 @@ from statistics import median
 
 _TIMES_THE_MEDIAN = 20.0
 _STEPS = 50  # of which the median counts
+_START_S = 300.0  # until the first step: a large state may have to be read, on cores that others want too
 
 
 class Watchdog:
     """A thread that waits for beats, one per iteration, and in an evaluation one per batch.
 
-    timeout_s: the longest silence; for models whose steps are slow, 20 times the median step if that is longer.
+    timeout_s: the longest silence; before the first beat five minutes if that is longer, and for models whose steps are
+        slow 20 times the median step.
     on_hang: is called once, with the seconds of silence; if it returns False, something else is being waited for.
     """
 
@@ -43,6 +45,8 @@ class Watchdog:
 
     def limit_s(self) -> float:
         """Return how much silence is too much now."""
+        if self._mark is None:
+            return max(self._timeout_s, _START_S)
         return max(self._timeout_s, _TIMES_THE_MEDIAN * median(self._steps_s) if self._steps_s else 0.0)
 
     def _watch(self) -> None:

@@ -125,7 +125,7 @@ def test_a_worker_that_stands_still_is_found_and_replaced(
     tiny: TrainConfig, tmp_path: Path, undisturbed: Undisturbed
 ) -> None:
     fault = Fault("forward", 13, 1, tmp_path / "fired", kind=signal.SIGSTOP)
-    config = replace(tiny, num_workers=2, hang_timeout_s=3.0)
+    config = replace(tiny, num_workers=2, hang_timeout_s=6.0)
     launch(config, worker_with(fault))
     assert fault.marker.exists(), "the fault did not fire"
     assert causes(config.out_dir) == ["hang"]

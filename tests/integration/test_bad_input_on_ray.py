@@ -44,9 +44,9 @@ def test_more_workers_than_the_cluster_can_give(tiny: TrainConfig) -> None:
 
 
 def test_cluster_that_does_not_answer(tiny: TrainConfig) -> None:
-    done = orchestrator_train(tiny, RAY_ADDRESS="127.0.0.1:9")
+    done = orchestrator_train(tiny, RAY_ADDRESS="127.0.0.1:1025")
     assert done.returncode == 2, done.stderr
-    assert "error: RAY_ADDRESS=127.0.0.1:9: no Ray cluster answers there" in done.stderr
+    assert "error: RAY_ADDRESS=127.0.0.1:1025: no Ray cluster answers there" in done.stderr
     assert not Path(tiny.out_dir).exists()
 
 
