@@ -135,5 +135,7 @@ def test_the_interface_is_one_of_this_machine(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")
     variables.check_interface()
     monkeypatch.setenv("GLOO_SOCKET_IFNAME", "eth99")
-    with pytest.raises(ConfigError, match=r"GLOO_SOCKET_IFNAME=eth99: this machine has .*lo.*; give one, or unset it"):
+    with pytest.raises(
+        ConfigError, match=r"GLOO_SOCKET_IFNAME=eth99: this machine has .*lo.*; give one of them, or unset it"
+    ):
         variables.check_interface()
