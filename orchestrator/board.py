@@ -59,7 +59,7 @@ class Listener:
     """The driver's side of the board. What was posted stays there until it has arrived: answers may come late."""
 
     def __init__(self, board: Any) -> None:
-        self._board, self._heard = board, 0
+        self._board, self._heard, self._is_lost = board, 0, False
 
     def take(self, stop: bool) -> list[Record]:
         """Return what was posted since the last call; stop tells the workers to save and leave."""
@@ -68,8 +68,11 @@ class Listener:
         except ray.exceptions.GetTimeoutError:
             return []
         except ray.exceptions.RayError as error:
-            logger.warning("the display is lost, the run goes on: %s", type(error).__name__)
+            if not self._is_lost:
+                logger.warning("the display is lost, the run goes on: %s", type(error).__name__)
+            self._is_lost = True
             return []
+        self._is_lost = False
         new = records[max(0, self._heard - gone) :]
         self._heard = gone + len(records)
         return list(new)

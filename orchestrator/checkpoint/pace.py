@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections import deque
 from statistics import median
@@ -10,6 +9,7 @@ from statistics import median
 import torch
 
 from orchestrator.checkpoint.schedule import affordable_interval
+from orchestrator.machine import usable_cpus
 
 _STEPS = 20  # of which the median counts
 _BANDWIDTH_FRACTION = 0.3  # by how much a copy on another core slows training down, which needs the same memory
@@ -19,7 +19,7 @@ class Pace:
     """Measures one rank. processes: how many ranks share the cores of this node."""
 
     def __init__(self, device: torch.device, processes: int) -> None:
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        cores = usable_cpus()
         self._is_on_gpu = device.type == "cuda"
         self._has_spare_core = cores > processes * torch.get_num_threads()
         self._steps_s: deque[float] = deque(maxlen=_STEPS)

@@ -18,6 +18,7 @@ import numpy as np
 
 from orchestrator.data.token_ids import Tokens, token_dtype
 from orchestrator.data.tokenizers import Tokenizer
+from orchestrator.machine import usable_cpus
 
 logger = logging.getLogger(__name__)
 
@@ -37,7 +38,7 @@ def write_tokens(path: Path, text: str, tokenizer: Tokenizer, end_of_text: str =
     end_of_text: becomes the end-of-text token wherever the text has it; empty: then it is text like any other.
     """
     pieces = list(_pieces(text, tokenizer, end_of_text))
-    with _Writer(path, len(text)) as writer, ThreadPoolExecutor(os.cpu_count()) as pool:
+    with _Writer(path, len(text)) as writer, ThreadPoolExecutor(usable_cpus()) as pool:
         encoded = pool.map(lambda piece: encode(text[slice(*piece)], tokenizer, end_of_text), pieces)
         for (_, stop), ids in zip(pieces, encoded, strict=True):
             writer.write(ids, stop)
@@ -53,7 +54,7 @@ def write_documents(
     """
     end = np.array([tokenizer.end_of_text], dtype=token_dtype(tokenizer.vocab_size))
     done = 0
-    with _Writer(path, n, "documents", 1) as writer, ThreadPoolExecutor(os.cpu_count()) as pool:
+    with _Writer(path, n, "documents", 1) as writer, ThreadPoolExecutor(usable_cpus()) as pool:
         for batch in batches:
             done += len(batch)
             ids = pool.map(lambda document: encode(document, tokenizer, end_of_text), batch)

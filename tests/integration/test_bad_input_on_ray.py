@@ -16,6 +16,7 @@ from orchestrator.checkpoint.snapshot import tensors_equal
 from orchestrator.config import TrainConfig
 from orchestrator.machine import usable_cpus
 from tests.conftest import Undisturbed, final_state, train_with_torchrun
+from tests.ports import free_ports
 
 pytestmark = pytest.mark.filterwarnings("default")  # Ray and its parts warn of themselves
 
@@ -44,9 +45,10 @@ def test_more_workers_than_the_cluster_can_give(tiny: TrainConfig) -> None:
 
 
 def test_cluster_that_does_not_answer(tiny: TrainConfig) -> None:
-    done = orchestrator_train(tiny, RAY_ADDRESS="127.0.0.1:1025")
+    (port,) = free_ports(1)
+    done = orchestrator_train(tiny, RAY_ADDRESS=f"127.0.0.1:{port}")
     assert done.returncode == 2, done.stderr
-    assert "error: RAY_ADDRESS=127.0.0.1:1025: no Ray cluster answers there" in done.stderr
+    assert f"error: RAY_ADDRESS=127.0.0.1:{port}: no Ray cluster answers there" in done.stderr
     assert not Path(tiny.out_dir).exists()
 
 
@@ -54,8 +56,8 @@ def test_cluster_that_does_not_answer(tiny: TrainConfig) -> None:
 @pytest.mark.parametrize(
     "address", ["http://127.0.0.1:8265", "somehost", "nowhere.invalid:6379", "a..b:6379", "auto", "x"]
 )
-def test_what_is_no_address(tiny: TrainConfig, tmp_path: Path, address: str) -> None:
-    done = orchestrator_train(tiny, RAY_ADDRESS=address, TMPDIR=str(tmp_path))  # where no cluster has left its address
+def test_what_is_no_address(tiny: TrainConfig, address: str) -> None:
+    done = orchestrator_train(tiny, RAY_ADDRESS=address)
     assert done.returncode == 2, done.stderr
     (line,) = done.stderr.splitlines()
     assert line.startswith(f"error: RAY_ADDRESS={address}: ")

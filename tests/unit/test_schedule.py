@@ -145,7 +145,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
 
 
 def paced(monkeypatch: pytest.MonkeyPatch, cores: int, processes: int, device: str = "cpu") -> Pace:
-    monkeypatch.setattr(pace.os, "sched_getaffinity", lambda _pid: set(range(cores)), raising=False)
+    monkeypatch.setattr(pace, "usable_cpus", lambda: cores)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
     return Pace(torch.device(device), processes)
 
