@@ -154,6 +154,7 @@ def test_a_hang_is_told_as_one_on_busy_cores(tiny: TrainConfig, tmp_path: Path) 
             process.wait()
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("cluster")
 def test_a_bug_stops_the_run_when_it_shows_twice(tiny: TrainConfig, tmp_path: Path) -> None:
     fault = Fault("forward", 9, 1, tmp_path / "fired", kind=None, times=99)

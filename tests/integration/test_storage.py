@@ -157,6 +157,7 @@ def test_a_model_on_a_server_is_a_source_for_every_command(place: Place, tiny: T
     assert state_in(tuned).iter_num == 1
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("default")  # Ray and its parts warn of themselves
 def test_ray_workers_on_s3(
     s3: Storage, s3_server: S3Server, tiny: TrainConfig, undisturbed: Undisturbed, capfd: pytest.CaptureFixture[str]

@@ -604,7 +604,7 @@ def test_a_restore_outlasts_what_its_client_does(
 
 @pytest.mark.parametrize(
     ("file", "kind"),
-    [("model-", "500"), slow("model-", "reset"), slow("state.json", "503"), ("state.json", "reset")],
+    [slow("model-", "500"), slow("model-", "reset"), slow("state.json", "503"), ("state.json", "reset")],
 )
 def test_a_restore_tries_again_before_it_takes_an_older_state(
     file: str, kind: str, on_s3: TrainConfig, proxy: FaultyProxy, calm: Calm

@@ -20,7 +20,7 @@ from tests.chaos.clusters import small_cluster
 pytestmark = pytest.mark.filterwarnings("default")  # Ray and its parts warn of themselves
 
 
-@pytest.fixture(params=[pytest.param("bare", marks=pytest.mark.slow), "of a job"])
+@pytest.fixture(params=["bare", "of a job"])
 def cluster(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[None]:
     """Join a cluster as a driver does, or as one does that `ray job submit` has started, with files and variables."""
     (tmp_path / "code").mkdir()
@@ -30,6 +30,7 @@ def cluster(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[None]:
         yield
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("cluster")
 def test_first_workers_are_started_ahead(tiny: TrainConfig, tmp_path: Path) -> None:
     born = tmp_path / "born"

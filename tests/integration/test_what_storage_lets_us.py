@@ -217,7 +217,12 @@ def keys_file(proxy: FaultyProxy, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 @pytest.mark.usefixtures("one_try")
 @pytest.mark.parametrize(
     ("status", "code"),
-    [(400, "ExpiredToken"), (403, "InvalidAccessKeyId"), (403, "AccessDenied"), (403, "RequestExpired")],
+    [
+        (400, "ExpiredToken"),
+        pytest.param(403, "InvalidAccessKeyId", marks=pytest.mark.slow),
+        (403, "AccessDenied"),
+        pytest.param(403, "RequestExpired", marks=pytest.mark.slow),
+    ],
 )
 def test_keys_that_are_renewed_in_mid_run_are_picked_up(
     status: int, code: str, config: TrainConfig, faulty_s3: Storage, proxy: FaultyProxy, keys_file: Path,

@@ -122,7 +122,9 @@ def huge_pages() -> str:
 
 
 @pytest.mark.skipif("[never]" in huge_pages(), reason="this kernel gives no huge pages")
-@pytest.mark.parametrize("first", ["import torch, orchestrator", "import orchestrator.worker"])
+@pytest.mark.parametrize(
+    "first", [pytest.param("import torch, orchestrator", marks=pytest.mark.slow), "import orchestrator.worker"]
+)
 def test_large_tensors_lie_in_huge_pages(first: str) -> None:
     program = f"""{first}
 import re, torch

@@ -107,6 +107,7 @@ def test_a_loss_spike_is_skipped(tiny: TrainConfig, tmp_path: Path) -> None:
     assert [record["iter"] for record in records(config, "step_skipped")] == [50]
 
 
+@pytest.mark.slow
 def test_a_flipped_bit_is_found_and_undone(tiny: TrainConfig, tmp_path: Path, undisturbed: Undisturbed) -> None:
     config = replace(tiny, replica_check_interval=6)
     flip = FlippedBit(1, 15, str(tmp_path / "flipped"))
