@@ -33,6 +33,7 @@ def orchestrator_train(config: TrainConfig, **environment: str) -> subprocess.Co
     )
 
 
+@pytest.mark.slow
 def test_more_workers_than_the_cluster_can_give(tiny: TrainConfig) -> None:
     cpus = usable_cpus()
     config = replace(tiny, num_workers=cpus + 1, gradient_accumulation_steps=cpus + 1, cpus_per_worker=1.0)
