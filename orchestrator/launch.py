@@ -45,6 +45,7 @@ from orchestrator.recovery.overseer import Overseer
 from orchestrator.registry import REGISTRY_FILE, storage_for_ray
 from orchestrator.storage_options import public
 from orchestrator.telemetry.display import Display, quiet
+from orchestrator.telemetry.lines import stopped_line
 from orchestrator.trainer import Trainer
 from orchestrator.worker import job_of, run_worker
 
@@ -302,13 +303,7 @@ def _outcome(value: dict[str, Any], config: TrainConfig) -> Outcome:
     if "error" in value:
         raise UserError(value["error"])
     outcome = Outcome(**value)
-    if outcome.stopped and config.eval_only:
-        raise InterruptedRunError("the evaluation was stopped; nothing in out_dir was changed")
-    if outcome.stopped and not outcome.iter_num:
-        raise InterruptedRunError("stopped before the first iteration: the same command begins it")
     if outcome.stopped:
-        raise InterruptedRunError(
-            f"stopped at iteration {outcome.iter_num} of {config.max_iters}, saved in {config.out_dir}; "
-            "the same command goes on from there"
-        )
+        told = stopped_line(outcome.iter_num, config.max_iters, config.out_dir, eval_only=config.eval_only)
+        raise InterruptedRunError(told)
     return outcome

@@ -25,7 +25,7 @@ from orchestrator.lr_schedule import tell_doubts
 from orchestrator.process import plain_world, resolve
 from orchestrator.storage_options import storage_options_of
 from orchestrator.telemetry.display import quiet, until_nobody_reads
-from orchestrator.telemetry.lines import print_record
+from orchestrator.telemetry.lines import print_record, stopped_line
 from orchestrator.telemetry.tell import open_telemetry
 
 PROGRAM = "python -m orchestrator.loop"
@@ -61,19 +61,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         if dist.is_initialized():
             dist.destroy_process_group()
     if outcome.stopped and is_main:
-        _show({"kind": "note", "text": _stopped(outcome, config)})
+        text = stopped_line(outcome.iter_num, config.max_iters, config.out_dir, eval_only=config.eval_only)
+        _show({"kind": "note", "text": text})
     return 130 if outcome.stopped else 0
-
-
-def _stopped(outcome: Outcome, config: TrainConfig) -> str:
-    if config.eval_only:
-        return "the evaluation was stopped; nothing in out_dir was changed"
-    if not outcome.iter_num:
-        return "stopped before the first iteration: the same command begins it"
-    return (
-        f"stopped at iteration {outcome.iter_num} of {config.max_iters}, saved in {config.out_dir}; "
-        "the same command goes on from there"
-    )
 
 
 def _show(record: dict[str, Any]) -> None:

@@ -22,6 +22,8 @@ from benchmarks._topics import prepare_topics
 from orchestrator.checkpoint.snapshot import Snapshot
 from orchestrator.checkpoint.store import CheckpointStore
 from orchestrator.config import TrainConfig
+from orchestrator.data.gpt2_vocabulary import load_gpt2_encoding
+from orchestrator.errors import DataError
 from tests.servers import FaultyProxy, S3Server, ServerMissingError, SFTPServer
 
 
@@ -181,3 +183,12 @@ def forget_clients() -> None:
     """Make fsspec connect anew: with another environment, or to a server that was started again."""
     for protocol in ("s3", "sftp"):
         get_filesystem_class(protocol).clear_instance_cache()
+
+
+@pytest.fixture
+def _gpt2_vocabulary() -> None:
+    """Skip where GPT-2's vocabulary cannot be had."""
+    try:
+        load_gpt2_encoding()
+    except DataError as error:
+        pytest.skip(f"GPT-2's vocabulary is not on this machine: {error}")

@@ -14,6 +14,15 @@ def line_of(record: Record) -> str | None:
     return line(record) if line else None
 
 
+def stopped_line(iter_num: int, max_iters: int, out_dir: str, *, eval_only: bool) -> str:
+    """Return what is said of a run that was asked to stop, before its iteration iter_num."""
+    if eval_only:
+        return "the evaluation was stopped; nothing in out_dir was changed"
+    if not iter_num:
+        return "stopped before the first iteration: the same command begins it"
+    return f"stopped at iteration {iter_num} of {max_iters}, saved in {out_dir}; the same command goes on from there"
+
+
 def print_record(record: Record) -> None:
     """Print the line of a record to stdout."""
     if line := line_of(record):

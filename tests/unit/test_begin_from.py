@@ -100,14 +100,21 @@ def make_best(path: Path) -> None:
     path.write_text(state_text({**state, "val_loss": 0.5}))
 
 
-@pytest.mark.parametrize("kind", ["run", "ckpt.pt", "folder"])
-def test_weights_alone_begin_at_0_with_new_moments(first: TrainConfig, tmp_path: Path, kind: str) -> None:
+def source_of_kind(kind: str, first: TrainConfig, folder: Path) -> str:
+    """Return where the first run's last state lies: the run itself, or a ckpt.pt or Hugging Face folder made of it."""
     saved = final_state(first.out_dir)
-    source = {"run": first.out_dir, "ckpt.pt": str(tmp_path / "x.pt"), "folder": str(tmp_path / "hf")}[kind]
+    source = {"run": first.out_dir, "ckpt.pt": str(folder / "x.pt"), "folder": str(folder / "hf")}[kind]
     if kind == "ckpt.pt":
         write_nanogpt(saved, source)
     elif kind == "folder":
         write_huggingface(saved, source, CharTokenizer(saved.config["tokenizer"]["chars"]))
+    return source
+
+
+@pytest.mark.parametrize("kind", ["run", "ckpt.pt", "folder"])
+def test_weights_alone_begin_at_0_with_new_moments(first: TrainConfig, tmp_path: Path, kind: str) -> None:
+    saved = final_state(first.out_dir)
+    source = source_of_kind(kind, first, tmp_path)
     still = {"learning_rate": 1e-30, "min_lr": 0.0, "weight_decay": 0.0}
     config = beside(first, "tuned", init_from=source, init_weights_only=True, max_iters=1, **still)
     began, end = begun(config)
@@ -324,11 +331,7 @@ Source = Callable[[Snapshot, Path], str]
 @pytest.mark.parametrize("kind", ["run", "ckpt.pt", "folder"])
 def test_other_characters_are_refused(first: TrainConfig, tmp_path: Path, other_data: str, kind: str) -> None:
     saved = final_state(first.out_dir)
-    source = {"run": first.out_dir, "ckpt.pt": str(tmp_path / "x.pt"), "folder": str(tmp_path / "hf")}[kind]
-    if kind == "ckpt.pt":
-        write_nanogpt(saved, source)
-    elif kind == "folder":
-        write_huggingface(saved, source, CharTokenizer(saved.config["tokenizer"]["chars"]))
+    source = source_of_kind(kind, first, tmp_path)
     config = beside(first, "again", init_from=source, max_iters=9, data_dir=other_data)
     chars = saved.config["tokenizer"]["chars"]
     told = f"have different vocabularies: .*token 3 is {chars[3]!r} to the model, {chars[5]!r} in the dataset"

@@ -37,14 +37,6 @@ def tiny_shakespeare() -> str:
 
 
 @pytest.fixture
-def _gpt2_vocabulary() -> None:
-    try:
-        load_gpt2_encoding()
-    except DataError as error:
-        pytest.skip(f"GPT-2's vocabulary is not on this machine: {error}")
-
-
-@pytest.fixture
 def _no_network(monkeypatch) -> None:
     def no_network(*_args, **_kwargs):
         raise OSError("no network")

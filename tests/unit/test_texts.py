@@ -26,14 +26,6 @@ END = "<|endoftext|>"
 TEXT = "to be or not to be\n" * 30
 
 
-@pytest.fixture
-def _gpt2_vocabulary() -> None:
-    try:
-        load_gpt2_encoding()
-    except DataError as error:
-        pytest.skip(f"GPT-2's vocabulary is not on this machine: {error}")
-
-
 def written(folder: Path, name: str, content: bytes | str) -> str:
     path = folder / name
     path.write_bytes(content.encode() if isinstance(content, str) else content)
