@@ -97,6 +97,7 @@ def zipped() -> bytes:
         (b"\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1", "is an old Word document, not text"),
         (b"\x89PNG\r\n\x1a\n", "the byte 0x89 at offset 0 is not UTF-8"),
     ],
+    ids=lambda value: value if isinstance(value, str) else "file",  # bytes of now would name a test anew each time
 )
 def test_files_that_are_no_text_are_refused_by_name(tmp_path, content, message):
     with pytest.raises(DataError, match=rf"odd\.txt:? {message}"):
