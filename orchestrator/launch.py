@@ -26,7 +26,6 @@ variables.set_defaults()
 import ray
 from ray._private.state import state as cluster
 from ray.train import CheckpointConfig, FailureConfig, LoggingConfig, RunConfig, ScalingConfig
-from ray.train.torch import TorchConfig
 
 from orchestrator import preflight, resubmit
 from orchestrator.board import Listener, open_board
@@ -46,7 +45,7 @@ from orchestrator.registry import REGISTRY_FILE, storage_for_ray
 from orchestrator.storage_options import public
 from orchestrator.telemetry.display import Display, quiet
 from orchestrator.telemetry.lines import stopped_line
-from orchestrator.trainer import Trainer
+from orchestrator.trainer import TorchGroup, Trainer
 from orchestrator.worker import job_of, run_worker
 
 logger = logging.getLogger(__name__)
@@ -205,7 +204,7 @@ def _trainer(
         board=job["board"],
         leaves_cluster=leaves_cluster,
         train_loop_config=job,
-        torch_config=TorchConfig(backend=process_group_backend(config) if "GPU" in each else "gloo"),
+        torch_config=TorchGroup(backend=process_group_backend(config) if "GPU" in each else "gloo"),
         scaling_config=ScalingConfig(
             num_workers=(config.min_workers, config.max_workers) if config.is_elastic else config.min_workers,
             use_gpu="GPU" in each,

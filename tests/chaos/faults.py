@@ -12,14 +12,17 @@ from pathlib import Path
 from typing import Any
 
 from orchestrator.worker import run_worker
+from tests.chaos import stuck
 
 
 @dataclass(frozen=True)
 class Fault:
     """Kill a process at a point.
 
-    point: of a training step: forward | all_reduce (right after one of all ranks' has begun) | optimizer |
-        after_optimizer | evaluate;
+    point: of a training step: forward | all_reduce (right after one of all ranks' votes has begun) | optimizer |
+        after_optimizer | evaluate | reduce (right after this rank's part of the gradients' first reduction, where
+        collectives get stuck);
+        of an attempt: warm_up (before its throw-away step; iter_num is not looked at);
         of a restore: restore (before a file is read; iter_num is not looked at);
         of a state on its way to node memory: copy (half of its tensors are there) | seal (before it is renamed) |
         sealed (right after);
@@ -29,8 +32,9 @@ class Fault:
     pid: whom to kill, None for the process itself.
     marker: a file that is written when the fault fires; while it exists, the fault does not fire again.
     nth: fire when the point is reached for the n-th time, such as after the second file.
-    kind: the signal; None for an exception instead, as of a bug in the user's code.
+    kind: the signal; None for an exception instead: `error`, as of a bug in the user's code.
     times: how often it fires in all.
+    after: another fault's marker: before that one has fired, this one does not.
     """
 
     point: str
@@ -41,19 +45,26 @@ class Fault:
     nth: int = 1
     kind: signal.Signals | None = signal.SIGKILL
     times: int = 1
+    error: type[Exception] = ZeroDivisionError
+    after: Path | None = None
 
     def fire(self) -> None:
+        if self.after and not self.after.exists():
+            return
         fired = self.marker.read_text() if self.marker.exists() else ""
         if len(fired.splitlines()) < self.times:
             self.marker.write_text(f"{fired}{self.point} {self.iter_num} {self.rank}\n")
             if self.kind is None:
-                raise ZeroDivisionError("the bug")
+                raise self.error("the bug")
             os.kill(self.pid or os.getpid(), self.kind)
             time.sleep(60)  # a worker whose driver was killed does no further step: Ray ends it within a second
 
 
-def worker_with(*faults: Fault) -> Callable[[dict[str, Any]], dict[str, Any]]:
-    """Return what Ray runs on each rank: our worker, with the faults armed."""
+def worker_with(*faults: Fault, gets_stuck: bool = False) -> Callable[[dict[str, Any]], dict[str, Any]]:
+    """Return what Ray runs on each rank: our worker, with the faults armed.
+
+    gets_stuck: its collectives wait for ever for a peer that is gone, as NCCL's do.
+    """
 
     def worker(job: dict[str, Any]) -> dict[str, Any]:
         import ray.train
@@ -62,6 +73,8 @@ def worker_with(*faults: Fault) -> Callable[[dict[str, Any]], dict[str, Any]]:
         for fault in faults:
             if fault.rank == rank:
                 arm(fault)
+        if gets_stuck:
+            stuck.arm()
         return run_worker(job)
 
     return worker
@@ -124,6 +137,8 @@ def arm(fault: Fault) -> None:
     optim.register_optimizer_step_post_hook(lambda *_: reached("after_optimizer", step["iter_num"], is_exact=True))
     wrap(durable, "_write", lambda _store, name, *_: _iter_of(name), before="upload", after="write")
     wrap(CheckpointStore, "commit", lambda _store, name, *_: _iter_of(name), before="commit", after="committed")
+    wrap(stuck, "reduce", lambda *_: step["iter_num"], after="reduce")
+    wrap(loop, "warm_up", lambda *_: fault.iter_num, before="warm_up")
     wrap(World, "vote", lambda *_: step["iter_num"] + 1, after="all_reduce")
     wrap(reading, "stream_tensors", lambda *_: fault.iter_num, before="restore")
     wrap(Slot, "seal", lambda _slot, name, *_: _iter_of(name), before="seal", after="sealed")

@@ -24,6 +24,7 @@ from orchestrator.recovery import notices
 from orchestrator.recovery.ledger import account
 from orchestrator.telemetry.metrics import read_events, read_metrics
 from tests.chaos.faults import Fault, worker_with
+from tests.chaos.stuck import UNMENDED_S
 from tests.chaos.test_kills import causes, steps_repeated
 from tests.conftest import Undisturbed, final_state
 from tests.metadata import Metadata
@@ -112,20 +113,28 @@ def settings(tiny: TrainConfig) -> TrainConfig:
     return replace(tiny, num_workers=2, cpus_per_worker=1.0, max_iters=400, eval_interval=100, checkpoint_interval=100)
 
 
-def check_that_nothing_shows(config: TrainConfig, fault: Fault, cause: str, undisturbed: Undisturbed) -> None:
-    launch(config, worker_with(fault))
+STUCK = pytest.mark.parametrize("gets_stuck", [False, pytest.param(True, marks=pytest.mark.stuck_collectives)])
+
+
+def check_that_nothing_shows(
+    config: TrainConfig, fault: Fault, cause: str, undisturbed: Undisturbed, gets_stuck: bool = False
+) -> None:
+    launch(config, worker_with(fault, gets_stuck=gets_stuck))
     assert fault.marker.exists(), "the fault did not fire"
     assert causes(config.out_dir) == [cause]
     assert steps_repeated(config.out_dir) == 0
     assert tensors_equal(final_state(config.out_dir), undisturbed(config, config.num_workers))
 
 
+@STUCK
 @pytest.mark.usefixtures("cluster")
 def test_a_drained_node_is_left_without_a_lost_step(
-    tiny: TrainConfig, tmp_path: Path, undisturbed: Undisturbed
+    tiny: TrainConfig, tmp_path: Path, undisturbed: Undisturbed, gets_stuck: bool
 ) -> None:
     config = replace(settings(tiny), max_failures=0)
-    check_that_nothing_shows(config, Drained("forward", 33, 1, tmp_path / "fired"), "preempted", undisturbed)
+    fault = Drained("forward", 33, 1, tmp_path / "fired")
+    check_that_nothing_shows(config, fault, "preempted", undisturbed, gets_stuck)
+    assert_quick(config)
 
 
 @pytest.mark.usefixtures("cluster")
@@ -145,10 +154,15 @@ def test_a_node_that_its_cloud_takes_away_is_left_without_a_lost_step(
     check_that_nothing_shows(config, fault, "preempted", undisturbed)
 
 
+@STUCK
 @pytest.mark.usefixtures("cluster")
-def test_a_lost_node_is_replaced_by_another(tiny: TrainConfig, tmp_path: Path, undisturbed: Undisturbed) -> None:
+def test_a_lost_node_is_replaced_by_another(
+    tiny: TrainConfig, tmp_path: Path, undisturbed: Undisturbed, gets_stuck: bool
+) -> None:
     config = settings(tiny)
-    check_that_nothing_shows(config, NodeKilled("forward", 33, 1, tmp_path / "fired"), "node_lost", undisturbed)
+    fault = NodeKilled("forward", 33, 1, tmp_path / "fired")
+    check_that_nothing_shows(config, fault, "node_lost", undisturbed, gets_stuck)
+    assert_quick(config)
     assert [record["reached_iter"] for record in read_events(config.out_dir) if record["kind"] == "failure"] == [33]
 
 
@@ -182,11 +196,14 @@ def test_sigterm_on_a_node_is_a_notice(
         node.wait(60)
 
 
-@pytest.mark.parametrize("cluster", [2], indirect=True)
+@STUCK
+@pytest.mark.parametrize(("cluster", "fewest"), [(2, 1), (3, 2)], indirect=["cluster"])
 def test_fewer_machines_go_on_at_once_and_more_are_used_when_they_come(
-    cluster: Cluster, tiny: TrainConfig, tmp_path: Path, undisturbed: Undisturbed
+    cluster: Cluster, fewest: int, tiny: TrainConfig, tmp_path: Path, undisturbed: Undisturbed, gets_stuck: bool
 ) -> None:
-    config = replace(settings(tiny), num_workers="1-2", max_iters=6000, eval_interval=3000, checkpoint_interval=3000)
+    most = fewest + 1
+    config = replace(settings(tiny), num_workers=f"{fewest}-{most}", max_iters=6000, eval_interval=3000)
+    config = replace(config, checkpoint_interval=3000, gradient_accumulation_steps=2 * most)
     fault = NodeKilled("forward", 333, 1, tmp_path / "fired")
     returned = threading.Event()
 
@@ -196,21 +213,28 @@ def test_fewer_machines_go_on_at_once_and_more_are_used_when_they_come(
         cluster.add_node(num_cpus=1, object_store_memory=80 * 2**20)
         returned.set()
 
-    trained = threading.Thread(target=launch, args=(config, worker_with(fault)))
+    trained = threading.Thread(target=launch, args=(config, worker_with(fault, gets_stuck=gets_stuck)))
     trained.start()
     bring_a_node()  # in this thread: only the main one may
     trained.join(timeout=240)
     assert returned.is_set()
     begins = [record for record in read_metrics(config.out_dir) if record["kind"] == "begin"]
-    assert [record["world_size"] for record in begins] == [2, 1, 2]
+    assert [record["world_size"] for record in begins] == [most, fewest, most]
     ledger = account([*read_events(config.out_dir), *read_metrics(config.out_dir)])
     assert [(incident.cause, incident.steps_repeated) for incident in ledger.incidents] == [
         ("node_lost", 0),
         ("resized", 0),
     ]
-    final, expected = final_state(config.out_dir), undisturbed(config, 2)
+    assert_quick(config)
+    final, expected = final_state(config.out_dir), undisturbed(config, most)
     assert final.iter_num == expected.iter_num == config.max_iters
     assert abs(final.best_val_loss - expected.best_val_loss) < 0.02
+
+
+def assert_quick(config: TrainConfig) -> None:
+    """Check that no group was waited for until its members had left it in order, which they cannot."""
+    for incident in account([*read_events(config.out_dir), *read_metrics(config.out_dir)]).incidents:
+        assert incident.phases["rescue"] + incident.phases["tear_down"] < UNMENDED_S / 3, incident
 
 
 def kinds_after(out_dir: str, marker: Path) -> list[str]:

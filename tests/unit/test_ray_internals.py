@@ -6,7 +6,9 @@ import inspect
 import pickle
 import threading
 import time
+from typing import Any
 
+import pytest
 import ray
 from ray._private.ray_constants import WORKER_PROCESS_SETUP_HOOK_ENV_VAR
 from ray._private.state import state as cluster
@@ -14,7 +16,10 @@ from ray.autoscaler.v2 import monitor
 from ray.core.generated.autoscaler_pb2 import AutoscalingState, DrainNodeReason, GetClusterStatusReply
 from ray.core.generated.node_manager_pb2 import PrestartWorkersRequest
 from ray.scripts import scripts
+from ray.train import RunConfig
 from ray.train.torch import TorchTrainer
+from ray.train.torch.config import _TorchBackend
+from ray.train.v2._internal.callbacks.backend_setup import BackendSetupCallback
 from ray.train.v2._internal.exceptions import UserExceptionWithTraceback
 from ray.train.v2._internal.execution.callback import ControllerCallback, WorkerGroupCallback
 from ray.train.v2._internal.execution.preemption import PreemptionContext
@@ -23,9 +28,10 @@ from ray.train.v2._internal.execution.worker_group import RayTrainWorker, Worker
 from ray.train.v2._internal.execution.worker_group.thread_runner import ThreadRunner
 from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 
-from orchestrator.recovery.causes import AttemptFailedError, Cause, Ending
+from orchestrator.recovery.causes import AttemptFailedError, Budgets, Cause, Ending
 from orchestrator.recovery.elastic import FixedPolicy, LivePolicy, Quiet, QuietLivePolicy
 from orchestrator.recovery.overseer import Overseer
+from orchestrator.trainer import TorchGroup, Trainer
 
 
 def test_the_version_is_the_one_that_was_read() -> None:
@@ -119,3 +125,27 @@ def test_the_autoscaler_tells_what_it_cannot_bring() -> None:
     told = {"infeasible_gang_resource_requests", "last_seen_cluster_resource_state_version"}
     assert fields >= told | {"pending_instances", "pending_instance_requests", "failed_instance_requests"}
     assert "report_autoscaling_state(" in inspect.getsource(monitor)
+
+
+@pytest.mark.filterwarnings("default")  # Ray warns of its own parts
+def test_the_overseer_is_asked_before_the_process_group_is_left() -> None:
+    config = TorchGroup(backend="gloo")
+    assert isinstance(config.backend_cls(), _TorchBackend)
+    ours, rays = config.backend_cls.on_shutdown, _TorchBackend.on_shutdown
+    assert list(inspect.signature(ours).parameters) == list(inspect.signature(rays).parameters)
+    assert "destroy_process_group" in inspect.getsource(rays)
+    assert "self._backend = backend_config.backend_cls()" in inspect.getsource(BackendSetupCallback)
+    assert "callback.before_worker_group_shutdown(self)" in inspect.getsource(WorkerGroup.shutdown)
+
+    order: list[type] = []
+
+    def run(_trainer: object, **kwargs: Any) -> None:
+        order.extend(type(callback) for callback in kwargs["callbacks"])
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(TorchTrainer, "_initialize_and_run_controller", run)
+        overseer = Overseer(None, Budgets(0, 0, 1), None)
+        trainer = Trainer(print, board=None, leaves_cluster=False, run_config=RunConfig(callbacks=[overseer]))
+        trainer._initialize_and_run_controller(callbacks=trainer._create_default_callbacks())
+    assert order[0] is Overseer
+    assert BackendSetupCallback in order

@@ -1,0 +1,130 @@
+"""Collectives that get stuck as NCCL's do: once a peer is gone they never return, in C, and raise nothing.
+
+What is float32 stands for what lies on a GPU: gradients, and the state that a restore sends. Votes and JSON go through
+host memory on GPUs too, and fail there as they do here. `destroy_process_group` waits behind what is stuck, and what is
+begun after it never runs. It all sits in `torch.distributed` itself, below whatever reduces gradients; DDP's own
+reduction, which is in C++, is sent there by a hook with the same bits.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+NAMES = (
+    "all_reduce",
+    "broadcast",
+    "all_gather",
+    "all_gather_into_tensor",
+    "all_to_all",
+    "all_to_all_single",
+    "reduce_scatter",
+    "reduce_scatter_tensor",
+)
+
+UNMENDED_S = 35.0  # Ray waits 30 s until the members have left their process group, then 5 s until they have ended
+
+
+class StuckWork:
+    """A collective under way, like torch's Work. Its future is completed by another thread, and only if it succeeds."""
+
+    def __init__(self, begin: Callable[[], dist.Work], result: Tensor) -> None:
+        self._future: Any = torch.futures.Future()
+        threading.Thread(target=self._follow, args=(begin, result), daemon=True).start()
+
+    def _follow(self, begin: Callable[[], dist.Work], result: Tensor) -> None:
+        try:
+            begin().wait()
+        except RuntimeError:  # a peer is gone: NCCL's kernel spins on
+            return
+        self._future.set_result(result)
+
+    def wait(self) -> None:
+        """Wait, in C++ and without Python's lock, for ever if need be."""
+        self._future.wait()
+
+    def get_future(self) -> Any:
+        return self._future
+
+
+class Stuck:
+    """This process's collectives; made once, by `arm`."""
+
+    def __init__(self) -> None:
+        self._pending: list[StuckWork] = []
+        self._is_ending = False
+        self._originals = {name: getattr(dist, name) for name in NAMES}
+        for name in NAMES:
+            setattr(dist, name, self._stuck(name))
+        self._destroy = dist.destroy_process_group
+        dist.destroy_process_group = self.destroy_process_group
+
+    def _stuck(self, name: str) -> Callable[..., Any]:
+        original = self._originals[name]
+
+        def collective(*args: Any, async_op: bool = False, **kwargs: Any) -> Any:
+            result = args[0]
+            some = result[0] if isinstance(result, list) else result
+            if some.dtype != torch.float32:
+                return original(*args, async_op=async_op, **kwargs)
+            # begun on this thread, so that all ranks begin theirs in the same order
+            begun = None if self._is_ending else _begun(lambda: original(*args, async_op=True, **kwargs))
+            work = StuckWork(begun or _never, result)
+            self._pending = [*(each for each in self._pending if not each.get_future().done()), work]
+            if async_op:
+                return work
+            work.wait()
+            return None
+
+        return collective
+
+    def destroy_process_group(self, group: Any = None) -> None:
+        """Wait for what is under way, then end the group, as NCCL's finalize does."""
+        if group is None:
+            self._is_ending = True
+            for work in self._pending:
+                work.wait()
+        self._destroy(group)
+
+
+def _begun(begin: Callable[[], dist.Work]) -> Callable[[], dist.Work]:
+    try:
+        work = begin()
+    except RuntimeError:
+        return _never
+    return lambda: work
+
+
+def _never() -> dist.Work:
+    raise RuntimeError("never begun, or never to end")
+
+
+def arm() -> None:
+    """Make this process's collectives get stuck, DDP's among them."""
+    from orchestrator import loop
+
+    Stuck()
+    original = loop.wrap
+
+    def wrap(net: nn.Module, world: Any) -> Any:
+        ddp = original(net, world)
+        if not ddp._comm_hooks:  # what has a hook calls torch.distributed by itself
+            ddp.register_comm_hook(world.size, averaged)
+        return ddp
+
+    loop.wrap = wrap
+
+
+def averaged(size: int, bucket):  # type: ignore[no-untyped-def]  # DDP wants its own types here, or none
+    """Average a bucket over the ranks with the operations of DDP's own reduction: the product first, then the sum."""
+    return reduce(bucket.buffer().mul_(1.0 / size))
+
+
+def reduce(gradients: Tensor) -> Any:
+    """Begin to add up a bucket over the ranks; return its future."""
+    return dist.all_reduce(gradients, async_op=True).get_future()
