@@ -108,6 +108,11 @@ def find_source(config: SourceSettings, which: str = "auto", key: str = "checkpo
         ConfigError, CheckpointError: nothing of the kind is there, or it cannot be reached.
     """
     if config.init_from == "resume":
+        if Path(config.out_dir).is_file():
+            raise CheckpointError(
+                f"out_dir={config.out_dir} is a file, and no run's folder: a file of weights is given as "
+                f"--init_from={config.out_dir}"
+            )
         options = storage_options_of(config)
         found = _in_folder(config.out_dir, which, options, "out_dir")
         return _chosen(found or Source(Kind.RUN, config.out_dir, which, options, "out_dir"), which, key)

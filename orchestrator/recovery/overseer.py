@@ -129,9 +129,6 @@ class Overseer(WorkerGroupCallback, ControllerCallback):  # type: ignore[misc]
         endings += [self._ending(rank, error) for rank, error in deaths.items()]  # perhaps what the others tell of
         endings += [Ending(rank, Cause.NODE_LOST, "its node does not answer", self._iter) for rank in gone]
         first = explain(endings)
-        for ending in endings:
-            if ending.cause is Cause.HANG:
-                ray.kill(workers[ending.rank].actor)  # or Ray would ask it to leave the process group, and wait
         node = workers[first.rank].metadata.hostname
         self._tell(
             "failure",

@@ -330,6 +330,13 @@ def test_empty_folder(refused: Refused, tmp_path: Path) -> None:
     assert f"out_dir={out_dir} holds no run" in refused("inspect", f"--out_dir={out_dir}")
 
 
+@pytest.mark.parametrize("command", [["sample", "--device=cpu"], ["export", "--to=x.pt"], ["inspect"]])
+def test_a_file_instead_of_a_folder(refused: Refused, tmp_path: Path, command: list[str]) -> None:
+    file = tmp_path / "ckpt.pt"
+    file.touch()
+    assert f"a file of weights is given as --init_from={file}" in refused(*command, f"--out_dir={file}")
+
+
 def test_checkpoint_that_is_not_there(refused: Refused, finished: TrainConfig) -> None:
     newest = CheckpointStore(finished.out_dir).select("latest").name
     said = refused("export", f"--out_dir={finished.out_dir}", "--to=x.pt", "--checkpoint=checkpoint_00000004")
