@@ -24,7 +24,7 @@ train: .venv/ready
 # The unit tests share the cores; the others start clusters and servers, and get the machine to themselves.
 test: .venv/ready
 	$(BIN)/python -m pytest --numprocesses=2 tests/unit
-	$(BIN)/python -m pytest tests/integration tests/chaos
+	$(BIN)/python -m pytest tests/integration tests/chaos tests/gpu
 
 check: .venv/ready
 	$(BIN)/ruff format --check .

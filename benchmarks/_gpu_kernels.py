@@ -52,9 +52,16 @@ def environment(setting: Setting, report: Report) -> None:
     report.figure("gpu_memory_gb", card.total_memory / 1e9)
     report.figure("compute_capability", f"{card.major}.{card.minor}")
     report.figure("cuda", torch.version.cuda)
-    report.figure("cudnn", torch.backends.cudnn.version())
+    report.figure("cudnn", _cudnn_version())
     report.figure("nccl", _nccl_version())
     report.figure("driver", _driver())
+
+
+def _cudnn_version() -> int | None:
+    from torch.backends import cudnn
+
+    version: Any = cudnn.version
+    return version()  # type: ignore[no-any-return]
 
 
 def _nccl_version() -> str | None:
@@ -101,7 +108,11 @@ def attention(setting: Setting, report: Report) -> None:
     import torch
 
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    low = torch.bfloat16 if not setting.is_on_gpu or torch.cuda.is_bf16_supported() else torch.float16
+    low = (
+        torch.bfloat16
+        if not setting.is_on_gpu or torch.cuda.is_bf16_supported(including_emulation=False)
+        else torch.float16
+    )
     for dtype in (low, torch.float32):
         times = {}
         for mode in ("warn_only", "strict"):

@@ -65,7 +65,8 @@ def plain_steps(setting: Setting, report: Report) -> None:
     config, batch_size, steps = _shape(setting)
     torch.backends.cuda.matmul.allow_tf32 = True
     torch.backends.cudnn.allow_tf32 = True
-    torch.set_num_threads(1)  # as ours, with one CPU per worker
+    if not setting.is_on_gpu:
+        torch.set_num_threads(1)  # as ours, with one CPU per worker
     torch.manual_seed(1337)
     write_tokens(setting.folder / "data", setting.is_tiny)
     model = PlainGPT(config).to(setting.device)
