@@ -1,4 +1,4 @@
-"""What the acceptance asks of states in node memory: rescues behind a stuck stream, pinning, pauses, lost processes."""
+"""What the acceptance times of states in node memory: pinning, pauses, and the memory of a killed process."""
 
 from __future__ import annotations
 
@@ -6,9 +6,7 @@ import mmap
 import os
 import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from contextlib import suppress
 from itertools import pairwise
 from pathlib import Path
 from statistics import median
@@ -16,122 +14,18 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import load_file
-from torch import Tensor
 
 import orchestrator.loop as loop
-from benchmarks._gpu_child import Report, Setting, leave
+from benchmarks._gpu_child import Report, Setting
 from benchmarks._gpu_kernels import hold
-from benchmarks._gpu_runs import in_steps, settings
-from orchestrator.checkpoint.saver import Saver
-from orchestrator.checkpoint.state import TrainState, capture
+from benchmarks._gpu_runs import settings
+from benchmarks._gpu_watch import StopError, in_steps, watching
 from orchestrator.process import plain_world
 
-_STUCK_AT, _STUCK_S, _RESCUE_S = 5, 20.0, 5.0
-_MODEL = {"n_layer": 4, "n_head": 16, "n_embd": 1024, "gradient_accumulation_steps": 1, "batch_size": 4}
 _SMALL = {"n_layer": 12, "n_head": 12, "n_embd": 768, "gradient_accumulation_steps": 1, "batch_size": 1}  # 124M
 _EVERY, _STEPS = 20, 150  # iterations between states, and in all
 _FREE_S = 20.0  # for which a new worker waits until its GPU is free
 _TICK_S = 0.001
-
-
-class StopError(Exception):
-    """Ends a run from within."""
-
-
-@dataclass
-class Watched:
-    """The state and the saver of the run that the loop trains in this process."""
-
-    states: list[TrainState] = field(default_factory=list)
-    savers: list[Saver] = field(default_factory=list)
-
-    def tensors(self) -> dict[str, Tensor]:
-        """Return copies of what the state consists of, in host memory."""
-        snapshot = capture(self.states[-1])
-        return {name: tensor.cpu().clone() for name, tensor in {**snapshot.model, **snapshot.optimizer}.items()}
-
-
-@contextmanager
-def watching() -> Iterator[Watched]:
-    """Lend the state that the loop trains meanwhile: what is rescued is compared with it, bit by bit."""
-    watched, module = Watched(), vars(loop)
-    begin = module["begin"]
-
-    def noted(*args: Any, **more: Any) -> TrainState:
-        watched.states.append(begin(*args, **more))
-        return watched.states[-1]
-
-    module["begin"] = noted
-    try:
-        yield watched
-    finally:
-        module["begin"] = begin
-
-
-def rescue_after_step(setting: Setting, report: Report) -> None:
-    """A state is rescued while the loop waits for a stream that is stuck behind a lost peer."""
-    _rescue(setting, report, {}, 0)
-
-
-def rescue_before_first_step(setting: Setting, report: Report) -> None:
-    """The same in the first iteration of an attempt, which has changed nothing of the state yet."""
-    _rescue(setting, report, {}, _STUCK_AT)
-
-
-def rescue_float16(setting: Setting, report: Report) -> None:
-    """The same with float16, whose loss scale is a part of the state and lies on the device."""
-    _rescue(setting, report, {"dtype": "float16"}, 0)
-
-
-def _rescue(setting: Setting, report: Report, changes: dict[str, Any], begin_at: int) -> None:
-    """Train, from iteration begin_at of an earlier attempt on, get stuck at iteration _STUCK_AT, rescue its state."""
-    out_dir = setting.folder / "run" / "out"
-    changes = {**_MODEL, **changes, "snapshot_interval": 1000, "lr_decay_iters": 1000, "dropout": 0.0}
-    if begin_at:
-        config = settings(setting, out_dir, {**changes, "max_iters": begin_at})
-        loop.train(config, plain_world(config))
-    config = settings(setting, out_dir, {**changes, "max_iters": 100})
-    asked = iter(range(begin_at, 1000))
-    with watching() as watched:
-
-        def should_stop() -> int:
-            if next(asked) == _STUCK_AT:
-                expected = watched.tensors()
-                _get_stuck(setting, lambda: _told_rescue(setting, report, watched.savers[-1], expected))
-            return 0
-
-        loop.train(config, plain_world(config), should_stop=in_steps(should_stop), began=watched.savers.append)
-
-
-def _get_stuck(setting: Setting, rescue: Callable[[], None]) -> None:
-    """Let the loop get stuck, which is on a GPU as soon as it asks for a number, and call rescue meanwhile."""
-
-    def soon() -> None:
-        time.sleep(0.5)
-        rescue()
-        leave(0)
-
-    if setting.is_on_gpu:
-        hold(_STUCK_S)
-    threading.Thread(target=soon).start()
-    if not setting.is_on_gpu:
-        time.sleep(_STUCK_S)
-
-
-def _told_rescue(setting: Setting, report: Report, saver: Saver, expected: dict[str, Tensor]) -> None:
-    began_s = time.monotonic()
-    iter_num = saver.rescue()
-    seconds = time.monotonic() - began_s
-    report.figure("size_gb", sum(tensor.nbytes for tensor in expected.values()) / 1e9)
-    saw = f"iteration {iter_num} of {_STUCK_AT} in {seconds:.2f} s"
-    text = f"the state is rescued in less than {_RESCUE_S:.0f} s while the loop is stuck"
-    report.claim(text, iter_num == _STUCK_AT and seconds < _RESCUE_S, saw)
-    found: dict[str, Tensor] = {}
-    for file in Path(setting.memory_dir).rglob(f"checkpoint_{_STUCK_AT:08d}_*/*.safetensors"):
-        found |= load_file(file)
-    same = found.keys() == expected.keys() and all(torch.equal(found[name], x) for name, x in expected.items())
-    report.claim("what was rescued has the state's bits", same, f"{len(found)} of {len(expected)} tensors")
 
 
 def pauses(setting: Setting, report: Report) -> None:

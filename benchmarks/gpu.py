@@ -39,18 +39,24 @@ _LEAST = 0.5  # of what a section is expected to take has to be left, or it is n
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare this benchmark's options."""
     names = ", ".join(section.name for section in SECTIONS)
-    parser.add_argument("--out", dest="json", type=_file, metavar="FILE", help=f"the same as --json (default: {_FILE})")
+    parser.add_argument("--out", dest="json", type=Path, metavar="FILE", help=f"the same as --json (default: {_FILE})")
     parser.add_argument("--only", type=_chosen, default=SECTIONS, metavar="A,B", help=f"of {names} (default: all)")
     parser.add_argument("--budget", type=_seconds, default=345.0, help="seconds for all (default: %(default).0f)")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu: to try this program, tiny")
     parser.add_argument("--tiny", action="store_true", help="tiny shapes on a GPU: to try this program")
-    parser.set_defaults(json=_file(_FILE))
+    parser.set_defaults(json=Path(_FILE))
 
 
-def _file(text: str) -> Path:
-    path = Path(text) / _FILE if Path(text).is_dir() else Path(text)
-    if not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
-        raise argparse.ArgumentTypeError(f"{text}: {path.parent} is no folder that can be written to")
+def _file(path: Path) -> Path:
+    """Return where the result goes; in a folder it is called gpu.json.
+
+    Raises:
+        SystemExit: 2, it cannot be written there.
+    """
+    path = path / _FILE if path.is_dir() else path
+    if not path.parent.is_dir() or not os.access(path if path.exists() else path.parent, os.W_OK):
+        print(f"error: --out={path} cannot be written: give a file in a folder of yours", file=sys.stderr)
+        raise SystemExit(2)
     return path
 
 
@@ -72,8 +78,9 @@ def run(args: argparse.Namespace) -> Result:
     """Check this machine, print a line for each claim as it comes, and return what was found.
 
     Raises:
-        SystemExit: 2, no GPU can be used here; 143, it was terminated.
+        SystemExit: 2, no GPU can be used here, or the result cannot be written; 143, it was terminated.
     """
+    args.json = _file(args.json)
     acceptance = Acceptance(args.device, args.device == "cpu" or args.tiny, args.budget, args.json)
     with ended_by_sigterm():
         if unfit := acceptance.ask_environment():
@@ -137,7 +144,7 @@ class Running:
 class Acceptance:
     """One check of this machine. result: what was found so far, which a file gets as it grows."""
 
-    def __init__(self, device: str, is_tiny: bool, budget_s: float, file: Path | None) -> None:
+    def __init__(self, device: str, is_tiny: bool, budget_s: float, file: Path) -> None:
         self._device, self._is_tiny, self._file = device, is_tiny, file
         self._began_s, self._budget_s = time.monotonic(), budget_s
         self._running: list[Running] = []
@@ -224,8 +231,7 @@ class Acceptance:
         self._write()
 
     def _write(self) -> None:
-        if self._file:
-            self._file.write_text(json.dumps(self.result, indent=2) + "\n", encoding="utf-8")
+        self._file.write_text(json.dumps(self.result, indent=2) + "\n", encoding="utf-8")
 
 
 def _at_once() -> int:

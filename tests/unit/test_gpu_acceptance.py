@@ -1,4 +1,4 @@
-"""`python -m benchmarks gpu` itself: what fails in it is told, and takes nothing else with it. No GPU is needed here."""
+"""`python -m benchmarks gpu` itself: what fails in it is told, and takes nothing else with it. Needs no GPU."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from benchmarks import _gpu_state, gpu
+from benchmarks import _gpu_rescue, gpu
 from benchmarks.__main__ import main
 from benchmarks._gpu_child import ROOT, Report, Setting
 from benchmarks._gpu_sections import ENVIRONMENT, SECTIONS, Section
@@ -193,7 +193,7 @@ def test_all_of_it_works_on_a_cpu_without_ray(tmp_path: Path) -> None:
     claims = {name: len(each["claims"]) for name, each in found.items() if each.get("claims")}
     assert claims == {
         **{"attention": 2, "rescue_after_step": 2, "rescue_before_first_step": 2, "rescue_float16": 2},
-        **{"resume_eager": 2, "resume_compiled": 3, "two_ranks": 3},
+        **{"resume_eager": 2, "resume_compiled": 3, "two_ranks": 3, "rollback": 2},
     }
     assert found["resume_compiled"]["figures"]["resumed"]["is_compiled"]
     assert found["pauses"]["figures"]["states_taken"] > 3
@@ -221,6 +221,6 @@ def test_a_rescue_of_other_bits_or_another_iteration_is_noticed(
     setting, report = Setting("cpu", True, tmp_path, str(tmp_path)), Report(tmp_path / "report.json")
     state = {"weight": torch.ones(3)}
     saver: Any = Rescuer(setting, {"weight": torch.ones(3) + nudge}, iter_num)
-    _gpu_state._told_rescue(setting, report, saver, state)
+    _gpu_rescue._told_rescue(setting, report, saver, state)
     claims = json.loads((tmp_path / "report.json").read_text())["claims"]
     assert [claim["holds"] for claim in claims] == expected
