@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
+LONG_S = 600.0  # for parts of a section: its own limit comes first
 _LAST_S = 10.0  # in which a process that was killed is gone, unless the driver of its GPU holds it
 _TAIL_CHARACTERS = 2000
 # what orchestrator's workers are started with: streams get hardware queues of their own, and NCCL ends no process
@@ -32,6 +33,11 @@ WORKERS_VARIABLES = {
     "TORCH_NCCL_DUMP_ON_TIMEOUT": "0",
     "TORCH_NCCL_RETHROW_CUDA_ERRORS": "0",
 }
+
+
+def cache_in(folder: Path) -> dict[str, str]:
+    """Return the variables by which PyTorch keeps what it has compiled in a folder, and finds there what it had."""
+    return {"TORCHINDUCTOR_CACHE_DIR": str(folder), "TRITON_CACHE_DIR": str(folder / "triton")}
 
 
 class Report:
@@ -155,7 +161,7 @@ class Child:
         if self._process.returncode is None and not self._over_s:
             ended = os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
             self._over_s = time.monotonic() if ended else 0.0
-        return bool(self._over_s)
+        return self._process.returncode is not None or bool(self._over_s)
 
     @property
     def seconds(self) -> float:

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 import xxhash
 
-from benchmarks._gpu_child import Child, Found, Report, Setting
+from benchmarks._gpu_child import LONG_S, Child, Found, Report, Setting, cache_in
 from benchmarks._gpu_watch import in_steps
 from orchestrator.checkpoint.store import CheckpointStore
 from orchestrator.config import TrainConfig, check
@@ -127,10 +127,10 @@ def resume_compiled(setting: Setting, report: Report) -> None:
     is_equal, parts = _kill_and_resume(setting, report, "", {"compile": True, "n_layer": 2})
     report.claim("all of its processes were compiled", all(part.figures.get("is_compiled") for part in parts))
     report.claim("a compiled run that was killed ends with the bits of an undisturbed one", is_equal)
-    cache = {"TORCHINDUCTOR_CACHE_DIR": str(setting.folder / "cache-resumed")}
+    cache = cache_in(setting.folder / "cache-resumed")
     more = {"compile": True, "n_layer": 2, "max_iters": MAX_ITERS + 1}
     out_dir = str(setting.folder / "killed" / "out")
-    warm = setting.start(TRAIN, "warm", cache, out_dir=out_dir, changes=more).finish(60)
+    warm = setting.start(TRAIN, "warm", cache, out_dir=out_dir, changes=more).finish(LONG_S)
     report.figure("first_step_s_with_a_full_cache", warm.figures.get("first_step_s"))
 
 
@@ -140,15 +140,15 @@ def _kill_and_resume(
     """Return whether both runs end alike, and what has become of the three processes."""
 
     def start(name: str, root: str, kill_at: int = -1) -> Child:
-        cache = {"TORCHINDUCTOR_CACHE_DIR": str(setting.folder / f"{side}cache-{name}")}  # nothing learnt is handed on
+        cache = cache_in(setting.folder / f"{side}cache-{name}")  # nothing learnt is handed on
         out_dir = str(setting.folder / f"{side}{root}" / "out")
         more = {"out_dir": out_dir, "changes": changes, "kill_at": kill_at, "warn_only": warn_only}
         return setting.start(TRAIN, f"{side}{name}", cache, **more)
 
     whole = start("whole", "undisturbed")
-    killed = start("killed", "killed", KILL_AT).finish(200)
-    resumed = start("resumed", "killed").finish(200)
-    parts = [whole.finish(200), killed, resumed]
+    killed = start("killed", "killed", KILL_AT).finish(LONG_S)
+    resumed = start("resumed", "killed").finish(LONG_S)
+    parts = [whole.finish(LONG_S), killed, resumed]
     _need(parts[0], resumed)
     at = resumed.figures["at"]
     for name, part in zip(("whole", "killed", "resumed"), parts, strict=True):
@@ -198,7 +198,7 @@ def _both(setting: Setting, root: str, name: str, kill_at: int = -1) -> list[Fou
         )
         for rank in (0, 1)
     ]
-    return [child.finish(120) for child in children]
+    return [child.finish(LONG_S) for child in children]
 
 
 def contexts(setting: Setting, report: Report) -> None:

@@ -30,7 +30,7 @@ SECTIONS = (
     Section("rescue_after_step", "benchmarks._gpu_rescue:rescue_after_step", 20, 70, on_cpu=True),
     Section("rescue_before_first_step", "benchmarks._gpu_rescue:rescue_before_first_step", 25, 70, on_cpu=True),
     Section("rescue_float16", "benchmarks._gpu_rescue:rescue_float16", 20, 70, on_cpu=True),
-    Section("rollback", "benchmarks._gpu_rescue:rollback", 25, 70, on_cpu=True),
+    Section("rollback", "benchmarks._gpu_rescue:rollback", 50, 110, on_cpu=True),
     Section("streams", "benchmarks._gpu_kernels:streams", 25, 60),
     Section("nccl_teardown", "benchmarks._gpu_kernels:nccl_teardown", 30, 60),
     Section("ddp_memory", "benchmarks._gpu_memory:ddp_memory", 15, 60),

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 import orchestrator.loop as loop
-from benchmarks._gpu_child import Report, Setting
+from benchmarks._gpu_child import LONG_S, Report, Setting
 from benchmarks._gpu_runs import TINY_VOCAB_SIZE, settings, write_tokens
 from benchmarks._gpu_watch import StopError, in_steps
 from benchmarks.train_step import PlainGPT
@@ -29,7 +29,6 @@ SIDES = ("nanogpt", "strict", "nondeterministic")
 AT_MOST = {"nondeterministic": 1.02, "strict": 1.10}  # times nanoGPT's
 _BLOCK, _BLOCKS = 5, 8  # iterations between two numbers that are asked for, and how many of these are measured
 _COUNTED = 10  # iterations in which synchronisations are counted, after those
-_SIDE_S = 75.0
 _124M = GPTConfig(1024, 50304, 12, 12, 768, bias=False)
 _TINY = GPTConfig(32, TINY_VOCAB_SIZE, 1, 2, 32, bias=False)
 _PEAK_FLOPS = {"A100": 312e12, "L40S": 362e12, "H100": 989e12, "H200": 989e12, "B200": 2250e12}  # dense bfloat16
@@ -44,7 +43,7 @@ def step_time(setting: Setting, report: Report) -> None:
     for side in SIDES:
         where = f"benchmarks._gpu_speed:{'plain_steps' if side == 'nanogpt' else 'our_steps'}"
         more = {} if side == "nanogpt" else {"changes": {"deterministic": side == "strict"}}
-        part = setting.call(where, side, _SIDE_S, **more)
+        part = setting.call(where, side, LONG_S, **more)
         if part.failed:
             raise RuntimeError(f"{side} has failed: {part.failed}\n{part.tail}")
         found[side] = part.figures

@@ -25,7 +25,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from benchmarks._gpu_child import Child, Setting
+from benchmarks._gpu_child import Child, Setting, cache_in
 from benchmarks._gpu_sections import ENVIRONMENT, SECTIONS, Section
 
 Result = dict[str, Any]
@@ -33,6 +33,7 @@ _FILE = "gpu.json"
 _MEMORY = "/dev/shm"
 _TELL_EVERY_S = 15.0
 _ROOM_GB = 20
+_PATIENCE_ON_CPU = 5  # limits are those of a machine with a GPU
 _LEAST = 0.5  # of what a section is expected to take has to be left, or it is not begun
 
 
@@ -81,7 +82,9 @@ def run(args: argparse.Namespace) -> Result:
         SystemExit: 2, no GPU can be used here, or the result cannot be written; 143, it was terminated.
     """
     args.json = _file(args.json)
-    acceptance = Acceptance(args.device, args.device == "cpu" or args.tiny, args.budget, args.json)
+    is_on_cpu = args.device == "cpu"
+    patience = _PATIENCE_ON_CPU if is_on_cpu else 1
+    acceptance = Acceptance(args.device, is_on_cpu or args.tiny, args.budget, args.json, patience)
     with ended_by_sigterm():
         if unfit := acceptance.ask_environment():
             print(f"error: {unfit}", file=sys.stderr)
@@ -119,7 +122,7 @@ class Running:
         self._memory = Path(tempfile.mkdtemp(prefix="gpu-", dir=_MEMORY if Path(_MEMORY).is_dir() else None))
         setting = Setting(device, is_tiny, self._folder, str(self._memory))
         # compiled in its own folder, so that the first time is what it says, and nothing is left in the user's
-        cache = {"TORCHINDUCTOR_CACHE_DIR": str(self._folder / "cache")}
+        cache = cache_in(self._folder / "cache")
         self._child = Child(setting, section.where, "section", cache, is_leader=True)
 
     @property
@@ -142,10 +145,13 @@ class Running:
 
 
 class Acceptance:
-    """One check of this machine. result: what was found so far, which a file gets as it grows."""
+    """One check of this machine. result: what was found so far, which a file gets as it grows.
 
-    def __init__(self, device: str, is_tiny: bool, budget_s: float, file: Path) -> None:
-        self._device, self._is_tiny, self._file = device, is_tiny, file
+    patience: what sections' limits are multiplied by.
+    """
+
+    def __init__(self, device: str, is_tiny: bool, budget_s: float, file: Path, patience: float = 1) -> None:
+        self._device, self._is_tiny, self._file, self._patience = device, is_tiny, file, patience
         self._began_s, self._budget_s = time.monotonic(), budget_s
         self._running: list[Running] = []
         self._told_s = 0.0
@@ -153,7 +159,7 @@ class Acceptance:
 
     def ask_environment(self) -> str:
         """Print what this machine is; return why it cannot be checked, "" if it can."""
-        found = Running(ENVIRONMENT, self._device, self._is_tiny, ENVIRONMENT.limit_s).finish()
+        found = Running(ENVIRONMENT, self._device, self._is_tiny, self._patience * ENVIRONMENT.limit_s).finish()
         figures = self.result["environment"] = found["figures"]
         for name, value in figures.items():
             print(f"{name:>24}  {value}", flush=True)
@@ -215,7 +221,8 @@ class Acceptance:
             return
         print(f"    ... {section.name}", flush=True)
         self._told_s = time.monotonic()
-        self._running.append(Running(section, self._device, self._is_tiny, min(section.limit_s, left_s)))
+        limit_s = min(self._patience * section.limit_s, left_s)
+        self._running.append(Running(section, self._device, self._is_tiny, limit_s))
 
     def _tell_of_waiting(self) -> None:
         if self._running and time.monotonic() - self._told_s > _TELL_EVERY_S:
