@@ -94,7 +94,8 @@ def _told_rescue(setting: Setting, report: Report, saver: Saver, expected: dict[
 
 def rollback(setting: Setting, report: Report) -> None:
     """A run that goes back before bad numbers has freed the state that it gives up before it builds the next one."""
-    more = {"max_iters": 8, "checkpoint_interval": 4, "max_bad_steps": 2, "dropout": 0.0, "compile": True}
+    more = {"max_iters": 8, "checkpoint_interval": 4, "max_bad_steps": 2, "dropout": 0.0}
+    more["compile"] = setting.is_on_gpu and not setting.is_tiny  # the compiler keeps more of a model
     config = settings(setting, setting.folder / "run" / "out", {**_MODEL, **more})
     held_bytes: list[int] = []  # on the GPU, each time that a state is to be built
     models: list[weakref.ref[Any]] = []

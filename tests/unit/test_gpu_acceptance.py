@@ -176,13 +176,13 @@ def test_it_runs_without_ray(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(3300)
 def test_all_of_it_works_on_a_cpu_without_ray(tmp_path: Path) -> None:
     """Runs are killed and go on for real; shapes are tiny, and what only a GPU can tell is passed over."""
     file = tmp_path / "found.json"
-    command = [sys.executable, "-m", "benchmarks", "gpu", "--device=cpu", "--budget=850", f"--out={file}"]
+    command = [sys.executable, "-m", "benchmarks", "gpu", "--device=cpu", "--budget=3000", f"--out={file}"]
     done = subprocess.run(
-        command, env=blocked(tmp_path / "absent"), cwd=ROOT, capture_output=True, text=True, timeout=890
+        command, env=blocked(tmp_path / "absent"), cwd=ROOT, capture_output=True, text=True, timeout=3200
     )
     assert done.returncode == 0, done.stdout + done.stderr
     found = json.loads(file.read_text())["sections"]
