@@ -50,6 +50,8 @@ def environment(setting: Setting, report: Report) -> None:
     report.figure("gpu", card.name)
     report.figure("gpus", torch.cuda.device_count())
     report.figure("gpu_memory_gb", card.total_memory / 1e9)
+    free_bytes, total_bytes = cuda.mem_get_info()
+    report.figure("gpu_memory_free", free_bytes / total_bytes)
     report.figure("compute_capability", f"{card.major}.{card.minor}")
     report.figure("cuda", torch.version.cuda)
     report.figure("cudnn", _cudnn_version())

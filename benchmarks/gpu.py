@@ -33,6 +33,8 @@ _FILE = "gpu.json"
 _MEMORY = "/dev/shm"
 _TELL_EVERY_S = 15.0
 _ROOM_GB = 20
+_FREE = 0.95  # of the GPU's memory
+_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _PATIENCE_ON_CPU = 5  # limits are those of a machine with a GPU
 _LEAST = 0.5  # of what a section is expected to take has to be left, or it is not begun
 
@@ -79,13 +81,13 @@ def run(args: argparse.Namespace) -> Result:
     """Check this machine, print a line for each claim as it comes, and return what was found.
 
     Raises:
-        SystemExit: 2, no GPU can be used here, or the result cannot be written; 143, it was terminated.
+        SystemExit: 2, no GPU can be used here, or the result cannot be written; 128 and more: a signal has ended it.
     """
     args.json = _file(args.json)
     is_on_cpu = args.device == "cpu"
     patience = _PATIENCE_ON_CPU if is_on_cpu else 1
     acceptance = Acceptance(args.device, is_on_cpu or args.tiny, args.budget, args.json, patience)
-    with ended_by_sigterm():
+    with ended_in_order():
         if unfit := acceptance.ask_environment():
             print(f"error: {unfit}", file=sys.stderr)
             raise SystemExit(2)
@@ -100,17 +102,18 @@ def exit_code(result: Result) -> int:
 
 
 @contextmanager
-def ended_by_sigterm() -> Iterator[None]:
-    """Let SIGTERM end this process in order, so that no section is left behind."""
+def ended_in_order() -> Iterator[None]:
+    """Let no section be left behind when a signal ends this process."""
 
     def end(number: int, _frame: Any) -> None:
         raise SystemExit(128 + number)
 
-    before = signal.signal(signal.SIGTERM, end)
+    before = {number: signal.signal(number, end) for number in _SIGNALS}
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 class Running:
@@ -167,6 +170,8 @@ class Acceptance:
             return f"this machine could not be looked at: {found['failed']}\n{found['tail']}"
         if self._device != "cpu" and figures.get("memory_dir_gb", _ROOM_GB) < _ROOM_GB:
             print(f"warning: {_MEMORY} has less than {_ROOM_GB} GB: sections may fail (docker run --shm-size)")
+        if figures.get("gpu_memory_free", 1) < _FREE:
+            print("warning: another process uses this GPU: sections may fail, and what is timed says nothing")
         return str(figures.get("unfit", ""))
 
     def run(self, sections: Sequence[Section]) -> None:

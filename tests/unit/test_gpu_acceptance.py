@@ -18,9 +18,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from benchmarks import _gpu_rescue, gpu
+from benchmarks import _gpu_rescue, _gpu_speed, _gpu_state, gpu
 from benchmarks.__main__ import main
-from benchmarks._gpu_child import ROOT, Report, Setting
+from benchmarks._gpu_child import ROOT, Found, Report, Setting
 from benchmarks._gpu_sections import ENVIRONMENT, SECTIONS, Section
 from tests.unit.acceptance_parts import part
 
@@ -80,11 +80,19 @@ def test_what_the_budget_has_no_time_for_is_no_success(tmp_path: Path) -> None:
     assert gpu.exit_code(found) == 1
 
 
-def test_time_for_what_is_timed_is_kept(tmp_path: Path) -> None:
-    timed = replace(part("hold"), name="timed", is_timed=True, expected_s=57)
-    found = checked(tmp_path, part("hang"), timed, budget_s=60)
-    assert found["sections"]["hang"]["failed"] in ("more than 3 s", "more than 2 s")
-    assert found["sections"]["timed"]["claims"][0]["holds"]
+def test_time_for_what_is_timed_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    limits = {}
+
+    class Noted(gpu.Running):
+        def __init__(self, section: Section, device: str, is_tiny: bool, limit_s: float) -> None:
+            super().__init__(section, device, is_tiny, limit_s)
+            limits[section.name] = limit_s
+
+    monkeypatch.setattr(gpu, "Running", Noted)
+    timed = replace(part("hold", limit_s=1000), name="timed", is_timed=True, expected_s=570)
+    assert gpu.exit_code(checked(tmp_path, part("hold", limit_s=1000), timed, budget_s=600)) == 0
+    assert limits["hold"] <= 30, "the budget less what the other one is expected to take"
+    assert 500 < limits["timed"] < 600, "all that is left"
 
 
 def test_sections_that_mean_nothing_on_a_cpu_are_passed_over(tmp_path: Path) -> None:
@@ -98,11 +106,12 @@ def test_parts_of_a_section_fail_and_hang_by_themselves(tmp_path: Path) -> None:
     assert found["holds"]
 
 
-def test_who_ends_the_check_leaves_no_section_behind(tmp_path: Path) -> None:
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_who_ends_the_check_leaves_no_section_behind(tmp_path: Path, number: signal.Signals) -> None:
     file, said = tmp_path / "found.json", tmp_path / "said"
     code = (
         "from benchmarks import gpu; from tests.unit.acceptance_parts import part\n"
-        f"from pathlib import Path\nwith gpu.ended_by_sigterm(): gpu.Acceptance('cpu', True, 300, Path({str(file)!r}))"
+        f"from pathlib import Path\nwith gpu.ended_in_order(): gpu.Acceptance('cpu', True, 300, Path({str(file)!r}))"
         ".run([part('hang')])"
     )
     environment = {**os.environ, "TMPDIR": str(tmp_path)}
@@ -112,8 +121,8 @@ def test_who_ends_the_check_leaves_no_section_behind(tmp_path: Path) -> None:
         assert process.poll() is None, said.read_text()
         time.sleep(0.02)
     pid = json.loads(reports[0].read_text())["figures"]["other"]
-    process.send_signal(signal.SIGTERM)
-    assert process.wait(30) == 128 + signal.SIGTERM
+    process.send_signal(number)
+    assert process.wait(30) == 128 + number
     assert is_gone(pid)
     assert not list(tmp_path.glob("gpu-hang-*"))
 
@@ -152,14 +161,14 @@ def test_every_section_is_a_function_and_the_timed_ones_come_last() -> None:
     assert ENVIRONMENT.expected_s + longest_s + timed_s < 345, "they fit side by side, with processors enough"
 
 
-def blocked(folder: Path) -> dict[str, str]:
-    """Return an environment whose Python processes find none of the packages that a GPU machine may lack."""
+def blocked(folder: Path, absent: tuple[str, ...] = ABSENT) -> dict[str, str]:
+    """Return an environment whose Python processes do not find some packages; default: what a GPU machine may lack."""
     folder.mkdir()
     (folder / "sitecustomize.py").write_text(
         "import sys\nfrom importlib.abc import MetaPathFinder\n"
         "class Absent(MetaPathFinder):\n"
         "    def find_spec(self, name, path=None, target=None):\n"
-        f"        if name.partition('.')[0] in {ABSENT}:\n"
+        f"        if name.partition('.')[0] in {absent}:\n"
         "            raise ModuleNotFoundError(f'No module named {name!r}', name=name)\n"
         "sys.meta_path.insert(0, Absent())\n"
     )
@@ -173,6 +182,16 @@ def test_it_runs_without_ray(tmp_path: Path) -> None:
         [sys.executable, "-c", code], env=blocked(tmp_path / "absent"), cwd=tmp_path, capture_output=True, text=True
     )
     assert done.stderr.splitlines()[-1] == "ModuleNotFoundError: No module named 'ray'", "and nothing before that"
+
+
+def test_a_package_that_is_missing_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("PYTHONPATH", blocked(tmp_path / "absent", ("torch",))["PYTHONPATH"])
+    with pytest.raises(SystemExit) as ended:
+        main(["gpu", f"--out={tmp_path}"])
+    assert ended.value.code == 2
+    assert capsys.readouterr().err == "error: a package is missing (No module named 'torch'): pip install torch\n"
 
 
 @pytest.mark.slow
@@ -224,3 +243,52 @@ def test_a_rescue_of_other_bits_or_another_iteration_is_noticed(
     _gpu_rescue._told_rescue(setting, report, saver, state)
     claims = json.loads((tmp_path / "report.json").read_text())["claims"]
     assert [claim["holds"] for claim in claims] == expected
+
+
+ON_GPU = Setting("cuda", False, Path(), "")  # as what judges figures is told; nothing is run there
+
+
+def claims_of(report: Path) -> list[bool]:
+    return [claim["holds"] for claim in json.loads(report.read_text())["claims"]]
+
+
+@pytest.mark.parametrize(("told_s", "holds"), [(0.040, True), (0.0, False)])
+def test_a_pause_that_is_not_told_is_noticed(tmp_path: Path, told_s: float, holds: bool) -> None:
+    """Steps of 20 ms, of which every 20th waits 40 ms for a copy."""
+    copied = set(range(19, 150, 20))
+    marks, now_s, paused_s = [], 0.0, 0.0
+    for iter_num in range(150):
+        now_s += 0.020 + 0.040 * (iter_num in copied)
+        paused_s += told_s * (iter_num in copied)
+        marks.append((iter_num, now_s, paused_s))
+    report = tmp_path / "report.json"
+    _gpu_state._tell_pauses(ON_GPU, Report(report), marks, copied)
+    assert claims_of(report) == [holds]
+    assert json.loads(report.read_text())["figures"]["step_waits_ms"] == pytest.approx(40)
+
+
+@pytest.mark.parametrize(
+    ("ms", "synchronisations", "expected"), [(102, 1, [True] * 3), (109, 1, [False, True, True]), (120, 2, [False] * 3)]
+)
+def test_steps_that_are_slower_than_nanogpts_are_noticed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ms: float, synchronisations: int, expected: list[bool]
+) -> None:
+    def call(_setting: Setting, _where: str, name: str, *_: Any, **__: Any) -> Found:
+        figures = {"ms": 100 if name == "nanogpt" else ms, "synchronisations_per_iteration": synchronisations}
+        return Found([], figures, "", "", 0, 1.0, "")
+
+    monkeypatch.setattr(Setting, "call", call)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    report = tmp_path / "report.json"
+    _gpu_speed.step_time(ON_GPU, Report(report))
+    assert claims_of(report) == expected
+
+
+def test_iterations_are_timed_without_the_first_blocks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    times = iter([0.0, 60.0, 70.0, *(70.0 + block for block in range(1, 9)), 1000.0])  # compiles, settles, measured
+    monkeypatch.setattr(time, "perf_counter", lambda: next(times))
+    clock = _gpu_speed._Clock(Report(tmp_path / "report.json"))
+    for _ in range(11):
+        clock.block()
+    assert clock.ms() == pytest.approx(1000 / _gpu_speed._BLOCK)
+    assert json.loads((tmp_path / "report.json").read_text())["figures"]["first_step_s"] == 60
