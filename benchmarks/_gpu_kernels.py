@@ -32,11 +32,13 @@ def environment(setting: Setting, report: Report) -> None:
         return
     import torch
 
+    from orchestrator.machine import usable_cpus
+
     report.figure("host", {"kernel": platform.release(), "python": platform.python_version()})
     report.figure("torch", torch.__version__)
     room = os.statvfs(setting.memory_dir)
     report.figure("memory_dir_gb", room.f_bavail * room.f_frsize / 1e9)
-    report.figure("cores", len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count())
+    report.figure("cores", usable_cpus())
     if not setting.is_on_gpu:
         return
     cuda: Any = torch.cuda

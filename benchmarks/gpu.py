@@ -182,9 +182,8 @@ class Acceptance:
         fit = [section for section, fits in zip(sections, is_fit, strict=True) if fits]
         timed = [section for section in fit if section.is_timed]
         try:
-            self._run(
-                [section for section in fit if not section.is_timed], _at_once(), sum(s.expected_s for s in timed)
-            )
+            others = [section for section in fit if not section.is_timed]
+            self._run(others, _at_once(self.result["environment"]), sum(section.expected_s for section in timed))
             self._run(timed, 1, 0.0)
         finally:
             for running in self._running:
@@ -246,11 +245,9 @@ class Acceptance:
         self._file.write_text(json.dumps(self.result, indent=2) + "\n", encoding="utf-8")
 
 
-def _at_once() -> int:
-    """Return how many sections run side by side: each needs about two processors."""
-    from orchestrator.machine import usable_cpus  # not before the machine is known to have what it imports
-
-    return max(1, usable_cpus() // 2)
+def _at_once(environment: dict[str, Any]) -> int:
+    """Return how many sections run side by side: each needs about two processors, and at most 8 GB of the GPU."""
+    return max(1, int(min(environment.get("cores", 2) // 2, environment.get("gpu_memory_gb", _ROOM_GB) // 8)))
 
 
 def _lines(name: str, found: Result) -> Iterator[str]:
