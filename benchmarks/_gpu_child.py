@@ -144,6 +144,7 @@ class Child:
         with self._log.open("wb") as log:
             self._process = subprocess.Popen(
                 command,
+                cwd=ROOT,
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
