@@ -21,7 +21,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -71,10 +71,10 @@ def _chosen(text: str) -> tuple[Section, ...]:
 
 
 def _seconds(text: str) -> float:
-    seconds = float(text)
-    if not 0 < seconds < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text} must be more than 0 seconds")
-    return seconds
+    with suppress(ValueError):
+        if 0 < (seconds := float(text)) < float("inf"):
+            return seconds
+    raise argparse.ArgumentTypeError(f"{text!r} is no number of seconds above 0")
 
 
 def run(args: argparse.Namespace) -> Result:
@@ -92,7 +92,7 @@ def run(args: argparse.Namespace) -> Result:
             print(f"error: {unfit}", file=sys.stderr)
             raise SystemExit(2)
         acceptance.run(args.only)
-    print(acceptance.verdict())
+    _say(acceptance.verdict())
     return acceptance.result
 
 
@@ -165,13 +165,13 @@ class Acceptance:
         found = Running(ENVIRONMENT, self._device, self._is_tiny, self._patience * ENVIRONMENT.limit_s).finish()
         figures = self.result["environment"] = found["figures"]
         for name, value in figures.items():
-            print(f"{name:>24}  {value}", flush=True)
+            _say(f"{name:>24}  {value}")
         if found["failed"]:
             return f"this machine could not be looked at: {found['failed']}\n{found['tail']}"
         if self._device != "cpu" and figures.get("memory_dir_gb", _ROOM_GB) < _ROOM_GB:
-            print(f"warning: {_MEMORY} has less than {_ROOM_GB} GB: sections may fail (docker run --shm-size)")
+            _say(f"warning: {_MEMORY} has less than {_ROOM_GB} GB: sections may fail (docker run --shm-size)")
         if figures.get("gpu_memory_free", 1) < _FREE:
-            print("warning: another process uses this GPU: sections may fail, and what is timed says nothing")
+            _say("warning: another process uses this GPU: sections may fail, and what is timed says nothing")
         return str(figures.get("unfit", ""))
 
     def run(self, sections: Sequence[Section]) -> None:
@@ -223,7 +223,7 @@ class Acceptance:
         if left_s < section.expected_s * _LEAST:
             self._told(section, {"failed": f"not begun, too little of --budget={self._budget_s:.0f} is left"})
             return
-        print(f"    ... {section.name}", flush=True)
+        _say(f"    ... {section.name}")
         self._told_s = time.monotonic()
         limit_s = min(self._patience * section.limit_s, left_s)
         self._running.append(Running(section, self._device, self._is_tiny, limit_s))
@@ -232,17 +232,25 @@ class Acceptance:
         if self._running and time.monotonic() - self._told_s > _TELL_EVERY_S:
             self._told_s = time.monotonic()
             names = ", ".join(running.section.name for running in self._running)
-            print(f"    {self._told_s - self._began_s:.0f} s: waiting for {names}", flush=True)
+            _say(f"    {self._told_s - self._began_s:.0f} s: waiting for {names}")
 
     def _told(self, section: Section, found: Result) -> None:
         """Print what a section has found, and keep it."""
         self.result["sections"][section.name] = found
         for line in _lines(section.name, found):
-            print(line, flush=True)
+            _say(line)
         self._write()
 
     def _write(self) -> None:
         self._file.write_text(json.dumps(self.result, indent=2) + "\n", encoding="utf-8")
+
+
+def _say(text: str) -> None:
+    """Print a line; where nobody reads any more, as behind `| head`, the check goes on: its file gets all."""
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _at_once(environment: dict[str, Any]) -> int:

@@ -127,7 +127,23 @@ def test_who_ends_the_check_leaves_no_section_behind(tmp_path: Path, number: sig
     assert not list(tmp_path.glob("gpu-hang-*"))
 
 
-@pytest.mark.parametrize("words", [["--only=attention,speed"], ["--budget=0"], ["--out=/nowhere/gpu.json"]])
+def test_the_check_goes_on_where_nobody_reads(tmp_path: Path) -> None:
+    file = tmp_path / "found.json"
+    code = (
+        "from benchmarks import gpu; from tests.unit.acceptance_parts import part; from pathlib import Path\n"
+        f"check = gpu.Acceptance('cpu', True, 300, Path({str(file)!r})); check.run([part('crash'), part('hold')])"
+    )
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, **pipes) as process:
+        process.stdout.close()
+        assert process.stderr.read() == b""
+    assert process.returncode == 0
+    assert json.loads(file.read_text())["sections"]["hold"]["claims"][0]["holds"]
+
+
+@pytest.mark.parametrize(
+    "words", [["--only=attention,speed"], ["--budget=0"], ["--budget=soon"], ["--out=/nowhere/gpu.json"]]
+)
 def test_wrong_options_are_told_before_anything_starts(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
         main(["gpu", *words])
