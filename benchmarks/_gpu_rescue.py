@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import threading
 import time
+import traceback
 import weakref
 from collections.abc import Callable
 from pathlib import Path
@@ -55,11 +57,12 @@ def _rescue(setting: Setting, report: Report, changes: dict[str, Any], begin_at:
 
         def should_stop() -> int:
             if next(asked) == _STUCK_AT:
-                expected = watched.tensors()
-                _get_stuck(setting, lambda: _told_rescue(setting, report, watched.savers[-1], expected))
+                expected, scaler = watched.tensors(), watched.states[-1].scaler.state_dict()
+                _get_stuck(setting, lambda: _told_rescue(setting, report, watched.savers[-1], expected, scaler))
             return 0
 
         loop.train(config, plain_world(config), should_stop=in_steps(should_stop), began=watched.savers.append)
+    raise RuntimeError("the loop came to its end, and was to be ended by the rescue")
 
 
 def _get_stuck(setting: Setting, rescue: Callable[[], None]) -> None:
@@ -67,7 +70,11 @@ def _get_stuck(setting: Setting, rescue: Callable[[], None]) -> None:
 
     def soon() -> None:
         time.sleep(0.5)
-        rescue()
+        try:
+            rescue()
+        except Exception:
+            traceback.print_exc()
+            leave(1)
         leave(0)
 
     if setting.is_on_gpu:
@@ -77,7 +84,9 @@ def _get_stuck(setting: Setting, rescue: Callable[[], None]) -> None:
         time.sleep(_STUCK_S)
 
 
-def _told_rescue(setting: Setting, report: Report, saver: Saver, expected: dict[str, Tensor]) -> None:
+def _told_rescue(
+    setting: Setting, report: Report, saver: Saver, expected: dict[str, Tensor], scaler: dict[str, Any]
+) -> None:
     began_s = time.monotonic()
     iter_num = saver.rescue()
     seconds = time.monotonic() - began_s
@@ -86,10 +95,17 @@ def _told_rescue(setting: Setting, report: Report, saver: Saver, expected: dict[
     text = f"the state is rescued in less than {_RESCUE_S:.0f} s while the loop is stuck"
     report.claim(text, iter_num == _STUCK_AT and seconds < _RESCUE_S, saw)
     found: dict[str, Tensor] = {}
-    for file in Path(setting.memory_dir).rglob(f"checkpoint_{_STUCK_AT:08d}_*/*.safetensors"):
+    for file in _rescued(setting, "*.safetensors"):
         found |= load_file(file)
     same = found.keys() == expected.keys() and all(torch.equal(found[name], x) for name, x in expected.items())
     report.claim("what was rescued has the state's bits", same, f"{len(found)} of {len(expected)} tensors")
+    if scaler:
+        scalers = [json.loads(file.read_text())["scaler"] for file in _rescued(setting, "state.json")]
+        report.claim("and float16's loss scale", scalers == [scaler], f"{scalers}, of {scaler}")
+
+
+def _rescued(setting: Setting, pattern: str) -> list[Path]:
+    return list(Path(setting.memory_dir).rglob(f"checkpoint_{_STUCK_AT:08d}_*/{pattern}"))
 
 
 def rollback(setting: Setting, report: Report) -> None:

@@ -227,7 +227,7 @@ def test_all_of_it_works_on_a_cpu_without_ray(tmp_path: Path) -> None:
             assert found[section.name] == {"skipped": "needs a GPU"}
     claims = {name: len(each["claims"]) for name, each in found.items() if each.get("claims")}
     assert claims == {
-        **{"attention": 2, "rescue_after_step": 2, "rescue_before_first_step": 2, "rescue_float16": 2},
+        **{"attention": 2, "rescue_after_step": 2, "rescue_before_first_step": 2, "rescue_float16": 3},
         **{"resume_eager": 2, "resume_compiled": 3, "two_ranks": 3, "rollback": 2},
     }
     assert found["resume_compiled"]["figures"]["resumed"]["is_compiled"]
@@ -256,7 +256,7 @@ def test_a_rescue_of_other_bits_or_another_iteration_is_noticed(
     setting, report = Setting("cpu", True, tmp_path, str(tmp_path)), Report(tmp_path / "report.json")
     state = {"weight": torch.ones(3)}
     saver: Any = Rescuer(setting, {"weight": torch.ones(3) + nudge}, iter_num)
-    _gpu_rescue._told_rescue(setting, report, saver, state)
+    _gpu_rescue._told_rescue(setting, report, saver, state, {})
     claims = json.loads((tmp_path / "report.json").read_text())["claims"]
     assert [claim["holds"] for claim in claims] == expected
 
