@@ -24,7 +24,7 @@ train: .venv/ready
 # Unit and storage tests share the cores; the others start clusters, and get the machine to themselves.
 test: .venv/ready
 	$(BIN)/python -m pytest --numprocesses=2 tests/unit tests/storage
-	$(BIN)/python -m pytest tests/integration tests/chaos
+	$(BIN)/python -m pytest tests/integration tests/chaos tests/gpu
 
 check: .venv/ready
 	$(BIN)/ruff format --check .

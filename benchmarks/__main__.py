@@ -1,7 +1,8 @@
 """Runs one benchmark by name: `python -m benchmarks train_step --json result.json`.
 
 A benchmark is a module of this package whose docstring's first line describes it, with `add_arguments(parser)` and
-`run(args) -> result`, a JSON value. It prints its own table. This module must not know what is measured.
+`run(args) -> result`, a JSON value, and, if it can fail, `exit_code(result)`. It prints its own table. This module must
+not know what is measured.
 """
 
 import argparse
@@ -19,8 +20,8 @@ def list_benchmarks() -> dict[str, str]:
     return {name: docstring.partition("\n")[0] for name, docstring in docstrings.items()}
 
 
-def main(argv: list[str]) -> None:
-    """Run the benchmark that argv names; argparse prints the list for --help and for a wrong name."""
+def main(argv: list[str]) -> int:
+    """Run the benchmark that argv names, return the exit code; argparse prints the list for --help and a wrong name."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description="Side-by-side measurements.")
     benchmarks = parser.add_subparsers(dest="benchmark", metavar="BENCHMARK", required=True)
     chosen = next((argument for argument in argv if not argument.startswith("-")), None)
@@ -36,7 +37,8 @@ def main(argv: list[str]) -> None:
     result = module.run(args)
     if args.json:
         args.json.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    return int(module.exit_code(result)) if hasattr(module, "exit_code") else 0
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,54 @@
+"""What runs in the acceptance are looked at and ended with, from within their process."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+import orchestrator.loop as loop
+from orchestrator.checkpoint.saver import Saver
+from orchestrator.checkpoint.state import TrainState, capture
+
+
+def in_steps(should_stop: Callable[[], int]) -> Callable[[], int]:
+    """Return a should_stop that is asked once per iteration: in an evaluation, which asks with every batch, it is 0."""
+    return lambda: 0 if sys._getframe(1).f_code.co_name == "evaluate" else should_stop()
+
+
+class StopError(Exception):
+    """Ends a run from within."""
+
+
+@dataclass
+class Watched:
+    """The state and the saver of the run that the loop trains in this process."""
+
+    states: list[TrainState] = field(default_factory=list)
+    savers: list[Saver] = field(default_factory=list)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return copies of what the state consists of, in host memory."""
+        snapshot = capture(self.states[-1])
+        return {name: tensor.cpu().clone() for name, tensor in {**snapshot.model, **snapshot.optimizer}.items()}
+
+
+@contextmanager
+def watching() -> Iterator[Watched]:
+    """Lend the state that the loop trains meanwhile: what is rescued is compared with it, bit by bit."""
+    watched, module = Watched(), vars(loop)
+    begin = module["begin"]
+
+    def noted(*args: Any, **more: Any) -> TrainState:
+        watched.states.append(begin(*args, **more))
+        return watched.states[-1]
+
+    module["begin"] = noted
+    try:
+        yield watched
+    finally:
+        module["begin"] = begin
