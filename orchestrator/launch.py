@@ -48,11 +48,13 @@ from orchestrator.telemetry.display import Display, quiet
 from orchestrator.telemetry.lines import stopped_line
 from orchestrator.trainer import Trainer
 from orchestrator.worker import job_of, run_worker
+from orchestrator.worker_environment import tell_what_is_passed_on
 
 logger = logging.getLogger(__name__)
 
 EVALUATION_FOLDER = ".evaluation"  # the folder that Ray knows when eval_only is set; nothing is put there
 _FIT_ENDS_S = 5.0
+_SET_UP_S = 1800.0  # in which all workers of a group have met; from then on the watchdog decides
 _CONTROLLERS, _LONG_S = 3, 300.0  # so many of Ray Train's that end within that time, one after the other, have a cause
 
 
@@ -134,6 +136,8 @@ def _train_on_ray(
         ids = _prepare_out_dir(config, plan.store, lease)
         events.begin()
         logger.info("%s", plan.start.summary)
+        if is_first:
+            tell_what_is_passed_on(os.environ)
         job = {**job_of(config), **ids, "cwd": str(Path.cwd()), "board": open_board()}
         each = {"CPU": config.cpus_per_worker} | ({"GPU": gpus_per_worker} if gpus_per_worker else {})
         trainer = _trainer(config, plan.store, each, worker, job, leaves_cluster)
@@ -205,7 +209,10 @@ def _trainer(
         board=job["board"],
         leaves_cluster=leaves_cluster,
         train_loop_config=job,
-        torch_config=TorchConfig(backend=process_group_backend(config) if "GPU" in each else "gloo"),
+        torch_config=TorchConfig(
+            backend=process_group_backend(config) if "GPU" in each and config.device != "cpu" else "gloo",
+            timeout_s=int(max(_SET_UP_S, 2 * config.hang_timeout_s)),
+        ),
         scaling_config=ScalingConfig(
             num_workers=(config.min_workers, config.max_workers) if config.is_elastic else config.min_workers,
             use_gpu="GPU" in each,
@@ -218,7 +225,7 @@ def _trainer(
             # Ray restarts without end; what is worth a restart is the overseer's to decide
             failure_config=FailureConfig(max_failures=-1, max_preemption_failures=-1, controller_failure_limit=-1),
             checkpoint_config=CheckpointConfig(),  # what is kept is decided where it is written (CheckpointStore.prune)
-            worker_runtime_env=spares.runtime_env() if config.warm_spares else {},
+            worker_runtime_env=spares.runtime_env(config.warm_spares),
             logging_config=LoggingConfig(log_level="WARNING"),
             callbacks=[Overseer(job["board"], budgets, each if config.warm_spares else None)],
         ),
