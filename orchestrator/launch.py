@@ -41,6 +41,7 @@ from orchestrator.preflight import Plan
 from orchestrator.process import process_group_backend
 from orchestrator.recovery import spares
 from orchestrator.recovery.causes import Budgets, GivenUpError
+from orchestrator.recovery.gpu_check import GpuCheck
 from orchestrator.recovery.overseer import Overseer
 from orchestrator.registry import REGISTRY_FILE, storage_for_ray
 from orchestrator.storage_options import public
@@ -140,7 +141,8 @@ def _train_on_ray(
             tell_what_is_passed_on(os.environ)
         job = {**job_of(config), **ids, "cwd": str(Path.cwd()), "board": open_board()}
         each = {"CPU": config.cpus_per_worker} | ({"GPU": gpus_per_worker} if gpus_per_worker else {})
-        trainer = _trainer(config, plan.store, each, worker, job, leaves_cluster)
+        is_new = not may_wait and plan.start.iter_num == 0
+        trainer = _trainer(config, plan.store, each, worker, job, leaves_cluster, is_new)
         if config.warm_spares:
             spares.prestart_first(config.max_workers, each)
         return _fit(trainer, job["board"], config, stop, lease, events)
@@ -197,8 +199,11 @@ def _trainer(
     worker: Callable[..., Any],
     job: dict[str, Any],
     leaves_cluster: bool,
+    is_new: bool,
 ) -> Trainer:
     budgets = Budgets(config.max_failures, config.max_preemptions, config.iters_per_checkpoint)
+    overseer = Overseer(job["board"], budgets, each if config.warm_spares else None, is_new)
+    needs_gpus = "GPU" in each and config.device != "cpu"
     parent, _, name = store.root.rstrip("/").rpartition("/")
     if config.eval_only:  # it reads no registry: that one may be another driver's, and names what is gone
         parent, name = store.root, EVALUATION_FOLDER
@@ -210,7 +215,7 @@ def _trainer(
         leaves_cluster=leaves_cluster,
         train_loop_config=job,
         torch_config=TorchConfig(
-            backend=process_group_backend(config) if "GPU" in each and config.device != "cpu" else "gloo",
+            backend=process_group_backend(config) if needs_gpus else "gloo",
             timeout_s=int(max(_SET_UP_S, 2 * config.hang_timeout_s)),
         ),
         scaling_config=ScalingConfig(
@@ -227,7 +232,7 @@ def _trainer(
             checkpoint_config=CheckpointConfig(),  # what is kept is decided where it is written (CheckpointStore.prune)
             worker_runtime_env=spares.runtime_env(config.warm_spares),
             logging_config=LoggingConfig(log_level="WARNING"),
-            callbacks=[Overseer(job["board"], budgets, each if config.warm_spares else None)],
+            callbacks=[overseer, GpuCheck(overseer)] if needs_gpus else [overseer],
         ),
     )
 
@@ -238,6 +243,7 @@ def _fit(
     """Run Ray's fit in a thread and show what the workers post; return what rank 0 returned.
 
     Raises:
+        UserError: the overseer has found a mistake that only workers show.
         ControllerLostError: fit failed for a reason that is not the run's.
         RunFailedError: the run is given up, or another driver has taken over. Then the workers end with this driver's
             part of the cluster, at once; where the caller had joined it before, they leave after their iteration.
@@ -267,8 +273,11 @@ def _fit(
         _pass_on(listener.take(stop.is_set()), display, events)
     if lease and lease.check():  # whatever has become of the workers since
         raise RunFailedError(lease.cut_off)
-    if isinstance(given_up := getattr(ended.get("error"), "controller_failure", None), GivenUpError):
-        raise RunFailedError(f"the run is given up: {given_up}")
+    why = getattr(ended.get("error"), "controller_failure", None)
+    if isinstance(why, GivenUpError):
+        raise RunFailedError(f"the run is given up: {why}")
+    if isinstance(why, UserError):
+        raise why
     if "error" in ended:
         raise ControllerLostError(first_line(ended["error"])) from ended["error"]
     return dict(ended["value"])

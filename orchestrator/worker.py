@@ -27,6 +27,7 @@ from orchestrator.loop import GO_ON, LEAVE, STOP, train
 from orchestrator.process import change_of_data, local_device, new_attempt, resolve
 from orchestrator.recovery.causes import AttemptFailedError, Cause, Ending, ending_of
 from orchestrator.recovery.drain import leave, notice
+from orchestrator.recovery.gpus import wait_until_free
 from orchestrator.recovery.notices import Watcher, cloud_here
 from orchestrator.recovery.watchdog import Watchdog, stacks
 from orchestrator.recovery.words import last_words
@@ -156,6 +157,8 @@ def config_of(job: dict[str, Any]) -> TrainConfig:
 def _world(config: TrainConfig) -> World:
     context = ray.train.get_context()
     device = local_device(config, context.get_local_rank())
+    if device.type == "cuda" and ray.get_runtime_context().get_assigned_resources().get("GPU", 0) >= 1:
+        wait_until_free(device)
     world = World(context.get_world_rank(), context.get_world_size(), device)
     assert dist.is_initialized() or world.size == 1
     return replace(world, attempt=world.broadcast_json(new_attempt()))

@@ -30,7 +30,7 @@ def cluster() -> Iterator[None]:
 
 
 def environments(config: TrainConfig, folder: Path) -> list[dict[str, str]]:
-    """Train, and return the variables of each rank's worker; `runtime_env` is what Ray says that it was started with."""
+    """Train, and return the variables of each rank; `runtime_env` is what Ray says that it was started with."""
     folder.mkdir()
 
     def worker(job: dict[str, Any]) -> dict[str, Any]:
