@@ -5,6 +5,7 @@ Without it NCCL fails inside Ray's own part of the start, which Ray takes for a 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import ray
@@ -15,24 +16,28 @@ from orchestrator.recovery.overseer import Overseer
 _ANSWER_S = 120.0  # CUDA starts in seconds, and imports take some more where workers are cold
 
 
-class GpuCheck(WorkerGroupCallback):  # type: ignore[misc]
-    """One for all attempts. It stands behind Ray's own callbacks, which first tell workers which GPUs are there."""
+def fault_of_worker() -> str:
+    """Return why this worker cannot use the GPUs that Ray gave it, "" where it can."""
+    from orchestrator.recovery.gpus import fault_here
 
-    def __init__(self, overseer: Overseer) -> None:
-        self._overseer = overseer
+    return fault_here([str(each) for each in ray.get_gpu_ids()])
+
+
+class GpuCheck(WorkerGroupCallback):  # type: ignore[misc]
+    """One for all attempts. It stands behind Ray's own callbacks, which first tell workers which GPUs are there.
+
+    ask: what each worker is asked, which returns why it cannot use its GPU, "" where it can.
+    """
+
+    def __init__(self, overseer: Overseer, ask: Callable[[], str] = fault_of_worker) -> None:
+        self._overseer, self._ask = overseer, ask
 
     def before_init_train_context(self, workers: list[Any]) -> dict[str, list[Any]]:
         """Raises: ControllerError: there is a worker that cannot use its GPU."""
-        asked = {worker.execute_async(_fault): rank for rank, worker in enumerate(workers)}
+        asked = {worker.execute_async(self._ask): rank for rank, worker in enumerate(workers)}
         answered, mute = ray.wait(list(asked), num_returns=len(asked), timeout=_ANSWER_S)
         told = {asked[answer]: ray.get(answer) for answer in answered}
         told |= {asked[answer]: f"CUDA did not answer within {_ANSWER_S:.0f} s" for answer in mute}
         if faults := {rank: fault for rank, fault in sorted(told.items()) if fault}:
             self._overseer.refuse(workers, faults)
         return {}
-
-
-def _fault() -> str:
-    from orchestrator.recovery.gpus import fault_here
-
-    return fault_here([str(each) for each in ray.get_gpu_ids()])

@@ -94,8 +94,8 @@ def wait_until_free(
             return
         if waited_s >= patience_s:
             logger.warning(
-                "%s has only %.1f of %.1f GB free after %.0f s: another process uses it, which may have been started without "
-                "Ray, or was killed and cannot end (nvidia-smi lists them); training goes on with the rest",
+                "%s has only %.1f of %.1f GB free after %.0f s: another process uses it, which may have been started "
+                "without Ray, or was killed and cannot end (nvidia-smi lists them); training goes on with the rest",
                 device,
                 free_bytes / 1e9,
                 total_bytes / 1e9,
