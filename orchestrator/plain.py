@@ -40,8 +40,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     storage fails."""
     is_main = os.environ.get("RANK", "0") == "0"
     logging.basicConfig(format="%(message)s", stream=sys.stderr)
-    for name, value in worker_environment.DEFAULTS.items():  # before CUDA and NCCL start
-        os.environ.setdefault(name, value)
+    if "RANK" in os.environ:
+        for name, value in worker_environment.DEFAULTS.items():  # before CUDA and NCCL start
+            os.environ.setdefault(name, value)
     for name in ("orchestrator", "model"):
         logging.getLogger(name).setLevel(logging.INFO if is_main else logging.WARNING)
     try:

@@ -5,10 +5,13 @@ from __future__ import annotations
 import logging
 import warnings
 from collections.abc import Callable
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+from orchestrator import worker
+from orchestrator.config import TrainConfig
 from orchestrator.recovery.gpus import fault_here, has_kernels_for, wait_until_free
 
 GB = 10**9
@@ -114,6 +117,21 @@ def test_the_memory_of_a_killed_process_is_waited_for(
     wait_until_free(torch.device("cuda", 1), clock=clock, sleep=sleep)
     assert 3.05 <= clock() < 3.3
     assert [record.getMessage() for record in caplog.records] == ["waited 3.1 s until the memory of cuda:1 was free"]
+
+
+@pytest.mark.parametrize(("gpus", "waited_for"), [(1.0, ["cuda:1"]), (0.5, []), (None, [])])
+def test_a_worker_waits_for_a_gpu_that_is_its_alone(
+    monkeypatch: pytest.MonkeyPatch, tiny: TrainConfig, gpus: float | None, waited_for: list[str]
+) -> None:
+    place = SimpleNamespace(get_world_rank=lambda: 0, get_world_size=lambda: 1, get_local_rank=lambda: 1)
+    given = SimpleNamespace(get_assigned_resources=lambda: {"CPU": 1.0} | ({"GPU": gpus} if gpus else {}))
+    waited: list[str] = []
+    monkeypatch.setattr(worker.ray.train, "get_context", lambda: place)
+    monkeypatch.setattr(worker.ray, "get_runtime_context", lambda: given)
+    monkeypatch.setattr(worker, "local_device", lambda _config, local_rank: torch.device("cuda", local_rank))
+    monkeypatch.setattr(worker, "wait_until_free", lambda device: waited.append(str(device)))
+    worker._world(tiny)
+    assert waited == waited_for
 
 
 def test_memory_that_stays_taken_is_a_warning(
