@@ -60,7 +60,11 @@ class Overseer(WorkerGroupCallback, ControllerCallback):  # type: ignore[misc]
 
     def on_controller_start_worker_group(self, *, scaling_config: Any, num_workers: int) -> dict[str, str] | None:
         silent = silent_nodes(ray.nodes())  # Ray takes them for alive, and would place workers there
-        avoided = silent | _kept_off(num_workers, scaling_config._resources_per_worker_not_none, silent)
+        kept_off = _kept_off(num_workers, scaling_config._resources_per_worker_not_none, silent)
+        if kept_off:
+            names = [node["NodeManagerHostname"] for node in ray.nodes() if node["NodeID"] in kept_off]
+            self._note("INFO", f"workers are kept off {', '.join(sorted(names))}: a GPU has failed there")
+        avoided = silent | kept_off
         return {RAY_NODE_ID_KEY: f"!in({', '.join(sorted(avoided))})"} if avoided else None
 
     def before_worker_group_start(self, worker_group_context: Any) -> None:

@@ -45,12 +45,10 @@ def start(config: TrainConfig, rank: int, port: int, marker: Path) -> subprocess
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("asked", "told"),
-    [
-        (True, "asked to stop, and this iteration did not end within 3 s"),
-        pytest.param(False, "no progress for ", marks=pytest.mark.slow),
-    ],
+    [(True, "asked to stop, and this iteration did not end within 3 s"), (False, "no progress for ")],
 )
 def test_a_rank_that_waits_for_one_that_stands_still_keeps_its_state(
     tiny: TrainConfig, tmp_path: Path, undisturbed: Undisturbed, asked: bool, told: str
