@@ -172,8 +172,6 @@ class Overseer(WorkerGroupCallback, ControllerCallback):  # type: ignore[misc]
         for ending in endings:
             if ending.cause is Cause.HANG:
                 ray.kill(workers[ending.rank].actor)  # or Ray would ask it to leave the process group, and wait
-            if ending.cause is Cause.GPU_FAULT:
-                BENCH.put(workers[ending.rank].metadata.node_id)
         node = workers[first.rank].metadata.hostname
         self._tell(
             "failure",
@@ -185,6 +183,9 @@ class Overseer(WorkerGroupCallback, ControllerCallback):  # type: ignore[misc]
             traceback=first.traceback,
             **saved,
         )
+        for ending in endings:
+            if ending.cause is Cause.GPU_FAULT:
+                BENCH.put(workers[ending.rank].metadata.node_id)
         self._charge(first, node)
 
     def _charge(self, ending: Ending, node: str) -> None:
