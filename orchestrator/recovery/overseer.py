@@ -12,6 +12,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
+from collections import Counter
 from contextlib import suppress
 from typing import Any, cast
 
@@ -55,12 +56,14 @@ class Overseer(WorkerGroupCallback, ControllerCallback):  # type: ignore[misc]
         self._number = 0
         self._is_over = True  # of this attempt: it has ended by itself, and what could be rescued is
         self._is_placing = False  # room was asked for, and not found yet
+        self._needs: dict[str, float] = {}  # of a worker of the group that has started last
+        self._used_by_others: dict[str, dict[str, float]] = {}  # when that group ended, by node
         self._iter: int | None = None
         self._back_off_s = 0.0
 
     def on_controller_start_worker_group(self, *, scaling_config: Any, num_workers: int) -> dict[str, str] | None:
         silent = silent_nodes(ray.nodes())  # Ray takes them for alive, and would place workers there
-        kept_off = _kept_off(num_workers, scaling_config._resources_per_worker_not_none, silent)
+        kept_off = self._kept_off(num_workers, scaling_config._resources_per_worker_not_none, silent)
         if kept_off:
             names = [node["NodeManagerHostname"] for node in ray.nodes() if node["NodeID"] in kept_off]
             self._note("INFO", f"workers are kept off {', '.join(sorted(names))}: a GPU has failed there")
@@ -75,6 +78,7 @@ class Overseer(WorkerGroupCallback, ControllerCallback):  # type: ignore[misc]
         if self._is_placing:
             self._note("INFO", f"still no room for {worker_group_context.num_workers} workers: waiting for machines")
         self._number += 1
+        self._needs = worker_group_context.resources_per_worker
         self._tell("attempt_starting", num_workers=worker_group_context.num_workers)
         if self._number > 1 and not self._is_placing:
             _wait_for_places(worker_group_context.num_workers, worker_group_context.resources_per_worker)
@@ -94,8 +98,7 @@ class Overseer(WorkerGroupCallback, ControllerCallback):  # type: ignore[misc]
         text = f"node {node}: Ray gives workers a GPU there, but {fault}"
         if self._number == 1 and (self._is_new or len(faults) == len(workers)):
             raise ControllerError(ConfigError(f"{text}. {_GPU_REMEDY}"))
-        for each in faults:
-            BENCH.put(workers[each].metadata.node_id)
+        self._put_on_bench(workers, list(faults))
         ending = Ending(rank, Cause.GPU_FAULT, text, self._iter)
         self._tell("failure", cause=str(ending.cause), ranks=list(faults), node=node, text=text)
         try:
@@ -141,6 +144,7 @@ class Overseer(WorkerGroupCallback, ControllerCallback):  # type: ignore[misc]
         try:
             seen_s = time.time()
             saved, _ = self._rescue(lost=set(), by_themselves=[])
+            self._see_others(self._group.get_workers())
             self._tell(
                 "failure", time=seen_s, cause="resized", ranks=[], text="the number of machines has changed", **saved
             )
@@ -183,10 +187,30 @@ class Overseer(WorkerGroupCallback, ControllerCallback):  # type: ignore[misc]
             traceback=first.traceback,
             **saved,
         )
-        for ending in endings:
-            if ending.cause is Cause.GPU_FAULT:
-                BENCH.put(workers[ending.rank].metadata.node_id)
+        self._put_on_bench(workers, [ending.rank for ending in endings if ending.cause is Cause.GPU_FAULT])
         self._charge(first, node)
+
+    def _put_on_bench(self, workers: list[Any], ranks: list[int]) -> None:
+        """Keep workers off the nodes of these ranks."""
+        for rank in ranks:
+            BENCH.put(workers[rank].metadata.node_id)
+        self._see_others(workers)
+
+    def _see_others(self, workers: list[Any]) -> None:
+        """Note what other programs use, while it is known what this group does."""
+        if BENCH.has_any():
+            ours = Counter(worker.metadata.node_id for worker in workers)
+            free = cluster.available_resources_per_node()
+            self._used_by_others = used_by_others(ray.nodes(), free, ours, self._needs)
+
+    def _kept_off(self, num_workers: int, each: dict[str, float], silent: set[str]) -> set[str]:
+        """Return the nodes whose GPUs have failed, as far as others have room for a group that is about to start."""
+        if not BENCH.has_any():
+            return set()
+        nodes, leaving = ray.nodes(), silent | set(cluster.get_draining_nodes())
+        return BENCH.kept_off(
+            num_workers, lambda without: room_for(each, nodes, leaving | without, self._used_by_others)
+        )
 
     def _charge(self, ending: Ending, node: str) -> None:
         self._back_off_s = self._budgets.charge(ending, self._iter)
@@ -248,17 +272,6 @@ class Overseer(WorkerGroupCallback, ControllerCallback):  # type: ignore[misc]
 
     def _note(self, level: str, text: str) -> None:
         note_on(self._board, text, level)
-
-
-def _kept_off(num_workers: int, each: dict[str, float], silent: set[str]) -> set[str]:
-    """Return the nodes whose GPUs have failed, as far as others have room for a group that is about to start."""
-    if not BENCH.has_any():
-        return set()
-    _wait_for_places(num_workers, each)
-    nodes = ray.nodes()
-    used = used_by_others(nodes, cluster.available_resources_per_node(), {}, each)
-    leaving = silent | set(cluster.get_draining_nodes())
-    return BENCH.kept_off(num_workers, lambda without: room_for(each, nodes, leaving | without, used))
 
 
 def _wait_for_places(num_workers: int, each: dict[str, float]) -> None:
