@@ -50,11 +50,18 @@ def environments(config: TrainConfig, folder: Path) -> list[dict[str, str]]:
     return [json.loads(path.read_text()) for path in sorted(folder.iterdir())]
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("cluster")
-@pytest.mark.parametrize(("visible", "warm_spares"), [("0", True), pytest.param("", False, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(("visible", "warm_spares"), [("0", True), ("", False)])
 def test_workers_get_the_drivers_variables_and_their_own_gpus(
-    tiny: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, visible: str, warm_spares: bool
+    tiny: TrainConfig,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    visible: str,
+    warm_spares: bool,
 ) -> None:
+    caplog.set_level("INFO")
     passed = {"NCCL_DEBUG": "WARN", "TORCH_SHOW_CPP_STACKTRACES": "0", "CUDA_DEVICE_MAX_CONNECTIONS": "16"}
     kept = {"CUDA_VISIBLE_DEVICES": visible, "CUDA_HOME": "/here", "NCCL_SOCKET_IFNAME": "here0", "TORCH_HOME": "/here"}
     for name, value in {**passed, **kept}.items():
@@ -62,6 +69,9 @@ def test_workers_get_the_drivers_variables_and_their_own_gpus(
     config = replace(tiny, num_workers=2, gpus_per_worker=1.0, warm_spares=warm_spares, max_iters=2)
     workers = environments(config, tmp_path / "environments")
     assert [environment["gpu_ids"] for environment in workers] == ["[0]", "[1]"]
+    told = [text for text in caplog.messages if text.startswith("workers are started with")]
+    assert len(told) == 1
+    assert "NCCL_DEBUG=WARN" in told[0]
     for environment in workers:
         assert {name: environment.get(name) for name in {**DEFAULTS, **passed}} == {**DEFAULTS, **passed}
         assert environment["CUDA_VISIBLE_DEVICES"] == "0,1", "as Ray shares them out on a node"
