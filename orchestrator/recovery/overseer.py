@@ -49,7 +49,7 @@ class Overseer(WorkerGroupCallback, ControllerCallback):  # type: ignore[misc]
     is_new: nothing of this run was trained before, so that a GPU that cannot be used is a mistake, and no loss.
     """
 
-    def __init__(self, board: Any, budgets: Budgets, each: dict[str, float] | None, is_new: bool) -> None:
+    def __init__(self, board: Any, budgets: Budgets, each: dict[str, float] | None, is_new: bool = False) -> None:
         self._board, self._budgets, self._each, self._is_new = board, budgets, each, is_new
         self._lookout: Lookout | None = None
         self._group: Any = None
