@@ -13,7 +13,8 @@ import torch
 
 logger = logging.getLogger(__name__)
 
-_FREE = 0.9  # of a GPU's memory, for a worker that has it for itself
+_USED = 0.1  # of a GPU's memory, by others than the worker that has it for itself: at most so much,
+_USED_BYTES = 10**9  # or so much, for the worker's own context counts, too
 _PATIENCE_S = 20.0  # in which the memory of a killed process comes back
 _LOOK_EVERY_S = 0.1
 _WORTH_TELLING_S = 1.0
@@ -88,7 +89,7 @@ def wait_until_free(
     while True:
         free_bytes, total_bytes = torch.cuda.mem_get_info(device)
         waited_s = clock() - began_s
-        if free_bytes > _FREE * total_bytes:
+        if total_bytes - free_bytes < max(_USED * total_bytes, _USED_BYTES):
             if waited_s > _WORTH_TELLING_S:
                 logger.info("waited %.1f s until the memory of %s was free", waited_s, device)
             return

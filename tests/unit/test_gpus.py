@@ -119,6 +119,11 @@ def test_the_memory_of_a_killed_process_is_waited_for(
     assert [record.getMessage() for record in caplog.records] == ["waited 3.1 s until the memory of cuda:1 was free"]
 
 
+def test_on_a_small_gpu_the_workers_own_context_is_nobody_elses(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _device: (int(4.2 * GB), 5 * GB))
+    wait_until_free(torch.device("cuda", 0), clock=lambda: 0.0, sleep=pytest.fail)
+
+
 @pytest.mark.parametrize(("gpus", "waited_for"), [(1.0, ["cuda:1"]), (0.5, []), (None, [])])
 def test_a_worker_waits_for_a_gpu_that_is_its_alone(
     monkeypatch: pytest.MonkeyPatch, tiny: TrainConfig, gpus: float | None, waited_for: list[str]
