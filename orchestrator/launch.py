@@ -215,7 +215,7 @@ def _trainer(
         leaves_cluster=leaves_cluster,
         train_loop_config=job,
         torch_config=TorchConfig(
-            backend=process_group_backend(config) if needs_gpus else "gloo",
+            backend=_backend(config, each),
             timeout_s=int(max(_SET_UP_S, 2 * config.hang_timeout_s)),
         ),
         scaling_config=ScalingConfig(
@@ -235,6 +235,14 @@ def _trainer(
             callbacks=[overseer, GpuCheck(overseer)] if needs_gpus else [overseer],
         ),
     )
+
+
+def _backend(config: TrainConfig, each: dict[str, float]) -> str:
+    """Return what the workers' process group is made of; each: the resources of one."""
+    gpus = each.get("GPU", 0.0) if config.device != "cpu" else 0.0
+    if 0 < gpus < 1 and config.backend == "nccl":
+        logger.info("workers share GPUs (gpus_per_worker=%g), which NCCL cannot: backend=gloo", gpus)
+    return process_group_backend(config) if gpus >= 1 else "gloo"
 
 
 def _fit(

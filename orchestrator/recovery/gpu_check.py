@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 import ray
+from ray.exceptions import RayTaskError
 from ray.train.v2._internal.execution.callback import WorkerGroupCallback
 
 from orchestrator.recovery.overseer import Overseer
@@ -23,6 +24,13 @@ def fault_of_worker() -> str:
     return fault_here([str(each) for each in ray.get_gpu_ids()])
 
 
+def _answer(answer: Any) -> str:
+    try:
+        return str(ray.get(answer))
+    except RayTaskError as error:  # such as a PyTorch that cannot be imported
+        return f"nobody can tell: {str(error.cause).strip()}"
+
+
 class GpuCheck(WorkerGroupCallback):  # type: ignore[misc]
     """One for all attempts. It stands behind Ray's own callbacks, which first tell workers which GPUs are there.
 
@@ -33,10 +41,14 @@ class GpuCheck(WorkerGroupCallback):  # type: ignore[misc]
         self._overseer, self._ask = overseer, ask
 
     def before_init_train_context(self, workers: list[Any]) -> dict[str, list[Any]]:
-        """Raises: ControllerError: there is a worker that cannot use its GPU."""
+        """Have all workers look, and refuse the group if one cannot use its GPU.
+
+        Raises:
+            ControllerError: as the overseer decides.
+        """
         asked = {worker.execute_async(self._ask): rank for rank, worker in enumerate(workers)}
         answered, mute = ray.wait(list(asked), num_returns=len(asked), timeout=_ANSWER_S)
-        told = {asked[answer]: ray.get(answer) for answer in answered}
+        told = {asked[answer]: _answer(answer) for answer in answered}
         told |= {asked[answer]: f"CUDA did not answer within {_ANSWER_S:.0f} s" for answer in mute}
         if faults := {rank: fault for rank, fault in sorted(told.items()) if fault}:
             self._overseer.refuse(workers, faults)

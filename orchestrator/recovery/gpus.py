@@ -31,7 +31,7 @@ def fault_here(gpu_ids: Sequence[str]) -> str:
             return f"PyTorch {torch.__version__} finds none: {_why_none([str(each.message) for each in told])}"
     try:
         return _fault_of_one(gpu_ids)
-    except RuntimeError as error:
+    except (AssertionError, RuntimeError) as error:
         return f"PyTorch {torch.__version__} cannot use it: {_first_line(error)}"
 
 

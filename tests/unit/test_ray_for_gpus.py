@@ -18,7 +18,9 @@ from ray.train.v2._internal.execution.failure_handling.default import DefaultFai
 from ray.train.v2._internal.execution.worker_group import WorkerGroup
 from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 
+from orchestrator.config import TrainConfig
 from orchestrator.errors import ConfigError
+from orchestrator.launch import _backend
 from orchestrator.recovery.gpu_check import GpuCheck
 from orchestrator.worker_environment import DEFAULTS
 
@@ -51,3 +53,18 @@ def test_ray_leaves_nccls_own_guard_as_it_finds_it(
     monkeypatch.setattr(dist, "init_process_group", lambda **_options: None)
     _setup_torch_process_group("cpu:gloo,cuda:nccl", 0, 2, "env://")
     assert os.environ["TORCH_NCCL_ASYNC_ERROR_HANDLING"] == expected
+
+
+@pytest.mark.parametrize(
+    ("settings", "gpus", "expected"),
+    [
+        ({"device": "cuda"}, 1.0, "cpu:gloo,cuda:nccl"),
+        ({"device": "cuda", "backend": "gloo"}, 1.0, "gloo"),
+        ({"device": "cuda"}, 0.5, "gloo"),  # NCCL takes no two ranks on one GPU
+        ({"device": "cuda"}, None, "gloo"),
+        ({"device": "cpu"}, 1.0, "gloo"),
+    ],
+)
+def test_nccl_is_for_workers_that_have_a_gpu_each(settings: dict[str, str], gpus: float | None, expected: str) -> None:
+    each = {"CPU": 1.0} | ({"GPU": gpus} if gpus else {})
+    assert _backend(TrainConfig(**settings), each) == expected
