@@ -40,6 +40,7 @@ from orchestrator.preflight import Plan
 from orchestrator.process import process_group_backend
 from orchestrator.recovery import spares
 from orchestrator.recovery.causes import Budgets, GivenUpError
+from orchestrator.recovery.gpu_check import GpuCheck
 from orchestrator.recovery.overseer import Overseer
 from orchestrator.registry import REGISTRY_FILE, storage_for_ray
 from orchestrator.storage_options import public
@@ -47,11 +48,13 @@ from orchestrator.telemetry.display import Display, quiet
 from orchestrator.telemetry.lines import stopped_line
 from orchestrator.trainer import TorchGroup, Trainer
 from orchestrator.worker import job_of, run_worker
+from orchestrator.worker_environment import tell_what_is_passed_on
 
 logger = logging.getLogger(__name__)
 
 EVALUATION_FOLDER = ".evaluation"  # the folder that Ray knows when eval_only is set; nothing is put there
 _FIT_ENDS_S = 5.0
+_SET_UP_S = 1800.0  # in which all workers of a group have met; from then on the watchdog decides
 _CONTROLLERS, _LONG_S = 3, 300.0  # so many of Ray Train's that end within that time, one after the other, have a cause
 
 
@@ -133,9 +136,12 @@ def _train_on_ray(
         ids = _prepare_out_dir(config, plan.store, lease)
         events.begin()
         logger.info("%s", plan.start.summary)
+        if is_first:
+            tell_what_is_passed_on(os.environ)
         job = {**job_of(config), **ids, "cwd": str(Path.cwd()), "board": open_board()}
         each = {"CPU": config.cpus_per_worker} | ({"GPU": gpus_per_worker} if gpus_per_worker else {})
-        trainer = _trainer(config, plan.store, each, worker, job, leaves_cluster)
+        is_new = not may_wait and plan.start.iter_num == 0
+        trainer = _trainer(config, plan.store, each, worker, job, leaves_cluster, is_new)
         if config.warm_spares:
             spares.prestart_first(config.max_workers, each)
         return _fit(trainer, job["board"], config, stop, lease, events)
@@ -192,8 +198,11 @@ def _trainer(
     worker: Callable[..., Any],
     job: dict[str, Any],
     leaves_cluster: bool,
+    is_new: bool,
 ) -> Trainer:
     budgets = Budgets(config.max_failures, config.max_preemptions, config.iters_per_checkpoint)
+    overseer = Overseer(job["board"], budgets, each if config.warm_spares else None, is_new)
+    needs_gpus = "GPU" in each and config.device != "cpu"
     parent, _, name = store.root.rstrip("/").rpartition("/")
     if config.eval_only:  # it reads no registry: that one may be another driver's, and names what is gone
         parent, name = store.root, EVALUATION_FOLDER
@@ -204,7 +213,10 @@ def _trainer(
         board=job["board"],
         leaves_cluster=leaves_cluster,
         train_loop_config=job,
-        torch_config=TorchGroup(backend=process_group_backend(config) if "GPU" in each else "gloo"),
+        torch_config=TorchGroup(
+            backend=_backend(config, each),
+            timeout_s=int(max(_SET_UP_S, 2 * config.hang_timeout_s)),
+        ),
         scaling_config=ScalingConfig(
             num_workers=(config.min_workers, config.max_workers) if config.is_elastic else config.min_workers,
             use_gpu="GPU" in each,
@@ -217,11 +229,19 @@ def _trainer(
             # Ray restarts without end; what is worth a restart is the overseer's to decide
             failure_config=FailureConfig(max_failures=-1, max_preemption_failures=-1, controller_failure_limit=-1),
             checkpoint_config=CheckpointConfig(),  # what is kept is decided where it is written (CheckpointStore.prune)
-            worker_runtime_env=spares.runtime_env() if config.warm_spares else {},
+            worker_runtime_env=spares.runtime_env(config.warm_spares),
             logging_config=LoggingConfig(log_level="WARNING"),
-            callbacks=[Overseer(job["board"], budgets, each if config.warm_spares else None)],
+            callbacks=[overseer, GpuCheck(overseer)] if needs_gpus else [overseer],
         ),
     )
+
+
+def _backend(config: TrainConfig, each: dict[str, float]) -> str:
+    """Return what the workers' process group is made of; each: the resources of one."""
+    gpus = each.get("GPU", 0.0) if config.device != "cpu" else 0.0
+    if 0 < gpus < 1 and config.backend == "nccl":
+        logger.info("workers share GPUs (gpus_per_worker=%g), which NCCL cannot: backend=gloo", gpus)
+    return process_group_backend(config) if gpus >= 1 else "gloo"
 
 
 def _fit(
@@ -230,6 +250,7 @@ def _fit(
     """Run Ray's fit in a thread and show what the workers post; return what rank 0 returned.
 
     Raises:
+        UserError: the overseer has found a mistake that only workers show.
         ControllerLostError: fit failed for a reason that is not the run's.
         RunFailedError: the run is given up, or another driver has taken over. Then the workers end with this driver's
             part of the cluster, at once; where the caller had joined it before, they leave after their iteration.
@@ -259,8 +280,11 @@ def _fit(
         _pass_on(listener.take(stop.is_set()), display, events)
     if lease and lease.check():  # whatever has become of the workers since
         raise RunFailedError(lease.cut_off)
-    if isinstance(given_up := getattr(ended.get("error"), "controller_failure", None), GivenUpError):
-        raise RunFailedError(f"the run is given up: {given_up}")
+    why = getattr(ended.get("error"), "controller_failure", None)
+    if isinstance(why, GivenUpError):
+        raise RunFailedError(f"the run is given up: {why}")
+    if isinstance(why, UserError):
+        raise why
     if "error" in ended:
         raise ControllerLostError(first_line(ended["error"])) from ended["error"]
     return dict(ended["value"])

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch.distributed as dist
 
+from orchestrator import worker_environment
 from orchestrator.checkpoint.start import told_finished
 from orchestrator.checkpoint.store import CheckpointStore
 from orchestrator.config import TrainConfig, check, parse
@@ -23,6 +24,8 @@ from orchestrator.errors import FinishedRunError, StorageError, UserError
 from orchestrator.loop import GO_ON, STOP, Outcome, train
 from orchestrator.lr_schedule import tell_doubts
 from orchestrator.process import plain_world, resolve
+from orchestrator.recovery.vigil import Vigil
+from orchestrator.recovery.watchdog import be_outlasted
 from orchestrator.storage_options import storage_options_of
 from orchestrator.telemetry.display import quiet, until_nobody_reads
 from orchestrator.telemetry.lines import print_record, stopped_line
@@ -37,6 +40,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     storage fails."""
     is_main = os.environ.get("RANK", "0") == "0"
     logging.basicConfig(format="%(message)s", stream=sys.stderr)
+    if "RANK" in os.environ:
+        for name, value in worker_environment.DEFAULTS.items():  # before CUDA and NCCL start
+            os.environ.setdefault(name, value)
     for name in ("orchestrator", "model"):
         logging.getLogger(name).setLevel(logging.INFO if is_main else logging.WARNING)
     try:
@@ -78,8 +84,14 @@ def _train(config: TrainConfig) -> Outcome:
     finished = world.broadcast_json(world.together(lambda: told_finished(config, store) if world.is_main else ""))
     if finished:
         raise FinishedRunError(finished)
-    with _stop_asked() as asked, open_telemetry(config, world, _show) as tell:
-        return train(config, world, tell, should_stop=lambda: STOP if asked else GO_ON)
+    be_outlasted()
+    with _stop_asked() as asked, open_telemetry(config, world, _show) as tell, Vigil(config, world) as vigil:
+
+        def should_stop() -> int:
+            vigil.beat()
+            return STOP if asked else GO_ON
+
+        return train(config, world, tell, should_stop=should_stop, began=vigil.guard)
 
 
 @contextmanager

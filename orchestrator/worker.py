@@ -27,8 +27,10 @@ from orchestrator.loop import GO_ON, LEAVE, STOP, train
 from orchestrator.process import change_of_data, local_device, new_attempt, resolve
 from orchestrator.recovery.causes import AttemptFailedError, Cause, Ending, ending_of
 from orchestrator.recovery.drain import leave, notice
+from orchestrator.recovery.gpus import wait_until_free
 from orchestrator.recovery.notices import Watcher, cloud_here
-from orchestrator.recovery.watchdog import Watchdog, stacks
+from orchestrator.recovery.stack_file import keep_stacks, stack_file
+from orchestrator.recovery.watchdog import Watchdog, be_outlasted, stacks
 from orchestrator.recovery.words import last_words
 from orchestrator.storage_options import Hidden, public, storage_options_of
 from orchestrator.telemetry.tell import PostingHandler, open_telemetry
@@ -126,21 +128,12 @@ def _hangs(config: TrainConfig, world: World, say: Callable[[Ending], None], sil
     if _savers and _savers[-1].is_finishing:  # an upload is waited for, which has limits of its own
         return False
     found = stacks()
-    name = f"hang-{world.attempt}-rank{world.rank}.txt"
-    text = f"no progress for {silence_s:.0f} s; the stacks are in {name} in out_dir"
+    text = f"no progress for {silence_s:.0f} s; the stacks are in {stack_file(world)} in out_dir"
     reached = _rescue(stand_in_s=0.5)  # for whatever stands still has done so for long
-    writer = threading.Thread(target=_write_text, args=(config, name, found), daemon=True)
-    writer.start()
-    writer.join(timeout=5)  # storage may be what hangs
+    keep_stacks(config, world, found)
     say(Ending(world.rank, Cause.HANG, text, reached[0], "", reached[1]))
     time.sleep(_ENDED_S)  # the controller ends this process, in which one thread stands still
     os._exit(1)
-
-
-def _write_text(config: TrainConfig, name: str, text: str) -> None:
-    store = CheckpointStore(config.out_dir, storage_options_of(config))
-    with suppress(Exception):  # this process ends, whatever becomes of it
-        store.fs.pipe_file(store.path(name), text.encode())
 
 
 def job_of(config: TrainConfig) -> dict[str, Any]:
@@ -156,8 +149,11 @@ def config_of(job: dict[str, Any]) -> TrainConfig:
 def _world(config: TrainConfig) -> World:
     context = ray.train.get_context()
     device = local_device(config, context.get_local_rank())
+    if device.type == "cuda" and ray.get_runtime_context().get_assigned_resources().get("GPU", 0) >= 1:
+        wait_until_free(device)
     world = World(context.get_world_rank(), context.get_world_size(), device)
     assert dist.is_initialized() or world.size == 1
+    be_outlasted()
     return replace(world, attempt=world.broadcast_json(new_attempt()))
 
 

@@ -70,7 +70,8 @@ while kill -0 "${driver}" 2> /dev/null; do # a signal ends `wait`, not the drive
     wait "${driver}" || code=$?
 done
 kill -KILL "${head}" 2> /dev/null || true # its nodes end with it
-if ${is_told} || [ "${code}" -eq 3 ]; then # stopped by Slurm, or the cluster is lost: not by a mistake
+# Stopped by Slurm, or the cluster is lost. Not by a mistake, such as GPUs that PyTorch cannot use: that is code 2.
+if ${is_told} || [ "${code}" -eq 3 ]; then
     scontrol requeue "${SLURM_JOB_ID}"
 fi
 exit "${code}"

@@ -24,6 +24,7 @@ class Cause(StrEnum):
     PREEMPTED = "preempted"
     OUT_OF_MEMORY = "out_of_memory"
     NODE_LOST = "node_lost"
+    GPU_FAULT = "gpu_fault"
     STORAGE = "storage"
     USER_ERROR = "user_error"
     WORKER_LOST = "worker_lost"
@@ -32,8 +33,38 @@ class Cause(StrEnum):
     UNKNOWN = "unknown"
 
 
-_LIMITS = {Cause.OUT_OF_MEMORY: 3, Cause.HANG: 3}  # in a row without progress; of the others, max_failures
+_LIMITS = {
+    Cause.OUT_OF_MEMORY: 3,
+    Cause.HANG: 3,
+    Cause.GPU_FAULT: 3,
+}  # in a row without progress; of the others, max_failures
 _FIRST_BACK_OFF_S, _LONGEST_BACK_OFF_S = 1.0, 60.0
+
+# What CUDA, its libraries, NCCL and compiled kernels fail with has hardly any types: their words decide.
+_OF_A_GPU = (
+    "CUDA error",
+    "CUDA driver error",
+    "HIP error",
+    "CUBLAS_STATUS_",
+    "cuDNN error",
+    "CUDNN_STATUS_",
+    "Triton Error [CUDA]",
+    "unhandled cuda error",  # NCCL's
+    "ncclUnhandledCudaError",
+)
+_NO_MEMORY = ("out of memory", "STATUS_ALLOC_FAILED")
+# of a program, which every GPU answers alike: a token beyond the vocabulary is a device-side assert
+_OF_A_PROGRAM = (
+    "device-side assert",
+    "invalid argument",
+    "invalid configuration",
+    "invalid device",
+    "invalid resource handle",
+    "no kernel image",
+    "STATUS_INVALID_VALUE",
+    "STATUS_BAD_PARAM",
+    "STATUS_NOT_SUPPORTED",
+)
 
 
 @dataclass(frozen=True)
@@ -85,9 +116,21 @@ def _cause_of(error: BaseException) -> Cause:
         return Cause.OUT_OF_MEMORY
     if isinstance(error, (StorageError, UnreadableError)):
         return Cause.STORAGE
+    if isinstance(error, RuntimeError) and (cause := _cause_on_gpu(error)):
+        return cause
     if isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error)):
         return Cause.PEER_LOST
     return Cause.USER_ERROR
+
+
+def _cause_on_gpu(error: RuntimeError) -> Cause | None:
+    """Return what an error that a GPU has told of means, None where it is none."""
+    text = str(error)
+    if not (isinstance(error, torch.AcceleratorError) or any(words in text for words in _OF_A_GPU)):
+        return None
+    if any(words in text for words in _NO_MEMORY):
+        return Cause.OUT_OF_MEMORY
+    return Cause.USER_ERROR if any(words in text for words in _OF_A_PROGRAM) else Cause.GPU_FAULT
 
 
 def explain(endings: Iterable[Ending]) -> Ending:
@@ -123,10 +166,11 @@ class Budgets:
         """
         cause = ending.cause
         if cause is Cause.USER_ERROR:
-            bug = (ending.text, ending.iter_num)
+            # who cannot tell, for its GPU answers no more, was as far as the others
+            bug = (ending.text, ending.iter_num if ending.iter_num is not None else iter_num)
             if bug == self.last_bug:
                 raise GivenUpError(
-                    f"the same error at the same iteration ({ending.iter_num}), twice: it would come again. "
+                    f"the same error at the same iteration ({bug[1]}), twice: it would come again. "
                     f"Rank {ending.rank}:\n{ending.traceback}"
                 )
             self.last_bug = bug

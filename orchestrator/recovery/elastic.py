@@ -24,6 +24,7 @@ from ray.train.v2._internal.execution.scaling_policy import (
 )
 
 from orchestrator.board import note_on, tell_on
+from orchestrator.recovery.bench import BENCH
 from orchestrator.recovery.reach import silent_nodes
 
 Resources = dict[str, float]
@@ -101,7 +102,11 @@ class LivePolicy(ElasticScalingPolicy):  # type: ignore[misc]
         each = self.scaling_config._resources_per_worker_not_none
         nodes = ray.nodes()
         leaving = silent_nodes(nodes) | set(cluster.get_draining_nodes())
-        room = room_for(each, nodes, leaving, self._used_by_others or {})
+
+        def room_without(kept_off: set[str]) -> int:
+            return room_for(each, nodes, leaving | kept_off, self._used_by_others or {})
+
+        room = room_without(BENCH.kept_off(int(self.scaling_config.min_workers), room_without))
         return min(room, int(self.scaling_config.max_workers))
 
     def _tell_of_waiting(self, room: int) -> None:

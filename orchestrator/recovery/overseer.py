@@ -12,19 +12,24 @@ from __future__ import annotations
 import logging
 import threading
 import time
+from collections import Counter
 from contextlib import suppress
 from typing import Any, cast
 
 import ray
+from ray._private.state import state as cluster
 from ray._raylet import RAY_NODE_ID_KEY  # type: ignore[attr-defined]
 from ray.exceptions import OutOfMemoryError, RayActorError
 from ray.train import ControllerError
-from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError
+from ray.train.v2._internal.exceptions import WorkerGroupStartupFailedError, WorkerHealthCheckFailedError
 from ray.train.v2._internal.execution.callback import ControllerCallback, WorkerGroupCallback
 
 from orchestrator.board import note_on, tell_on
+from orchestrator.errors import ConfigError
 from orchestrator.recovery import spares
+from orchestrator.recovery.bench import BENCH
 from orchestrator.recovery.causes import AttemptFailedError, Budgets, Cause, Ending, GivenUpError, ending_of, explain
+from orchestrator.recovery.elastic import room_for, used_by_others
 from orchestrator.recovery.reach import Lookout, silent_nodes
 
 logger = logging.getLogger(__name__)
@@ -33,24 +38,37 @@ _ANSWER_S = 2.0  # in which a worker that lives begins to rescue its state
 _RESCUE_S = 60.0  # in which it is done
 _PLACES_S = 1.0  # in which those of a group that has ended are free again
 _SPARES_AFTER_S = 3.0  # once training is under way: starting them takes cores for a moment
+_GPU_REMEDY = (
+    "Install a PyTorch with CUDA there, and an NVIDIA driver that is new enough for it, or train on CPUs (--device=cpu)"
+)
 
 
 class Overseer(WorkerGroupCallback, ControllerCallback):  # type: ignore[misc]
-    """One for all attempts of a driver; board: where it tells of them. each: what a worker needs (None: no spares)."""
+    """One for all attempts of a driver; board: where it tells of them. each: what a worker needs (None: no spares).
 
-    def __init__(self, board: Any, budgets: Budgets, each: dict[str, float] | None) -> None:
-        self._board, self._budgets, self._each = board, budgets, each
+    is_new: nothing of this run was trained before, so that a GPU that cannot be used is a mistake, and no loss.
+    """
+
+    def __init__(self, board: Any, budgets: Budgets, each: dict[str, float] | None, is_new: bool = False) -> None:
+        self._board, self._budgets, self._each, self._is_new = board, budgets, each, is_new
         self._lookout: Lookout | None = None
         self._group: Any = None
         self._number = 0
         self._is_over = True  # of this attempt: it has ended by itself, and what could be rescued is
         self._is_placing = False  # room was asked for, and not found yet
+        self._needs: dict[str, float] = {}  # of a worker of the group that has started last
+        self._used_by_others: dict[str, dict[str, float]] = {}  # when that group ended, by node
         self._iter: int | None = None
         self._back_off_s = 0.0
 
-    def on_controller_start_worker_group(self, *, scaling_config: Any, num_workers: int) -> dict[str, str] | None:  # noqa: ARG002
+    def on_controller_start_worker_group(self, *, scaling_config: Any, num_workers: int) -> dict[str, str] | None:
         silent = silent_nodes(ray.nodes())  # Ray takes them for alive, and would place workers there
-        return {RAY_NODE_ID_KEY: f"!in({', '.join(sorted(silent))})"} if silent else None
+        kept_off = self._kept_off(num_workers, scaling_config._resources_per_worker_not_none, silent)
+        if kept_off:
+            names = [node["NodeManagerHostname"] for node in ray.nodes() if node["NodeID"] in kept_off]
+            self._note("INFO", f"workers are kept off {', '.join(sorted(names))}: a GPU has failed there")
+        avoided = silent | kept_off
+        return {RAY_NODE_ID_KEY: f"!in({', '.join(sorted(avoided))})"} if avoided else None
 
     def before_worker_group_start(self, worker_group_context: Any) -> None:
         if self._back_off_s:
@@ -60,10 +78,35 @@ class Overseer(WorkerGroupCallback, ControllerCallback):  # type: ignore[misc]
         if self._is_placing:
             self._note("INFO", f"still no room for {worker_group_context.num_workers} workers: waiting for machines")
         self._number += 1
+        self._needs = worker_group_context.resources_per_worker
         self._tell("attempt_starting", num_workers=worker_group_context.num_workers)
         if self._number > 1 and not self._is_placing:
             _wait_for_places(worker_group_context.num_workers, worker_group_context.resources_per_worker)
         self._is_placing = True
+
+    def refuse(self, workers: list[Any], faults: dict[int, str]) -> None:
+        """End an attempt that has its places, before its process group is made; faults: of GPUs, by rank.
+
+        Raises:
+            ControllerError: with a mistake of the user's where nothing can have worked before, or GivenUpError, or with
+                what makes Ray start the next group.
+        """
+        self._is_placing = False
+        self._tell("attempt_placed", num_workers=len(workers))
+        rank, fault = next(iter(faults.items()))
+        node = workers[rank].metadata.hostname
+        text = f"node {node}: Ray gives workers a GPU there, but {fault}"
+        if self._number == 1 and (self._is_new or len(faults) == len(workers)):
+            raise ControllerError(ConfigError(f"{text}. {_GPU_REMEDY}"))
+        self._put_on_bench(workers, list(faults))
+        ending = Ending(rank, Cause.GPU_FAULT, text, self._iter)
+        self._tell("failure", cause=str(ending.cause), ranks=list(faults), node=node, text=text)
+        try:
+            self._charge(ending, node)
+        except GivenUpError as given_up:
+            raise ControllerError(given_up) from None
+        self._tell("attempt_ended")
+        raise ControllerError(WorkerGroupStartupFailedError(text))
 
     def after_worker_group_start(self, worker_group: Any) -> None:
         self._group, self._is_over, self._is_placing = worker_group, False, False
@@ -101,6 +144,7 @@ class Overseer(WorkerGroupCallback, ControllerCallback):  # type: ignore[misc]
         try:
             seen_s = time.time()
             saved, _ = self._rescue(lost=set(), by_themselves=[])
+            self._see_others(self._group.get_workers())
             self._tell(
                 "failure", time=seen_s, cause="resized", ranks=[], text="the number of machines has changed", **saved
             )
@@ -140,10 +184,37 @@ class Overseer(WorkerGroupCallback, ControllerCallback):  # type: ignore[misc]
             traceback=first.traceback,
             **saved,
         )
-        self._back_off_s = self._budgets.charge(first, self._iter)
-        spent, limit = self._budgets.spent[first.cause], self._budgets.limit_of(first.cause)
+        self._put_on_bench(workers, [ending.rank for ending in endings if ending.cause is Cause.GPU_FAULT])
+        self._charge(first, node)
+
+    def _put_on_bench(self, workers: list[Any], ranks: list[int]) -> None:
+        """Keep workers off the nodes of these ranks."""
+        for rank in ranks:
+            BENCH.put(workers[rank].metadata.node_id)
+        self._see_others(workers)
+
+    def _see_others(self, workers: list[Any]) -> None:
+        """Note what other programs use, while it is known what this group does."""
+        if BENCH.has_any():
+            ours = Counter(worker.metadata.node_id for worker in workers)
+            free = cluster.available_resources_per_node()
+            self._used_by_others = used_by_others(ray.nodes(), free, ours, self._needs)
+
+    def _kept_off(self, num_workers: int, each: dict[str, float], silent: set[str]) -> set[str]:
+        """Return the nodes whose GPUs have failed, as far as others have room for a group that is about to start."""
+        if not BENCH.has_any():
+            return set()
+        nodes, leaving = ray.nodes(), silent | set(cluster.get_draining_nodes())
+        return BENCH.kept_off(
+            num_workers, lambda without: room_for(each, nodes, leaving | without, self._used_by_others)
+        )
+
+    def _charge(self, ending: Ending, node: str) -> None:
+        self._back_off_s = self._budgets.charge(ending, self._iter)
+        spent, limit = self._budgets.spent[ending.cause], self._budgets.limit_of(ending.cause)
         of = "" if limit < 0 else f" of {limit}"
-        self._note("WARNING", f"attempt lost ({first.cause}, {spent}{of}): rank {first.rank} on {node}: {first.text}")
+        where = f"rank {ending.rank} on {node}"
+        self._note("WARNING", f"attempt lost ({ending.cause}, {spent}{of}): {where}: {ending.text}")
 
     def _ending(self, rank: int, error: Exception) -> Ending:
         error = getattr(error, "_base_exc", error)  # of the train function, with its traceback as text

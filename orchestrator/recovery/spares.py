@@ -14,6 +14,7 @@ from __future__ import annotations
 import importlib
 import json
 import logging
+import os
 from collections import Counter
 from contextlib import suppress
 from typing import Any
@@ -32,6 +33,7 @@ from ray.train.v2._internal.constants import (
 )
 
 from orchestrator.recovery.elastic import fit
+from orchestrator.worker_environment import variables_of
 
 logger = logging.getLogger(__name__)
 
@@ -49,9 +51,10 @@ _MODULES = (
 )
 
 
-def runtime_env() -> dict[str, Any]:
-    """Return what workers are started with, so that those of the pool do `preload` before they wait."""
-    return {"env_vars": {WORKER_PROCESS_SETUP_HOOK_ENV_VAR: f"{__name__}.preload"}}
+def runtime_env(is_warm: bool = True) -> dict[str, Any]:
+    """Return what workers are started with; is_warm: those of the pool do `preload` before they wait."""
+    hook = {WORKER_PROCESS_SETUP_HOOK_ENV_VAR: f"{__name__}.preload"} if is_warm else {}
+    return {"env_vars": variables_of(os.environ) | hook}
 
 
 def preload() -> None:

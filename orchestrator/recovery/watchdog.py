@@ -8,10 +8,14 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
+from datetime import timedelta
 from statistics import median
+
+import torch.distributed as dist
 
 _TIMES_THE_MEDIAN = 20.0
 _STEPS = 50  # of which the median counts
+_LONGER_THAN_ANY = timedelta(days=7)
 _START_S = 300.0  # until the first step: a large state may have to be read, on cores that others want too
 
 
@@ -56,6 +60,12 @@ class Watchdog:
                 if self._on_hang(silence_s):
                     return
                 self._beat_s = time.monotonic()
+
+
+def be_outlasted() -> None:
+    """Let collectives wait for longer than any watchdog does: how long is too long depends on how long steps take."""
+    if dist.is_initialized():
+        dist.distributed_c10d._set_pg_timeout(_LONGER_THAN_ANY)
 
 
 def stacks() -> str:

@@ -25,6 +25,23 @@ def lost(cause: Cause = Cause.WORKER_LOST, rank: int = 0, text: str = "gone", it
         (StorageError("down"), "storage"),
         (UnreadableError("no answer"), "storage"),
         (RuntimeError("shapes do not match"), "user_error"),
+        (torch.AcceleratorError("CUDA error: uncorrectable ECC error encountered"), "gpu_fault"),
+        (torch.AcceleratorError("CUDA error: an illegal memory access was encountered"), "gpu_fault"),
+        (torch.AcceleratorError("CUDA error: uncorrectable NVLink error detected during the execution"), "gpu_fault"),
+        (torch.AcceleratorError("CUDA error: unspecified launch failure"), "gpu_fault"),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_EXECUTION_FAILED when calling `cublasGemmEx(...)`"), "gpu_fault"),
+        (RuntimeError("cuDNN error: CUDNN_STATUS_INTERNAL_ERROR"), "gpu_fault"),
+        (RuntimeError("Triton Error [CUDA]: an illegal memory access was encountered"), "gpu_fault"),
+        (
+            torch.distributed.DistBackendError("NCCL error in: x.cpp:1, unhandled cuda error (run with ...)"),
+            "gpu_fault",
+        ),
+        (torch.distributed.DistBackendError("NCCL error in: x.cpp:1, remote process exited"), "peer_lost"),
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"), "out_of_memory"),
+        (torch.AcceleratorError("CUDA error: out of memory"), "out_of_memory"),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), "out_of_memory"),
+        (torch.AcceleratorError("CUDA error: device-side assert triggered"), "user_error"),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_INVALID_VALUE when calling `cublasGemmEx(...)`"), "user_error"),
         (ZeroDivisionError("x"), "user_error"),
     ],
 )
@@ -76,6 +93,28 @@ def test_the_same_bug_at_the_same_place_stops_the_run_with_its_traceback() -> No
     budgets.charge(bug, 9)
     with pytest.raises(GivenUpError, match=r"(?s)same iteration \(9\), twice.*line 3"):
         budgets.charge(bug, 9)
+
+
+def test_a_bug_that_has_silenced_its_gpu_is_where_the_others_are() -> None:
+    budgets = Budgets(max_failures=8, max_preemptions=-1, refill_iters=10)
+    bug = Ending(1, Cause.USER_ERROR, "AcceleratorError: CUDA error: device-side assert triggered", None, "its trace")
+    budgets.charge(bug, 9)
+    budgets.charge(bug, 700)
+    with pytest.raises(GivenUpError, match=r"same iteration \(700\), twice"):
+        budgets.charge(bug, 700)
+
+
+def test_faults_of_gpus_have_a_budget_of_their_own() -> None:
+    budgets = Budgets(max_failures=8, max_preemptions=-1, refill_iters=10)
+    for _ in range(3):
+        budgets.charge(lost(Cause.GPU_FAULT), 5)
+        budgets.charge(lost(Cause.WORKER_LOST), 5)
+    with pytest.raises(GivenUpError, match=r"(?s)gpu_fault: 4 times.*budget is 3"):
+        budgets.charge(lost(Cause.GPU_FAULT), 5)
+
+
+def test_a_fault_of_a_gpu_explains_that_its_peers_have_lost_somebody() -> None:
+    assert explain([lost(Cause.PEER_LOST, 0), lost(Cause.GPU_FAULT, 1)]).cause is Cause.GPU_FAULT
 
 
 def test_another_bug_or_another_place_may_pass() -> None:

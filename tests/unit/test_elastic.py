@@ -3,11 +3,15 @@ from __future__ import annotations
 import socket
 import threading
 from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from ray.train import ScalingConfig
 
-from orchestrator.recovery.elastic import fit, room_for, used_by_others
+from orchestrator.recovery import elastic
+from orchestrator.recovery.bench import Bench
+from orchestrator.recovery.elastic import LivePolicy, fit, room_for, used_by_others
 from orchestrator.recovery.reach import Lookout, silent_nodes
 from orchestrator.recovery.spares import first_places, wanted
 
@@ -29,6 +33,22 @@ def test_only_nodes_that_live_and_stay_have_room() -> None:
     nodes = [node("head", 0), node("a", 2), node("b", 2), node("dead", 8, alive=False), node("silent", 8)]
     assert room_for({"CPU": 1}, nodes, {"silent"}, {}) == 4
     assert room_for({"CPU": 1}, nodes, {"silent", "a"}, {"b": {"CPU": 1.0}}) == 1
+
+
+def test_a_run_of_some_sizes_goes_on_without_a_node_whose_gpu_has_failed(monkeypatch: pytest.MonkeyPatch) -> None:
+    bench = Bench()
+    nodes = [node("head", 0), node("a", 1), node("b", 1), node("c", 1)]
+    monkeypatch.setattr(elastic, "BENCH", bench)
+    monkeypatch.setattr(elastic, "silent_nodes", lambda _nodes: set())
+    monkeypatch.setattr(elastic, "cluster", SimpleNamespace(get_draining_nodes=lambda: []))
+    monkeypatch.setattr(elastic, "ray", SimpleNamespace(nodes=lambda: nodes))
+    each = {"CPU": 1}
+    some = LivePolicy(ScalingConfig(num_workers=(2, 8), resources_per_worker=each), None)
+    all_of_them = LivePolicy(ScalingConfig(num_workers=(3, 8), resources_per_worker=each), None)
+    assert some._room() == 3
+    bench.put("b")
+    assert some._room() == 2
+    assert all_of_them._room() == 3, "where the others are too few it is used"
 
 
 def test_what_others_use_is_neither_free_nor_ours() -> None:

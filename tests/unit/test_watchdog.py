@@ -2,8 +2,13 @@ from __future__ import annotations
 
 import threading
 import time
+from datetime import timedelta
+from pathlib import Path
 
-from orchestrator.recovery.watchdog import Watchdog, stacks
+import torch
+import torch.distributed as dist
+
+from orchestrator.recovery.watchdog import Watchdog, be_outlasted, stacks
 
 
 def test_silence_is_noticed_once() -> None:
@@ -48,6 +53,18 @@ def test_what_is_waited_for_rightly_is_no_hang() -> None:
     time.sleep(0.7)
     watchdog.close()
     assert len(calls) > 1
+
+
+def test_collectives_wait_for_longer_than_it_does(tmp_path: Path) -> None:
+    meeting = (tmp_path / "meeting").as_uri()
+    dist.init_process_group("gloo", init_method=meeting, rank=0, world_size=1, timeout=timedelta(seconds=9))
+    try:
+        be_outlasted()
+        backend = dist.distributed_c10d._get_default_group()._get_backend(torch.device("cpu"))
+        assert backend.options._timeout >= timedelta(days=7)
+    finally:
+        dist.destroy_process_group()
+    be_outlasted()  # where there is none, nothing waits
 
 
 def test_stacks_name_the_function_of_every_thread() -> None:
