@@ -3,7 +3,7 @@
     python -m benchmarks._gpu_child benchmarks._gpu_kernels:attention SETTING MORE
 
 What has been found is written to a file at once: whatever ends the process takes none of it away. Must not know what
-is measured, and imports nothing but Python's own, so that a machine's lack of packages can be told.
+is measured, and imports nothing that has to be installed, so that a machine's lack of packages can be told.
 """
 
 from __future__ import annotations
@@ -21,18 +21,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from orchestrator.worker_environment import DEFAULTS
+
 ROOT = Path(__file__).resolve().parents[1]
 LONG_S = 600.0  # for parts of a section: its own limit comes first
 _LAST_S = 10.0  # in which a process that was killed is gone, unless the driver of its GPU holds it
 _TAIL_CHARACTERS = 2000
-# what orchestrator's workers are started with: streams get hardware queues of their own, and NCCL ends no process
-WORKERS_VARIABLES = {
-    "CUDA_DEVICE_MAX_CONNECTIONS": "32",
-    "TORCH_NCCL_ASYNC_ERROR_HANDLING": "0",
-    "TORCH_NCCL_ENABLE_MONITORING": "0",
-    "TORCH_NCCL_DUMP_ON_TIMEOUT": "0",
-    "TORCH_NCCL_RETHROW_CUDA_ERRORS": "0",
-}
 
 
 def cache_in(folder: Path) -> dict[str, str]:
@@ -148,7 +142,7 @@ class Child:
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
-                env={**WORKERS_VARIABLES, **os.environ, "PYTHONPATH": os.pathsep.join(paths), **(variables or {})},
+                env={**DEFAULTS, **os.environ, "PYTHONPATH": os.pathsep.join(paths), **(variables or {})},
                 start_new_session=is_leader,
             )
 

@@ -6,13 +6,14 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import ray
 import ray.train
 import torch.distributed as dist
 from ray.train import Checkpoint, CheckpointUploadMode
@@ -50,7 +51,7 @@ def run_worker(job: dict[str, Any]) -> dict[str, Any]:
     poster = Poster(job["board"])
     _posters[:] = [poster]
     _log_through(poster)
-    config = resolve(config_of(job))
+    config = resolve(on_what_is_given(config_of(job), ray.get_gpu_ids()))
     world = _world(config)
     watcher: Watcher | None = None
     watchdog = Watchdog(config.hang_timeout_s, partial(_hangs, config, world, last_words()))
@@ -144,6 +145,11 @@ def job_of(config: TrainConfig) -> dict[str, Any]:
 def config_of(job: dict[str, Any]) -> TrainConfig:
     """Return the config that `job_of` has put into a job."""
     return TrainConfig(**{**job["config"], "storage_options": job["storage_options"].text})
+
+
+def on_what_is_given(config: TrainConfig, gpu_ids: Sequence[Any]) -> TrainConfig:
+    """Return the config for a worker that Ray has given these GPUs: with none, those that it may see are others'."""
+    return config if gpu_ids else replace(config, device="cpu")
 
 
 def _world(config: TrainConfig) -> World:

@@ -4,6 +4,8 @@ import logging
 
 import pytest
 
+from orchestrator.config import TrainConfig
+from orchestrator.worker import on_what_is_given
 from orchestrator.worker_environment import DEFAULTS, passed_on, tell_what_is_passed_on, variables_of
 
 
@@ -65,3 +67,9 @@ def test_what_is_passed_on_is_told(caplog: pytest.LogCaptureFixture) -> None:
     assert [r.getMessage() for r in caplog.records] == [
         "workers are started with this environment's NCCL_DEBUG=INFO, TORCH_LOGS=dynamo"
     ]
+
+
+def test_a_worker_without_a_gpu_uses_none_that_it_sees() -> None:
+    config = TrainConfig(device="cuda")
+    assert on_what_is_given(config, []).device == "cpu"
+    assert on_what_is_given(config, [0]).device == "cuda"
