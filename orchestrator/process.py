@@ -145,7 +145,7 @@ def process_group_backend(config: TrainConfig) -> str:
 def plain_world(config: TrainConfig) -> World:
     """Join the other processes if `torchrun` started this one, else be a world of one; config is resolved."""
     if "RANK" not in os.environ:
-        return World(device=torch.device(config.device), attempt=new_attempt())
+        return World(device=local_device(config, torch.device(config.device).index or 0), attempt=new_attempt())
     dist.init_process_group(process_group_backend(config))
     local = int(os.environ["LOCAL_RANK"])
     world = World(dist.get_rank(), dist.get_world_size(), local_device(config, local))
@@ -153,7 +153,7 @@ def plain_world(config: TrainConfig) -> World:
 
 
 def local_device(config: TrainConfig, local_rank: int) -> torch.device:
-    """Return this process's device and make it the current one."""
+    """Return this process's device and make it the current one; an index in config.device is for a process alone."""
     if config.device == "cpu":
         return torch.device("cpu")
     device = torch.device("cuda", local_rank % torch.cuda.device_count())

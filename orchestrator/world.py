@@ -54,6 +54,11 @@ class World:
     def is_main(self) -> bool:
         return self.rank == 0
 
+    def choose_device(self) -> None:
+        """Make this process's device the current one of a new thread, which is on the machine's first GPU else."""
+        if self.device.type == "cuda":
+            torch.cuda.set_device(self.device)
+
     def broadcast(self, tensors: list[Tensor], source: int) -> None:
         """Overwrite tensors on every rank with those of the source rank; small ones travel together."""
         if self.size == 1:

@@ -8,7 +8,7 @@ raises `StuckError`. Every call is logged with the device that is current and th
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -131,11 +131,11 @@ class FakeCuda:
 
 
 class FakeStream:
-    """A queue of a device, whose work is done as it is put in."""
+    """A queue of a device, whose work is done as it is put in; is_busy: the host would have to wait for some of it."""
 
     def __init__(self, cuda: FakeCuda, index: int, priority: int, number: int) -> None:
         self.cuda, self.index, self.priority, self.number = cuda, index, priority, number
-        self.is_stuck = False
+        self.is_stuck = self.is_busy = False
 
     @property
     def device(self) -> torch.device:
@@ -155,12 +155,13 @@ class FakeStream:
 
     def query(self) -> bool:
         self.cuda.log("Stream.query", self)
-        return not self.is_stuck
+        return not (self.is_stuck or self.is_busy)
 
     def synchronize(self) -> None:
         self.cuda.log("Stream.synchronize", self)
         if self.is_stuck:
             raise StuckError(f"{self} never comes to an end")
+        self.is_busy = False
 
     def __repr__(self) -> str:
         return f"stream(cuda:{self.index}, priority {self.priority}, {self.number})"
@@ -173,6 +174,7 @@ class FakeEvent:
         self.cuda, self.blocking = cuda, blocking
         self.stream: FakeStream | None = None
         self.is_done = True
+        self.takes: Callable[[], None] = lambda: None  # called by who waits for it
 
     def record(self, stream: FakeStream | None = None) -> None:
         self.stream = stream or self.cuda.current_stream()
@@ -192,6 +194,7 @@ class FakeEvent:
         self.cuda.log("Event.synchronize", self.stream)
         if not self.is_done:
             raise StuckError(f"an event of {self.stream} never comes")
+        self.takes()
 
 
 class _Runtime:

@@ -12,10 +12,11 @@ from typing import Any
 class Behind:
     """A daemon thread: a call that hangs, on storage that does not answer, never keeps the process from ending.
 
-    last: the future of the call that was submitted last.
+    begin: called in it first of all. last: the future of the call that was submitted last.
     """
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, begin: Callable[[], None] = lambda: None) -> None:
+        self._begin = begin
         self._calls: queue.SimpleQueue[tuple[Future[Any], Callable[[], Any]] | None] = queue.SimpleQueue()
         self.last: Future[Any] | None = None
         threading.Thread(target=self._run, name=name, daemon=True).start()
@@ -35,6 +36,7 @@ class Behind:
         self._calls.put(None)
 
     def _run(self) -> None:
+        self._begin()
         while submitted := self._calls.get():
             future, call = submitted
             try:

@@ -20,15 +20,15 @@ from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
-import torch
-
 from orchestrator.checkpoint.behind import Behind
-from orchestrator.checkpoint.copying import Copy, pin
+from orchestrator.checkpoint.copying import Copy, copy_in_host_memory
 from orchestrator.checkpoint.durable import Files, Pieces, announce, files_of, rank_of, tensor_index, upload
 from orchestrator.checkpoint.files import Layout, layout_of, pieces_of, tensor_pieces
+from orchestrator.checkpoint.gpu import Gpu
 from orchestrator.checkpoint.memory import Slot, spare_memory_bytes
 from orchestrator.checkpoint.nodes import Nodes
 from orchestrator.checkpoint.pace import Pace
+from orchestrator.checkpoint.pinning import Pinned
 from orchestrator.checkpoint.schedule import Rhythm, Schedule
 from orchestrator.checkpoint.snapshot import Snapshot, describe
 from orchestrator.checkpoint.state import TrainState, capture, forecast
@@ -42,6 +42,7 @@ Record = dict[str, Any]
 _TELL_EVERY_S = 10.0  # while the end of the run waits for an upload
 _SILENCE_S = 600.0  # an upload that moves no byte for so long is given up at the end of the run
 _OTHERS_S = 10.0  # in which the ranks of a node finish their shares of a state
+_ROOM_S = 30.0  # in which what the copier is at ends: to make room for a large state takes seconds
 _STAND_IN_S = 2.0  # after which the share of a process that lives and does nothing is written by another
 
 
@@ -69,7 +70,8 @@ class Saver:
         resumed = state.resumed_from
         is_durable = resumed and resumed.is_durable and state.is_evaluated  # once it is, it is saved again
         self._durable_iter = state.iter_num if is_durable else -1
-        self._copier, self._uploader = Behind("copy of the state"), Behind("upload of a checkpoint")
+        self._copier = Behind("copy of the state", world.choose_device)
+        self._uploader = Behind("upload of a checkpoint", world.choose_device)
         self._pace = Pace(world.device, nodes.shares)
         self._has_no_memory = nodes.memory is None
         self._slots: list[Slot] = []
@@ -87,8 +89,11 @@ class Saver:
         self._is_torn = False
         self.is_finishing = False
         self.paused_s, self.changed_at_s = 0.0, time.time()
-        self._changed: torch.cuda.Event | None = None
+        is_on_gpu = world.device.type == "cuda"
+        self._gpu = Gpu(world.device, state.scaler) if is_on_gpu else None
+        self._pinned = Pinned(world.device) if is_on_gpu else None
         self._rescue = threading.Lock()
+        self._is_ending = False
         self._rescued: tuple[int | None] | None = None
         if nodes.memory:
             nodes.memory.sign_in(world.attempt, nodes.share)
@@ -155,19 +160,19 @@ class Saver:
         """The time in which the state changes, from one iteration to the next: in it, nothing can be rescued.
 
         It begins when what was offered is copied; on a GPU, also when the gradients are there: of a step that waits
-        behind a peer's gradients which never come, nobody could say later whether it was done.
+        behind a peer's gradients which never come, nobody could say later whether it was done. A caller who has read
+        their norm has waited for them, and does not wait again.
         """
+        if self._gpu:
+            self._gpu.wait_for_step()
         self.join()
-        on_gpu = self._world.device.type == "cuda"
-        if on_gpu:
-            torch.cuda.current_stream().synchronize()
         with self._change:
             self._is_torn = True
             yield
             self._is_torn = False
             self.changed_at_s = time.time()
-            if on_gpu:
-                self._changed = torch.cuda.current_stream().record_event()
+            if self._gpu and self._state:
+                self._gpu.note_change(self._state.scaler)
 
     @contextmanager
     def rescuing(self) -> Iterator[None]:
@@ -188,10 +193,12 @@ class Saver:
         For the end of an attempt, from whatever thread: the state changes no more after this. Needs no other rank:
         the shares of those on this node that are gone, or are at another iteration, are written here as well.
         """
+        self._is_ending = True
         with self._rescue:
             if self._rescued is None:
                 began_s = time.perf_counter()
                 try:
+                    self._world.choose_device()
                     self._rescued = (self._put_aside(stand_in_s),)
                 except Exception as error:  # whatever it is, the attempt ends, and earlier states are there
                     self._rescued = (None,)
@@ -205,6 +212,8 @@ class Saver:
         """Let go of the state and of node memory; where the run is finished, its states there are deleted."""
         with self._rescue:
             self._rescued, self._state = self._rescued or (None,), None
+        if self._pinned:
+            self._copier.submit(self._pinned.unpin)
         self._copier.close()
         self._uploader.close()
         if self._nodes.memory:
@@ -218,10 +227,11 @@ class Saver:
         if not self._change.acquire(timeout=_OTHERS_S) or self._is_torn or memory is None:
             return None
         if self._copier.last:
-            self._copier.last.exception(timeout=_OTHERS_S)
+            self._copier.last.exception(timeout=_ROOM_S)
         if self._has_no_memory or not self._slots or not state.optimizer.state:
             return None
-        snapshot = capture(state, state.val_loss if state.is_evaluated else None)
+        scaler = self._gpu.scaler_for_rescue() if self._gpu else None
+        snapshot = capture(state, state.val_loss if state.is_evaluated else None, scaler)
         name = checkpoint_name(snapshot.iter_num, self._world.attempt)
         files = files_of(snapshot, self._world.size)
         described = self._description(snapshot, files)
@@ -251,8 +261,8 @@ class Saver:
         return self._nodes.memory.share_path(name, share, self._nodes.shares).exists()
 
     def _copy_now(self, snapshot: Snapshot, slot: Slot, name: str, share: int, described: dict[str, Any]) -> None:
-        copy = Copy({**snapshot.model, **snapshot.optimizer}, self._world.device, self._changed)
-        copy.run(slot.begin())
+        copy = self._gpu.copy_for_rescue if self._gpu else copy_in_host_memory
+        copy({**snapshot.model, **snapshot.optimizer}, slot.begin())
         slot.seal(name, share, self._nodes.shares, described)
 
     def _begin(self, snapshot: Snapshot, to_storage: bool) -> None:
@@ -268,7 +278,7 @@ class Saver:
         name = checkpoint_name(snapshot.iter_num, self._world.attempt)
         state = self._description(snapshot, files_of(snapshot, self._world.size))
         slot = self._free_slot()
-        self._copy = Copy({**snapshot.model, **snapshot.optimizer}, self._world.device)
+        self._copy = Copy({**snapshot.model, **snapshot.optimizer}, self._gpu)
         sealed = self._copier.submit(partial(self._to_memory, self._copy, slot, name, state))
         if to_storage:
             self._uploading = slot
@@ -312,10 +322,12 @@ class Saver:
                 share_bytes = sum(layout.size_bytes for layout in layouts.values())
                 memory.check_room(2 * share_bytes * self._nodes.shares)
             for _ in range(1 if memory.holds_other_than(self._world.attempt) else 2 - len(self._slots)):
-                slot = Slot(memory, layouts)
-                if self._world.device.type == "cuda":
-                    pin(list(slot.contents().values()))
-                self._slots.append(slot)
+                if self._slots and self._is_ending:  # one is enough for that, and it waits for this
+                    break
+                self._slots.append(Slot(memory, layouts))
+                if self._pinned:
+                    contents = list(self._slots[-1].contents().values())
+                    self._pinned.pin(contents, lambda: not self._is_ending)
         except Exception as error:  # whatever a memory file system fails with: checkpoints go on without it
             self._give_up_memory(error)
 

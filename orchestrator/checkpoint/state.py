@@ -57,8 +57,11 @@ class TrainState:
         return self.evaluated_at == self.iter_num
 
 
-def capture(state: TrainState, val_loss: float | None = None) -> Snapshot:
-    """Return the state as a snapshot that shares its tensors: nothing is copied, so use it before the next step."""
+def capture(state: TrainState, val_loss: float | None = None, scaler: dict[str, Any] | None = None) -> Snapshot:
+    """Return the state as a snapshot that shares its tensors: nothing is copied, so use it before the next step.
+
+    scaler: the GradScaler's state where the caller knows it; to read it, with float16 on a GPU, waits for the step.
+    """
     names: dict[Tensor, str] = {parameter: name for name, parameter in state.model.named_parameters()}
     optimizer: dict[str, Tensor] = {}
     if state.optimizer.state:  # in the model's order, whatever the optimizer's own: equal states are equal files
@@ -84,9 +87,21 @@ def capture(state: TrainState, val_loss: float | None = None) -> Snapshot:
         best_val_loss=state.best_val_loss,
         val_loss=val_loss if val_loss is not None and math.isfinite(val_loss) else None,  # JSON knows no NaN
         config=state.config,
-        scaler=state.scaler.state_dict(),
+        scaler=state.scaler.state_dict() if scaler is None else scaler,
         guard=deepcopy(state.guard),
     )
+
+
+def scaler_in_parts(scaler: torch.amp.GradScaler) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Return a GradScaler's `state_dict` without waiting for a device: what the host knows, and what lies there."""
+    if not scaler.is_enabled() or scaler._scale is None or scaler._growth_tracker is None:  # nothing was scaled yet
+        return scaler.state_dict(), {}
+    known = {
+        "growth_factor": scaler.get_growth_factor(),
+        "backoff_factor": scaler.get_backoff_factor(),
+        "growth_interval": scaler.get_growth_interval(),
+    }
+    return known, {"scale": scaler._scale, "_growth_tracker": scaler._growth_tracker}
 
 
 def forecast(state: TrainState) -> Snapshot:

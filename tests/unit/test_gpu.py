@@ -1,0 +1,341 @@
+"""What is done on a GPU, without one: which streams and devices, in which order, and what the host waits for."""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from fsspec.implementations.local import LocalFileSystem
+from torch import Tensor
+
+from orchestrator.checkpoint import gpu, pinning
+from orchestrator.checkpoint.files import read_tensors
+from orchestrator.checkpoint.memory import NodeMemory, states_in
+from orchestrator.checkpoint.nodes import Nodes
+from orchestrator.checkpoint.pinning import Pinned, address_of, between_borders
+from orchestrator.checkpoint.restore import _build
+from orchestrator.checkpoint.saver import Saver
+from orchestrator.checkpoint.schedule import Rhythm
+from orchestrator.checkpoint.start import scratch_args
+from orchestrator.checkpoint.state import TrainState, capture
+from orchestrator.checkpoint.store import CheckpointStore, checkpoint_name
+from orchestrator.config import TrainConfig
+from orchestrator.process import plain_world
+from orchestrator.world import World
+from tests.fake_cuda import FakeCuda, fake_cuda
+
+DEVICE = torch.device("cuda", 1)
+Start = Callable[..., Saver]
+
+
+@pytest.fixture
+def cuda(monkeypatch: pytest.MonkeyPatch) -> FakeCuda:
+    """Two GPUs, of which this process has the second, as its loop's thread knows."""
+    cuda = fake_cuda(monkeypatch)
+    cuda.set_device(DEVICE)
+    return cuda
+
+
+@pytest.fixture
+def start(cuda: FakeCuda, tiny: TrainConfig, memory_dir: str, tmp_path: Path) -> Start:  # noqa: ARG001
+    """Start a rank that is alone on its node; its state has been through a step, and is at iteration 7."""
+    folder = Path(memory_dir, tmp_path.name)
+    folder.mkdir()
+
+    def start(scaler: torch.amp.GradScaler | None = None) -> Saver:
+        state = _build(tiny, scratch_args(tiny, 64), World())
+        state.scaler = scaler or state.scaler
+        step(state)
+        state.iter_num = 7
+        nodes = Nodes(NodeMemory(str(folder), "run"), ("here",), 0)
+        world = World(device=DEVICE, attempt="abc")
+        saver = Saver(state, world, CheckpointStore(tiny.out_dir), nodes, {}, Rhythm(100))
+        settle(saver)
+        return saver
+
+    return start
+
+
+def step(state: TrainState) -> None:
+    torch.manual_seed(1)
+    for parameter in state.model.parameters():
+        parameter.grad = torch.randn_like(parameter)
+    state.optimizer.step()
+
+
+def settle(saver: Saver) -> None:
+    """Wait for what the copier has been given."""
+    assert saver._copier.last
+    saver._copier.last.result(10)
+
+
+def iterate(saver: Saver) -> None:
+    """Offer the state, and change it."""
+    assert saver._state
+    saver._agreed = [0, 0, 0, 1, 0]
+    saver.offer(saver._state, None)
+    with saver.changing():
+        step(saver._state)
+        saver._state.iter_num += 1
+    settle(saver)
+
+
+def in_a_thread(call: Callable[[], object], name: str = "rescue") -> list[object]:
+    """Call it as the controller's wish does; return what it returned."""
+    answers: list[object] = []
+    thread = threading.Thread(target=lambda: answers.append(call()), name=name, daemon=True)
+    thread.start()
+    thread.join(20)
+    return answers
+
+
+def kept(saver: Saver, iter_num: int) -> dict[str, Tensor]:
+    """Read a state from node memory."""
+    assert saver._nodes.memory
+    name = checkpoint_name(iter_num, "abc")
+    (checkpoint,) = states_in(saver._nodes.memory.path)[name].values()
+    folder = saver._nodes.memory.share_path(name, 0, 1)
+    found = {}
+    for file, record in checkpoint.files.items():
+        found |= read_tensors(LocalFileSystem(), f"{folder}/{file}", record)
+    return found
+
+
+def assert_kept(saver: Saver, iter_num: int) -> None:
+    assert saver._state
+    live = capture(saver._state, scaler={})
+    expected = {**live.model, **live.optimizer}
+    found = kept(saver, iter_num)
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+
+
+def test_a_saver_has_two_streams_whatever_it_copies(start: Start, cuda: FakeCuda) -> None:
+    """PyTorch deals out the same 32 again and again, NCCL's among them: one of many would be behind a stuck one."""
+    saver = start()
+    for _ in range(40):
+        iterate(saver)
+    assert in_a_thread(saver.rescue) == [47]
+    made = [call.what for call in cuda.of("Stream")]
+    assert [(stream.index, stream.priority) for stream in made] == [(1, -1), (1, -1)]
+    assert len(set(made)) == 2
+
+
+@pytest.mark.parametrize("steps", [0, 1], ids=["before the first step", "after a step"])
+def test_a_rescue_waits_for_nothing_of_the_loops_stream(start: Start, cuda: FakeCuda, steps: int) -> None:
+    saver = start()
+    for _ in range(steps):
+        iterate(saver)
+    cuda.current_stream(DEVICE).get_stuck()
+    cuda.calls.clear()
+    assert in_a_thread(saver.rescue) == [7 + steps]
+    assert_kept(saver, 7 + steps)
+    assert cuda.syncs("rescue") == []
+    assert {call.what.priority for call in cuda.of("stream")} == {-1}
+
+
+class LoopsOwn(torch.amp.GradScaler):
+    """One whose values can be asked for by the thread that made it alone: on a GPU others would wait for its stream."""
+
+    def __init__(self) -> None:
+        super().__init__("cpu", init_scale=2.0**10)
+        self.thread = threading.current_thread()
+
+    def state_dict(self) -> dict[str, object]:
+        assert threading.current_thread() is self.thread
+        return super().state_dict()
+
+
+def test_the_scale_of_float16_is_rescued_as_the_last_change_left_it(start: Start, cuda: FakeCuda) -> None:
+    scaler = LoopsOwn()
+    saver = start(scaler)
+    with saver.changing():
+        scaler.scale(torch.ones(()))  # its values are on the device from here on
+        scaler.update(2.0**7)
+        step(saver._state)
+        saver._state.iter_num = 8
+    cuda.current_stream(DEVICE).get_stuck()
+    assert in_a_thread(saver.rescue) == [8]
+    (checkpoint,) = states_in(saver._nodes.memory.path)[checkpoint_name(8, "abc")].values()
+    assert checkpoint.state["scaler"] == scaler.state_dict()
+    assert checkpoint.state["scaler"]["scale"] == 2.0**7
+
+
+def test_a_scale_that_only_the_stuck_stream_has_made_is_not_read(start: Start, cuda: FakeCuda) -> None:
+    """It is made with the first loss that is scaled, behind what is stuck: until then the host knows it."""
+    scaler = LoopsOwn()
+    saver = start(scaler)
+    before = scaler.state_dict()
+    cuda.current_stream(DEVICE).get_stuck()
+    scaler.scale(torch.ones(()))
+    scaler._scale.fill_(-1.0)
+    assert in_a_thread(saver.rescue) == [7]
+    (checkpoint,) = states_in(saver._nodes.memory.path)[checkpoint_name(7, "abc")].values()
+    assert checkpoint.state["scaler"] == before
+
+
+def test_a_gpu_that_does_not_answer_ends_the_rescue(
+    start: Start, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    saver = start()
+    monkeypatch.setattr(gpu, "_ANSWER_S", 0.05)
+    saver._gpu._for_rescues.get_stuck()
+    with caplog.at_level(logging.WARNING):
+        assert in_a_thread(saver.rescue) == [None]
+    assert "the GPU has not answered" in caplog.text
+
+
+def test_nothing_is_put_behind_a_change_that_does_not_come(
+    start: Start, cuda: FakeCuda, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    saver = start()
+    monkeypatch.setattr(gpu, "_ANSWER_S", 0.05)
+    with saver.changing():
+        cuda.current_stream(DEVICE).get_stuck()
+    cuda.calls.clear()
+    assert in_a_thread(saver.rescue) == [None]
+    assert cuda.of("stream") == []
+
+
+def test_every_thread_chooses_its_device_before_anything_else(start: Start, cuda: FakeCuda) -> None:
+    """A new thread is on the first GPU, where most calls would take memory for a context of this process."""
+    saver = start()
+    saver._agreed = [0, 0, 0, 1, 0]
+    saver._schedule.owed = 7
+    iterate(saver)
+    in_a_thread(saver.rescue, "watchdog")
+    saver.close(is_finished=False)
+    threads = {call.thread for call in cuda.calls} - {threading.current_thread().name}
+    assert threads >= {"copy of the state", "upload of a checkpoint", "pinning", "watchdog"}
+    for thread in threads:
+        first = next(call for call in cuda.calls if call.thread == thread)
+        assert (first.name, first.what) == ("set_device", 1), thread
+    assert {call.device for call in cuda.calls} == {1}
+
+
+def test_a_step_waits_on_the_host_for_the_copy_alone(start: Start, cuda: FakeCuda) -> None:
+    """The loop has waited for the gradients already. And so the wait is seen, and counted."""
+    saver = start()
+    saver._agreed = [0, 0, 0, 1, 0]
+    saver.offer(saver._state, None)
+    settle(saver)
+    saver._copy._done.takes = lambda: time.sleep(0.03)
+    cuda.calls.clear()
+    paused_s = saver.paused_s
+    with saver.changing():
+        pass
+    assert cuda.names() == ["Stream.query", "Event.synchronize", "Event.record"]
+    assert [call.what.index for call in cuda.calls] == [1, 1, 1]
+    assert saver.paused_s - paused_s >= 0.03
+    assert saver._pace._pause_s >= 0.03
+    cuda.calls.clear()
+    with saver.changing():
+        pass
+    assert cuda.syncs() == [], "no copy is under way"
+
+
+def test_a_step_is_not_begun_while_gradients_are_on_their_way(start: Start, cuda: FakeCuda) -> None:
+    saver = start()
+    saver._agreed = [0, 0, 0, 1, 0]
+    saver.offer(saver._state, None)
+    settle(saver)
+    cuda.current_stream(DEVICE).is_busy = True
+    cuda.calls.clear()
+    with saver.changing():
+        assert cuda.names() == ["Stream.query", "Stream.synchronize", "Event.synchronize"]
+        assert cuda.of("Stream.synchronize")[0].what is cuda.current_stream(DEVICE)
+
+
+def test_a_snapshot_is_read_behind_the_last_change(start: Start, cuda: FakeCuda) -> None:
+    saver = start()
+    cuda.calls.clear()
+    iterate(saver)
+    behind = [call for call in cuda.calls if call.thread == "copy of the state"]
+    assert [call.name for call in behind] == ["Event.wait", "stream", "Event.record", "Event.synchronize"]
+    assert len({call.what for call in behind}) == 1
+    assert saver._copy is None
+    assert kept(saver, 7)
+
+
+def test_borders_lie_at_multiples_of_an_address(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pinning, "_BORDER_BYTES", 4096)
+    content = memoryview(bytearray(os.urandom(3 * 4096 + 5)))[100:]
+    pieces = list(between_borders(content))
+    assert b"".join(pieces) == bytes(content)
+    assert all(address_of(piece) % 4096 == 0 for piece in pieces[1:])
+    assert all(address_of(p) // 4096 == (address_of(p) + len(p) - 1) // 4096 for p in pieces)
+
+
+def test_no_copy_lies_in_two_registrations(start: Start, cuda: FakeCuda, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pinning, "_BORDER_BYTES", 8192)
+    targets: list[tuple[int, int]] = []
+    put = torch.frombuffer
+
+    def noted(buffer: memoryview, **options: object) -> Tensor:
+        targets.append((address_of(buffer), len(buffer)))
+        return put(buffer, **options)
+
+    saver = start()
+    pinned = dict(cuda.registered)
+    monkeypatch.setattr(torch, "frombuffer", noted)
+    iterate(saver)
+    monkeypatch.undo()
+    whole = {address_of(content): len(content) for slot in saver._slots for content in slot.contents().values()}
+    assert sum(pinned.values()) == sum(whole.values())
+    assert len(pinned) > 2 * len(whole) > 0
+    assert targets
+    for address, size in targets:
+        assert any(at <= address and address + size <= at + its for at, its in pinned.items())
+
+
+def test_a_piece_that_cannot_be_pinned_is_told_of_once(
+    cuda: FakeCuda, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(pinning, "_BORDER_BYTES", 2**20)
+    content = torch.empty(4 * 2**20, dtype=torch.uint8)
+    content = content[-address_of(content.numpy().data) % 2**20 :][: 3 * 2**20].numpy().data
+    cuda.refused = {1: 801, 3: 801}
+    pinned = Pinned(DEVICE)
+    with caplog.at_level(logging.WARNING):
+        pinned.pin([content])
+        pinned.pin([memoryview(bytearray(2**20))])
+    assert [record.getMessage() for record in caplog.records] == [
+        "0.00 of 0.00 GB of node memory cannot be pinned (CUDA error 801): copies of the state are slower"
+    ]
+    assert {address_of(content), address_of(content) + 2 * 2**20} <= cuda.registered.keys(), "the others are"
+    assert {call.thread for call in cuda.of("cudaHostRegister")} == {"pinning"}, "whose pending error ends with it"
+    pinned.unpin()
+    assert cuda.registered == {}
+
+
+def test_what_is_pinned_is_taken_back_when_the_saver_ends(start: Start, cuda: FakeCuda) -> None:
+    saver = start()
+    iterate(saver)
+    assert cuda.registered
+    saver.close(is_finished=False)
+    settle(saver)
+    assert cuda.registered == {}
+
+
+def test_a_rescue_does_not_wait_until_everything_is_pinned(cuda: FakeCuda, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pinning, "_BORDER_BYTES", 4096)
+    left = iter([True, True, False])
+    Pinned(DEVICE).pin([memoryview(bytearray(10 * 4096))], lambda: next(left, False))
+    assert len(cuda.registered) == 2
+
+
+@pytest.mark.parametrize(("device", "index"), [("cuda:1", 1), ("cuda", 0)])
+def test_a_plain_process_makes_its_device_the_current_one(
+    tiny: TrainConfig, monkeypatch: pytest.MonkeyPatch, device: str, index: int
+) -> None:
+    monkeypatch.delenv("RANK", raising=False)
+    cuda = fake_cuda(monkeypatch)
+    assert plain_world(replace(tiny, device=device)).device == torch.device("cuda", index)
+    assert cuda.current_device() == index
