@@ -16,7 +16,7 @@ import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import Future, TimeoutError
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from typing import Any
 
@@ -211,15 +211,23 @@ class Saver:
     def close(self, is_finished: bool) -> None:
         """Let go of the state and of node memory; where the run is finished, its states there are deleted."""
         with self._rescue:
-            self._rescued, self._state = self._rescued or (None,), None
-        if self._pinned:
-            self._copier.submit(self._pinned.unpin)
+            self._rescued, self._state, self._gpu = self._rescued or (None,), None, None
+        letting_go = self._copier.submit(partial(self._let_go, is_finished))  # not before it has done what it is at
         self._copier.close()
         self._uploader.close()
+        with suppress(TimeoutError):
+            letting_go.exception(timeout=_ROOM_S)
         if self._nodes.memory:
-            for slot in self._slots if is_finished else []:
-                slot.withdraw()
             self._nodes.memory.close(is_finished)
+
+    def _let_go(self, is_finished: bool) -> None:
+        """Free this rank's room in node memory, but for what is being uploaded. On the copier's thread."""
+        if self._pinned:
+            self._pinned.unpin()
+        while self._slots:
+            slot = self._slots.pop()
+            if is_finished:
+                slot.withdraw()
 
     def _put_aside(self, stand_in_s: float) -> int | None:
         memory, state = self._nodes.memory, self._state
