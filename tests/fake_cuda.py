@@ -223,4 +223,10 @@ def fake_cuda(monkeypatch: pytest.MonkeyPatch, device_count: int = 2) -> FakeCud
     }
     for name, fake in fakes.items():
         monkeypatch.setattr(torch.cuda, name, fake)
+
+    def pin_memory(tensor: torch.Tensor, *_device: Any) -> torch.Tensor:
+        cuda.log("pin_memory", tensor.nbytes)
+        return tensor
+
+    monkeypatch.setattr(torch.Tensor, "pin_memory", pin_memory)
     return cuda

@@ -32,7 +32,7 @@ class Copy:
             if self._gpu:
                 self._done = self._gpu.begin_copy(self._tensors, places)
             else:
-                copy_in_host_memory(self._tensors, places)
+                copy_tensors(self._tensors, places)
         finally:
             self.release()
         if self._done:
@@ -50,12 +50,16 @@ class Copy:
             self._done.synchronize()
 
 
-def copy_in_host_memory(tensors: dict[str, Tensor], places: dict[str, memoryview]) -> None:
-    """Copy tensors on this thread alone, and without Python's lock: torch's copy would take the cores of the step."""
-    for name, target in places.items():
-        source = bytes_of(tensors[name])
-        for start in range(0, len(source), _PIECE_BYTES):
-            np.copyto(
-                np.frombuffer(target[start : start + _PIECE_BYTES], np.uint8),
-                np.frombuffer(source[start : start + _PIECE_BYTES], np.uint8),
-            )
+def copy_tensors(tensors: dict[str, Tensor], places: dict[str, memoryview]) -> None:
+    """Copy tensors that lie in host memory to their places."""
+    for name, place in places.items():
+        _copy_in_host_memory(bytes_of(tensors[name]), place)
+
+
+def _copy_in_host_memory(source: memoryview, target: memoryview) -> None:
+    """Copy on this thread alone, and without Python's lock: torch's copy would take the cores of the step."""
+    for start in range(0, len(source), _PIECE_BYTES):
+        np.copyto(
+            np.frombuffer(target[start : start + _PIECE_BYTES], np.uint8),
+            np.frombuffer(source[start : start + _PIECE_BYTES], np.uint8),
+        )

@@ -92,11 +92,16 @@ def pieces_of(content: memoryview) -> Iterator[memoryview]:
         yield content[start : start + _PIECE_BYTES]
 
 
+def own_pieces(tensor: Tensor) -> Iterator[memoryview]:
+    """Yield the bytes of a contiguous tensor in host memory in such pieces, to read or to write."""
+    return pieces_of(bytes_of(tensor))
+
+
 def tensor_pieces(tensors: dict[str, Tensor]) -> Iterator[bytes | memoryview]:
     """Yield a file's bytes: header, then every tensor, without a copy where it lies in host memory."""
     yield layout_of(tensors).header
     for tensor in tensors.values():
-        yield from pieces_of(bytes_of(tensor.detach().cpu().contiguous()))
+        yield from own_pieces(tensor.detach().cpu().contiguous())
 
 
 def write_file(
@@ -219,11 +224,13 @@ def stream_tensors(
     record: FileRecord,
     place: Callable[[str, torch.dtype, list[int]], Tensor] | None = None,
     read: Callable[[int], None] = lambda _bytes: None,
+    pieces: Callable[[Tensor], Iterable[memoryview]] = own_pieces,
 ) -> Iterator[tuple[str, Tensor]]:
     """Read a file once, from the first byte to the last, and yield every tensor as soon as it is there.
 
-    place: returns where to read a tensor to, by name, dtype and shape: contiguous, in host memory. Default: a new one.
+    place: returns which tensor to fill, by name, dtype and shape: a contiguous one. Default: a new one.
     read: hears of the size of each piece that was read.
+    pieces: yields where a tensor's bytes are read to; default: itself, in host memory.
     Whether the bytes are right is known at the end only: use nothing before the iterator is exhausted.
 
     Raises:
@@ -235,7 +242,7 @@ def stream_tensors(
             source = _Verified(file, path, record, read)
             for name, dtype, shape in _entries(source):
                 tensor = (place or _new)(name, dtype, shape)
-                source.fill(bytes_of(tensor))
+                source.fill(pieces(tensor))
                 yield name, tensor
             source.finish()
     except FileNotFoundError:
@@ -267,8 +274,8 @@ class _Verified:
         self._digest = xxhash.xxh3_128()
         self._count = 0
 
-    def fill(self, target: memoryview) -> None:
-        for piece in pieces_of(target):
+    def fill(self, pieces: Iterable[memoryview]) -> None:
+        for piece in pieces:
             filled = 0
             while filled < len(piece):
                 count = self._file.readinto(piece[filled:])
@@ -285,7 +292,7 @@ class _Verified:
         if not 0 <= count <= self._record.size_bytes - self._count:
             raise self.damaged()
         content = bytearray(count)
-        self.fill(memoryview(content))
+        self.fill(pieces_of(memoryview(content)))
         return bytes(content)
 
     def finish(self) -> None:

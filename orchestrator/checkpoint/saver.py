@@ -21,7 +21,7 @@ from functools import partial
 from typing import Any
 
 from orchestrator.checkpoint.behind import Behind
-from orchestrator.checkpoint.copying import Copy, copy_in_host_memory
+from orchestrator.checkpoint.copying import Copy, copy_tensors
 from orchestrator.checkpoint.durable import Files, Pieces, announce, files_of, rank_of, tensor_index, upload
 from orchestrator.checkpoint.files import Layout, layout_of, pieces_of, tensor_pieces
 from orchestrator.checkpoint.gpu import Gpu
@@ -269,7 +269,7 @@ class Saver:
         return self._nodes.memory.share_path(name, share, self._nodes.shares).exists()
 
     def _copy_now(self, snapshot: Snapshot, slot: Slot, name: str, share: int, described: dict[str, Any]) -> None:
-        copy = self._gpu.copy_for_rescue if self._gpu else copy_in_host_memory
+        copy = self._gpu.copy_for_rescue if self._gpu else copy_tensors
         copy({**snapshot.model, **snapshot.optimizer}, slot.begin())
         slot.seal(name, share, self._nodes.shares, described)
 
