@@ -41,6 +41,7 @@ class FakeCuda:
         self.calls: list[Call] = []
         self.registered: dict[int, int] = {}
         self.refused: dict[int, int] = {}  # which registration (0 is the first) fails -> with which error
+        self.registering: Callable[[], object] = lambda: None  # called in each of them
         self._here = threading.local()
         self._registrations = 0
         self._defaults = [FakeStream(self, index, 0, 0) for index in range(device_count)]
@@ -117,6 +118,7 @@ class FakeCuda:
 
     def register(self, address: int, size_bytes: int, _flags: int) -> int:
         self.log("cudaHostRegister", size_bytes)
+        self.registering()
         code = self.refused.get(self._registrations, 0)
         self._registrations += 1
         if any(address < at + size and at < address + size_bytes for at, size in self.registered.items()):

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator
+from concurrent.futures import wait
 from functools import partial
 
 import numpy as np
@@ -19,6 +20,7 @@ from orchestrator.checkpoint.behind import Behind
 logger = logging.getLogger(__name__)
 
 _BORDER_BYTES = 2**30
+_LOOK_S = 0.05
 
 
 class Pinned:
@@ -32,9 +34,14 @@ class Pinned:
     def pin(self, contents: list[memoryview], goes_on: Callable[[], bool] = lambda: True) -> None:
         """Register files, while goes_on says so; what cannot be registered is told of once, and left as it is."""
         # A call that fails leaves its error on its thread, for the next kernel there to be blamed for: this one ends.
+        # And one that is stuck behind a collective, as calls that make memory may be, keeps only that thread.
         thread = Behind("pinning", partial(torch.cuda.set_device, self._device))
-        thread.submit(partial(self._pin, contents, goes_on)).result()
+        pinning = thread.submit(partial(self._pin, contents, goes_on))
         thread.close()
+        while goes_on() and not pinning.done():
+            wait([pinning], timeout=_LOOK_S)
+        if pinning.done():
+            pinning.result()
 
     def unpin(self) -> None:
         """Take back every registration: memory that is unmapped before that stays pinned."""
