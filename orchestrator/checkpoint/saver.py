@@ -28,7 +28,7 @@ from orchestrator.checkpoint.gpu import Gpu
 from orchestrator.checkpoint.memory import Slot, spare_memory_bytes
 from orchestrator.checkpoint.nodes import Nodes
 from orchestrator.checkpoint.pace import Pace
-from orchestrator.checkpoint.pinning import Pinned
+from orchestrator.checkpoint.room import Room
 from orchestrator.checkpoint.schedule import Rhythm, Schedule
 from orchestrator.checkpoint.snapshot import Snapshot, describe
 from orchestrator.checkpoint.state import TrainState, capture, forecast
@@ -73,8 +73,7 @@ class Saver:
         self._copier = Behind("copy of the state", world.choose_device)
         self._uploader = Behind("upload of a checkpoint", world.choose_device)
         self._pace = Pace(world.device, nodes.shares)
-        self._has_no_memory = nodes.memory is None
-        self._slots: list[Slot] = []
+        self._room = Room(nodes, world)
         self._uploading: Slot | None = None
         self._copy: Copy | None = None
         self._is_copy_for_storage = False
@@ -89,16 +88,13 @@ class Saver:
         self._is_torn = False
         self.is_finishing = False
         self.paused_s, self.changed_at_s = 0.0, time.time()
-        is_on_gpu = world.device.type == "cuda"
-        self._gpu = Gpu(world.device, state.scaler) if is_on_gpu else None
-        self._pinned = Pinned(world.device) if is_on_gpu else None
+        self._gpu = Gpu(world.device, state.scaler) if world.device.type == "cuda" else None
         self._rescue = threading.Lock()
-        self._is_ending = False
         self._rescued: tuple[int | None] | None = None
         if nodes.memory:
             nodes.memory.sign_in(world.attempt, nodes.share)
             nodes.memory.forget_other_than(world.attempt, keep=resumed.checkpoint.name if resumed else "")
-            self._copier.submit(partial(self._reserve, self._layouts(files_of(forecast(state), world.size))))
+            self._copier.submit(partial(self._room.reserve, self._layouts(files_of(forecast(state), world.size))))
 
     def ballot(self) -> list[int]:
         """Return this rank's answers to what all ranks must know; they go into the vote of an iteration."""
@@ -106,7 +102,7 @@ class Saver:
         interval = self._rhythm.snapshot_interval or self._pace.interval()
         # Only what every rank has sealed is whole: until then the state before it must not be overwritten anywhere.
         busy = [int(self._copier.is_busy), int(self._uploader.is_busy)]
-        return [*busy, -len(self._ended), interval, int(self._has_no_memory)]
+        return [*busy, -len(self._ended), interval, int(self._room.is_missing)]
 
     def heard(self, answers: list[int]) -> None:
         """Take the highest answers of all ranks."""
@@ -193,7 +189,7 @@ class Saver:
         For the end of an attempt, from whatever thread: the state changes no more after this. Needs no other rank:
         the shares of those on this node that are gone, or are at another iteration, are written here as well.
         """
-        self._is_ending = True
+        self._room.is_ending = True
         with self._rescue:
             if self._rescued is None:
                 began_s = time.perf_counter()
@@ -212,22 +208,13 @@ class Saver:
         """Let go of the state and of node memory; where the run is finished, its states there are deleted."""
         with self._rescue:
             self._rescued, self._state, self._gpu = self._rescued or (None,), None, None
-        letting_go = self._copier.submit(partial(self._let_go, is_finished))  # not before it has done what it is at
+        letting_go = self._copier.submit(partial(self._room.let_go, is_finished))
         self._copier.close()
         self._uploader.close()
-        with suppress(TimeoutError):
+        with suppress(TimeoutError):  # it ends what it is at first
             letting_go.exception(timeout=_ROOM_S)
         if self._nodes.memory:
             self._nodes.memory.close(is_finished)
-
-    def _let_go(self, is_finished: bool) -> None:
-        """Free this rank's room in node memory, but for what is being uploaded. On the copier's thread."""
-        if self._pinned:
-            self._pinned.unpin()
-        while self._slots:
-            slot = self._slots.pop()
-            if is_finished:
-                slot.withdraw()
 
     def _put_aside(self, stand_in_s: float) -> int | None:
         memory, state = self._nodes.memory, self._state
@@ -236,15 +223,15 @@ class Saver:
             return None
         if self._copier.last:
             self._copier.last.exception(timeout=_ROOM_S)
-        if self._has_no_memory or not self._slots or not state.optimizer.state:
+        if self._room.is_missing or not self._room.slots or not state.optimizer.state:
             return None
         scaler = self._gpu.scaler_for_rescue() if self._gpu else None
         snapshot = capture(state, state.val_loss if state.is_evaluated else None, scaler)
         name = checkpoint_name(snapshot.iter_num, self._world.attempt)
         files = files_of(snapshot, self._world.size)
         described = self._description(snapshot, files)
-        if all(slot.iter_num != snapshot.iter_num for slot in self._slots):
-            self._copy_now(snapshot, self._free_slot(), name, self._nodes.share, described)
+        if all(slot.iter_num != snapshot.iter_num for slot in self._room.slots):
+            self._copy_now(snapshot, self._room.free_slot(self._uploading), name, self._nodes.share, described)
         memory.sign_out()
         missing = [share for share in range(self._nodes.shares) if share != self._nodes.share]
         began_s = time.monotonic()
@@ -285,7 +272,7 @@ class Saver:
         self._is_copy_for_storage, self._storage_pause_s = to_storage, 0.0 if to_storage else self._storage_pause_s
         name = checkpoint_name(snapshot.iter_num, self._world.attempt)
         state = self._description(snapshot, files_of(snapshot, self._world.size))
-        slot = self._free_slot()
+        slot = self._room.free_slot(self._uploading)
         self._copy = Copy({**snapshot.model, **snapshot.optimizer}, self._gpu)
         sealed = self._copier.submit(partial(self._to_memory, self._copy, slot, name, state))
         if to_storage:
@@ -299,10 +286,6 @@ class Saver:
         self._pace.paused(seconds)
         if self._is_copy_for_storage:
             self._storage_pause_s += seconds
-
-    def _free_slot(self) -> Slot:
-        """Return the slot that is not being uploaded; of two, the one with the older state."""
-        return min((slot for slot in self._slots if slot is not self._uploading), key=lambda slot: slot.iter_num)
 
     def _description(self, snapshot: Snapshot, files: Files) -> dict[str, Any]:
         assert self._state
@@ -318,35 +301,6 @@ class Saver:
     def _layouts(self, files: Files, share: int | None = None) -> dict[str, Layout]:
         return {file: layout_of(tensors) for file, tensors in self._nodes.share_of(files, share).items()}
 
-    def _reserve(self, layouts: dict[str, Layout]) -> None:
-        """Reserve room for two states of this rank's share; for one, while older ones are here. On the copier's thread.
-
-        So there are never more than two: an older one goes as soon as the first of this attempt is whole.
-        """
-        memory = self._nodes.memory
-        assert memory
-        try:
-            if not self._slots:  # for both: who has room for one only could lose it while it is written
-                share_bytes = sum(layout.size_bytes for layout in layouts.values())
-                memory.check_room(2 * share_bytes * self._nodes.shares)
-            for _ in range(1 if memory.holds_other_than(self._world.attempt) else 2 - len(self._slots)):
-                if self._slots and self._is_ending:  # one is enough for that, and it waits for this
-                    break
-                self._slots.append(Slot(memory, layouts))
-                if self._pinned:
-                    contents = list(self._slots[-1].contents().values())
-                    self._pinned.pin(contents, lambda: not self._is_ending)
-        except Exception as error:  # whatever a memory file system fails with: checkpoints go on without it
-            self._give_up_memory(error)
-
-    def _give_up_memory(self, error: Exception) -> None:
-        if not self._has_no_memory:
-            logger.warning(
-                "no more states are kept in node memory, training pauses for every checkpoint: %s",
-                str(error) if isinstance(error, CheckpointError) else f"{type(error).__name__}: {error}",
-            )
-        self._has_no_memory = True
-
     def _to_memory(self, copy: Copy, slot: Slot, name: str, state: dict[str, Any]) -> None:
         """Put a state into a slot. On the copier's thread."""
         began_s, cpu_began_s = time.perf_counter(), time.thread_time()
@@ -354,24 +308,12 @@ class Saver:
             copy.run(slot.begin())
             slot.seal(name, self._nodes.share, self._nodes.shares, state)
         except Exception as error:
-            self._give_up_memory(error)
+            self._room.give_up(error)
             raise
         finally:
             copy.release()
         self._pace.copied(time.perf_counter() - began_s, time.thread_time() - cpu_began_s)
-        if len(self._slots) < 2:
-            self._drop_older_attempts(name)
-            self._reserve(slot.layouts)
-
-    def _drop_older_attempts(self, name: str) -> None:
-        """Delete what earlier attempts have left, once the first state of this one is whole on this node."""
-        memory = self._nodes.memory
-        assert memory
-        deadline_s = time.monotonic() + _OTHERS_S
-        while not memory.is_whole(name, self._nodes.shares) and time.monotonic() < deadline_s:
-            time.sleep(0.01)
-        if memory.is_whole(name, self._nodes.shares):
-            memory.forget_other_than(self._world.attempt)
+        self._room.take_all(name)
 
     def _to_storage(self, name: str, state: dict[str, Any], slot: Slot, sealed: Future[Any]) -> None:
         """Upload this rank's own files of a state and announce it. On the uploader's thread."""
@@ -414,11 +356,11 @@ class Saver:
             return
         if self._schedule.owed not in (None, state.iter_num):
             self._skip(self._schedule.owed)
-        if self._agreed[4] == 0 and self._slots and state.optimizer.state:
+        if self._agreed[4] == 0 and self._room.slots and state.optimizer.state:
             self._begin(capture(state, val_loss), to_storage=True)
             self.join()
             self._wait()
-        if state.iter_num != self._durable_iter and (self._agreed[4] or not self._slots):
+        if state.iter_num != self._durable_iter and (self._agreed[4] or not self._room.slots):
             self._save_directly(capture(state, val_loss))
         if state.iter_num != self._durable_iter:
             why = next(record["why"] for record in reversed(self._ended) if "why" in record)

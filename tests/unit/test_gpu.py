@@ -292,7 +292,7 @@ def test_no_copy_lies_in_two_registrations(start: Start, cuda: FakeCuda, monkeyp
     monkeypatch.setattr(torch, "frombuffer", noted)
     iterate(saver)
     monkeypatch.undo()
-    whole = {address_of(content): len(content) for slot in saver._slots for content in slot.contents().values()}
+    whole = {address_of(content): len(content) for slot in saver._room.slots for content in slot.contents().values()}
     assert sum(pinned.values()) == sum(whole.values())
     assert len(pinned) > 2 * len(whole) > 0
     assert targets
@@ -336,7 +336,7 @@ def test_a_rescue_waits_for_no_pinning(start: Start, cuda: FakeCuda) -> None:
     saver = start(is_settled=False)
     assert in_a_thread(saver.rescue) == [7]
     assert_kept(saver, 7)
-    assert len(saver._slots) == 1, "one is enough"
+    assert len(saver._room.slots) == 1, "one is enough"
     is_stuck.set()
 
 
