@@ -14,20 +14,25 @@ from torch import Tensor
 
 from orchestrator.checkpoint.files import bytes_of
 from orchestrator.checkpoint.gpu import Gpu
+from orchestrator.checkpoint.state import ScalerValues
 
 _PIECE_BYTES = 64 * 2**20
 
 
 class Copy:
-    """One copy of a state; made and joined by the loop's thread, run by another. gpu: where the state lies on one."""
+    """One copy of a state; made and joined by the loop's thread, run by another.
 
-    def __init__(self, tensors: dict[str, Tensor], gpu: Gpu | None) -> None:
-        self._tensors, self._gpu = tensors, gpu
+    scaler: its GradScaler's values, which are copied as well; gpu: where the state lies on one.
+    """
+
+    def __init__(self, tensors: dict[str, Tensor], scaler: ScalerValues, gpu: Gpu | None) -> None:
+        self._tensors, self.scaler, self._gpu = {**tensors, **scaler.tensors}, scaler, gpu
         self._is_issued = threading.Event()  # on a CPU: done; on a GPU: everything is in the stream's queue
         self._done: torch.cuda.Event | None = None
 
     def run(self, places: dict[str, memoryview]) -> None:
         """Copy the tensors that have a place, and wait until their bytes are there."""
+        places = {**places, **self.scaler.places}
         try:
             if self._gpu:
                 self._done = self._gpu.begin_copy(self._tensors, places)

@@ -13,9 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from orchestrator.checkpoint.files import bytes_of
 from orchestrator.checkpoint.pinning import between_borders
-from orchestrator.checkpoint.state import scaler_in_parts
+from orchestrator.checkpoint.state import ScalerValues
 from orchestrator.errors import CheckpointError
 
 _ANSWER_S = 30.0  # in which a GPU that is well has copied all of a state
@@ -42,7 +41,7 @@ class Gpu:
     def note_change(self, scaler: torch.amp.GradScaler) -> None:
         """Remember this place in the loop's stream: from here on the state does not change until the next call."""
         self._changed: torch.cuda.Event = torch.cuda.current_stream(self._device).record_event()
-        self._scaler, self._scaler_tensors = scaler_in_parts(scaler)
+        self._scaler = ScalerValues(scaler)
 
     def begin_copy(self, tensors: dict[str, Tensor], places: dict[str, memoryview]) -> torch.cuda.Event:
         """Put a copy of tensors, as they are since the last change, into a stream; return the event at its end."""
@@ -64,10 +63,8 @@ class Gpu:
         Raises:
             CheckpointError: the GPU does not answer.
         """
-        found = {name: torch.empty(tensor.shape, dtype=tensor.dtype) for name, tensor in self._scaler_tensors.items()}
-        if found:
-            self.copy_for_rescue(self._scaler_tensors, {name: bytes_of(value) for name, value in found.items()})
-        return {**self._scaler, **{name: value.item() for name, value in found.items()}}
+        self.copy_for_rescue(self._scaler.tensors, self._scaler.places)
+        return self._scaler.state_dict()
 
     def _put(
         self, stream: torch.cuda.Stream, tensors: dict[str, Tensor], places: dict[str, memoryview]

@@ -31,7 +31,7 @@ from orchestrator.checkpoint.pace import Pace
 from orchestrator.checkpoint.room import Room
 from orchestrator.checkpoint.schedule import Rhythm, Schedule
 from orchestrator.checkpoint.snapshot import Snapshot, describe
-from orchestrator.checkpoint.state import TrainState, capture, forecast
+from orchestrator.checkpoint.state import ScalerValues, TrainState, capture, forecast
 from orchestrator.checkpoint.store import FORMAT_VERSION, CheckpointStore, checkpoint_name
 from orchestrator.errors import CheckpointError, GoneBackError, StorageError, UserError
 from orchestrator.world import World
@@ -141,7 +141,7 @@ class Saver:
         if decision.skipped is not None:
             self._skip(decision.skipped)
         if decision.to_memory:
-            self._begin(capture(state, val_loss), decision.to_storage)
+            self._begin(capture(state, val_loss, scaler={}), decision.to_storage)
 
     def join(self) -> None:
         """Wait until the state that was offered is copied: call it before anything of it changes."""
@@ -261,7 +261,7 @@ class Saver:
         slot.seal(name, share, self._nodes.shares, described)
 
     def _begin(self, snapshot: Snapshot, to_storage: bool) -> None:
-        """Start the copy of a state into node memory and, behind it, the upload."""
+        """Start the copy of a state, the scaler's included, into node memory and, behind it, the upload."""
         with self._change:  # or a rescue from another thread would use the same slot
             self._begin_alone(snapshot, to_storage)
 
@@ -273,7 +273,8 @@ class Saver:
         name = checkpoint_name(snapshot.iter_num, self._world.attempt)
         state = self._description(snapshot, files_of(snapshot, self._world.size))
         slot = self._room.free_slot(self._uploading)
-        self._copy = Copy({**snapshot.model, **snapshot.optimizer}, self._gpu)
+        assert self._state
+        self._copy = Copy({**snapshot.model, **snapshot.optimizer}, ScalerValues(self._state.scaler), self._gpu)
         sealed = self._copier.submit(partial(self._to_memory, self._copy, slot, name, state))
         if to_storage:
             self._uploading = slot
@@ -306,6 +307,7 @@ class Saver:
         began_s, cpu_began_s = time.perf_counter(), time.thread_time()
         try:
             copy.run(slot.begin())
+            state["scaler"] = copy.scaler.state_dict()  # for the upload, too
             slot.seal(name, self._nodes.share, self._nodes.shares, state)
         except Exception as error:
             self._room.give_up(error)
@@ -357,7 +359,7 @@ class Saver:
         if self._schedule.owed not in (None, state.iter_num):
             self._skip(self._schedule.owed)
         if self._agreed[4] == 0 and self._room.slots and state.optimizer.state:
-            self._begin(capture(state, val_loss), to_storage=True)
+            self._begin(capture(state, val_loss, scaler={}), to_storage=True)
             self.join()
             self._wait()
         if state.iter_num != self._durable_iter and (self._agreed[4] or not self._room.slots):

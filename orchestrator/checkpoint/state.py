@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from model import GPT
+from orchestrator.checkpoint.files import bytes_of
 from orchestrator.checkpoint.snapshot import ParamGroup, Snapshot
 from orchestrator.checkpoint.store import Checkpoint
 
@@ -57,10 +58,38 @@ class TrainState:
         return self.evaluated_at == self.iter_num
 
 
+class ScalerValues:
+    """A GradScaler's `state_dict` that waits for no device: what lies on one is copied to `places`, as tensors are.
+
+    tensors: what lies there, of the state that the scaler is in when this is made.
+    """
+
+    def __init__(self, scaler: torch.amp.GradScaler) -> None:
+        self.tensors: dict[str, Tensor] = {}
+        if scaler.is_enabled() and scaler._scale is not None and scaler._growth_tracker is not None:
+            self.tensors = {"scale": scaler._scale, "_growth_tracker": scaler._growth_tracker}
+            self._known = {
+                "growth_factor": scaler.get_growth_factor(),
+                "backoff_factor": scaler.get_backoff_factor(),
+                "growth_interval": scaler.get_growth_interval(),
+            }
+        else:  # not in use, or nothing was scaled yet
+            self._known = scaler.state_dict()
+        self._copies = {name: torch.empty(t.shape, dtype=t.dtype) for name, t in self.tensors.items()}
+
+    @property
+    def places(self) -> dict[str, memoryview]:
+        return {name: bytes_of(copy) for name, copy in self._copies.items()}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what `load_state_dict` takes, once everything was copied."""
+        return {**self._known, **{name: copy.item() for name, copy in self._copies.items()}}
+
+
 def capture(state: TrainState, val_loss: float | None = None, scaler: dict[str, Any] | None = None) -> Snapshot:
     """Return the state as a snapshot that shares its tensors: nothing is copied, so use it before the next step.
 
-    scaler: the GradScaler's state where the caller knows it; to read it, with float16 on a GPU, waits for the step.
+    scaler: the GradScaler's state where the caller reads it by itself; else, with float16 on a GPU, this waits for it.
     """
     names: dict[Tensor, str] = {parameter: name for name, parameter in state.model.named_parameters()}
     optimizer: dict[str, Tensor] = {}
@@ -90,18 +119,6 @@ def capture(state: TrainState, val_loss: float | None = None, scaler: dict[str, 
         scaler=state.scaler.state_dict() if scaler is None else scaler,
         guard=deepcopy(state.guard),
     )
-
-
-def scaler_in_parts(scaler: torch.amp.GradScaler) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Return a GradScaler's `state_dict` without waiting for a device: what the host knows, and what lies there."""
-    if not scaler.is_enabled() or scaler._scale is None or scaler._growth_tracker is None:  # nothing was scaled yet
-        return scaler.state_dict(), {}
-    known = {
-        "growth_factor": scaler.get_growth_factor(),
-        "backoff_factor": scaler.get_backoff_factor(),
-        "growth_interval": scaler.get_growth_interval(),
-    }
-    return known, {"scale": scaler._scale, "_growth_tracker": scaler._growth_tracker}
 
 
 def forecast(state: TrainState) -> Snapshot:

@@ -172,6 +172,24 @@ def test_the_scale_of_float16_is_rescued_as_the_last_change_left_it(start: Start
     assert checkpoint.state["scaler"]["scale"] == 2.0**7
 
 
+def test_a_state_is_offered_without_a_wait_for_its_scale(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which `state_dict` would read off the device, behind all of the step."""
+    scaler = LoopsOwn()
+    saver = start(scaler)
+    with saver.changing():
+        scaler.scale(torch.ones(()))
+        scaler.update(2.0**7)
+    expected = scaler.state_dict()
+    monkeypatch.setattr(scaler, "state_dict", lambda: pytest.fail("it was read"))
+    saver._agreed = [0, 0, 0, 1, 0]
+    saver.offer(saver._state, None)
+    with saver.changing():
+        scaler.update(2.0**3)
+    settle(saver)
+    (checkpoint,) = states_in(saver._nodes.memory.path)[checkpoint_name(7, "abc")].values()
+    assert checkpoint.state["scaler"] == expected
+
+
 def test_a_scale_that_only_the_stuck_stream_has_made_is_not_read(start: Start, cuda: FakeCuda) -> None:
     """It is made with the first loss that is scaled, behind what is stuck: until then the host knows it."""
     scaler = LoopsOwn()
