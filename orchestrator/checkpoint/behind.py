@@ -16,9 +16,9 @@ class Behind:
     """
 
     def __init__(self, name: str, begin: Callable[[], None] = lambda: None) -> None:
-        self._begin = begin
         self._calls: queue.SimpleQueue[tuple[Future[Any], Callable[[], Any]] | None] = queue.SimpleQueue()
         self.last: Future[Any] | None = None
+        self._calls.put((Future(), begin))  # whose error must not end the thread: others wait for what they submit
         threading.Thread(target=self._run, name=name, daemon=True).start()
 
     @property
@@ -36,7 +36,6 @@ class Behind:
         self._calls.put(None)
 
     def _run(self) -> None:
-        self._begin()
         while submitted := self._calls.get():
             future, call = submitted
             try:

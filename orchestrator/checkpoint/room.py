@@ -70,7 +70,7 @@ class Room:
         memory = self._nodes.memory
         assert memory
         deadline_s = time.monotonic() + _OTHERS_S
-        while not memory.is_whole(name, self._nodes.shares) and time.monotonic() < deadline_s:
+        while not (memory.is_whole(name, self._nodes.shares) or self.is_ending) and time.monotonic() < deadline_s:
             time.sleep(0.01)
         if memory.is_whole(name, self._nodes.shares):
             memory.forget_other_than(self._attempt)

@@ -16,6 +16,7 @@ from fsspec.implementations.local import LocalFileSystem
 from torch import Tensor
 
 from orchestrator.checkpoint import gpu, pinning, restore, staging
+from orchestrator.checkpoint.behind import Behind
 from orchestrator.checkpoint.files import bytes_of, read_tensors
 from orchestrator.checkpoint.memory import NodeMemory, states_in
 from orchestrator.checkpoint.nodes import Nodes
@@ -453,3 +454,10 @@ def test_a_plain_process_makes_its_device_the_current_one(
     cuda = fake_cuda(monkeypatch)
     assert plain_world(replace(tiny, device=device)).device == torch.device("cuda", index)
     assert cuda.current_device() == index
+
+
+def test_a_thread_that_cannot_begin_still_answers() -> None:
+    """Else who waits for what it has submitted would wait for ever."""
+    thread = Behind("broken", lambda: 1 // 0)
+    assert thread.submit(lambda: 7).result(10) == 7
+    thread.close()
