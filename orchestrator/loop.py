@@ -103,9 +103,7 @@ def train(
     """
     config = agree_to_compile(config, world)
     while True:
-        with suppress(
-            GoneBackError
-        ):  # on all ranks alike; behind this, no error holds on to the state that was given up
+        with suppress(GoneBackError):  # on all ranks alike; behind this, no error holds on to the old state
             return train_on(config, world, tell, committed, should_stop, began)
         free_memory(config, world.device)
         world = replace(world, attempt=world.broadcast_json(new_attempt()))
