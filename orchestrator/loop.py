@@ -14,7 +14,7 @@ import platform
 import sys
 import time
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -46,7 +46,7 @@ from orchestrator.data.sampling import Sampling, going_on
 from orchestrator.data.tokenizers import Tokenizer
 from orchestrator.errors import DataError, GoneBackError
 from orchestrator.lr_schedule import learning_rate
-from orchestrator.process import agree_to_compile, change_of_data, environment, new_attempt, pin
+from orchestrator.process import agree_to_compile, change_of_data, environment, free_memory, new_attempt, pin
 from orchestrator.recovery.guard import Guard
 from orchestrator.storage_options import public, storage_options_of
 from orchestrator.telemetry.stopwatch import Stopwatch
@@ -103,10 +103,10 @@ def train(
     """
     config = agree_to_compile(config, world)
     while True:
-        try:
+        with suppress(GoneBackError):  # on all ranks alike; behind this, no error holds on to the old state
             return train_on(config, world, tell, committed, should_stop, began)
-        except GoneBackError:  # on all ranks alike
-            world = replace(world, attempt=world.broadcast_json(new_attempt()))
+        free_memory(config, world.device)
+        world = replace(world, attempt=world.broadcast_json(new_attempt()))
 
 
 def train_on(

@@ -5,6 +5,7 @@ Knows no Ray. A plain process and `torchrun` get their World here; a Ray worker 
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
 import platform
@@ -108,6 +109,15 @@ def pin(config: TrainConfig) -> None:
     torch.backends.cudnn.allow_tf32 = True
 
 
+def free_memory(config: TrainConfig, device: torch.device) -> None:
+    """Free what a model that is given up has left: beside the next one there may be no room for it."""
+    if config.compile:
+        torch._dynamo.reset()
+    gc.collect()  # DDP and the compiler leave cycles, which nothing else frees in time
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
 def environment(config: TrainConfig, world: World, data: dict[str, Any]) -> dict[str, Any]:
     """Return what else decides the bits, to be stored with every checkpoint; data: as of `change_of_data`."""
     name = torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else platform.machine()
@@ -145,7 +155,7 @@ def process_group_backend(config: TrainConfig) -> str:
 def plain_world(config: TrainConfig) -> World:
     """Join the other processes if `torchrun` started this one, else be a world of one; config is resolved."""
     if "RANK" not in os.environ:
-        return World(device=torch.device(config.device), attempt=new_attempt())
+        return World(device=local_device(config, torch.device(config.device).index or 0), attempt=new_attempt())
     dist.init_process_group(process_group_backend(config))
     local = int(os.environ["LOCAL_RANK"])
     world = World(dist.get_rank(), dist.get_world_size(), local_device(config, local))
@@ -153,7 +163,7 @@ def plain_world(config: TrainConfig) -> World:
 
 
 def local_device(config: TrainConfig, local_rank: int) -> torch.device:
-    """Return this process's device and make it the current one."""
+    """Return this process's device and make it the current one; an index in config.device is for a process alone."""
     if config.device == "cpu":
         return torch.device("cpu")
     device = torch.device("cuda", local_rank % torch.cuda.device_count())

@@ -7,7 +7,8 @@ votes go through host memory (the gloo half of the process group), so they never
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from typing import Any, TypeVar, cast
@@ -54,6 +55,11 @@ class World:
     def is_main(self) -> bool:
         return self.rank == 0
 
+    def choose_device(self) -> None:
+        """Make this process's device the current one of a new thread, which is on the machine's first GPU else."""
+        if self.device.type == "cuda":
+            torch.cuda.set_device(self.device)
+
     def broadcast(self, tensors: list[Tensor], source: int) -> None:
         """Overwrite tensors on every rank with those of the source rank; small ones travel together."""
         if self.size == 1:
@@ -77,11 +83,20 @@ class World:
         if len(parts) == 1:
             self.broadcast(tensors, source)
             return
-        # Every rank makes all groups, in the same order.
-        groups = {source: dist.new_group(ranks) for source, ranks in parts.items() if len(ranks) > 1}
-        if source in groups:
-            replace(self, size=len(parts[source]), group=groups[source]).broadcast(tensors, source)
-            dist.destroy_process_group(groups[source])
+        with self.part(list(parts.values())) as mine:
+            mine.broadcast(tensors, source)
+
+    @contextmanager
+    def part(self, parts: Sequence[Sequence[int]]) -> Iterator[World]:
+        """Split the world into parts and yield this rank's: ranks keep their numbers; called on all ranks alike."""
+        mine = self
+        for ranks in parts:  # every rank makes all groups, in the same order
+            group = dist.new_group(list(ranks)) if len(ranks) > 1 else None
+            if self.rank in ranks:
+                mine = replace(self, size=len(ranks), group=group)
+        yield mine
+        if mine.group and mine is not self:  # after an error it stays: with a peer that is gone, this would wait
+            dist.destroy_process_group(mine.group)
 
     def broadcast_json(self, value: Any) -> Any:
         """Return rank 0's value on every rank."""

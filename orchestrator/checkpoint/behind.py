@@ -12,12 +12,13 @@ from typing import Any
 class Behind:
     """A daemon thread: a call that hangs, on storage that does not answer, never keeps the process from ending.
 
-    last: the future of the call that was submitted last.
+    begin: called in it first of all. last: the future of the call that was submitted last.
     """
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, begin: Callable[[], None] = lambda: None) -> None:
         self._calls: queue.SimpleQueue[tuple[Future[Any], Callable[[], Any]] | None] = queue.SimpleQueue()
         self.last: Future[Any] | None = None
+        self._calls.put((Future(), begin))  # whose error must not end the thread: others wait for what they submit
         threading.Thread(target=self._run, name=name, daemon=True).start()
 
     @property

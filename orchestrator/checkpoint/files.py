@@ -31,6 +31,7 @@ from orchestrator.errors import CheckpointError, UnreadableError
 
 _DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F64": torch.float64, "I64": torch.int64}
 _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
+_ALIGNMENT_BYTES = 64  # of the first tensor in a file: where a GPU writes best; readers want 8
 _PIECE_BYTES = 16 * 2**20
 _BLOCK_BYTES = 4096  # what disks take without the page cache: whole ones, from memory that begins at a multiple
 _O_DIRECT = getattr(os, "O_DIRECT", 0)  # macOS has none
@@ -71,7 +72,7 @@ def layout_of(tensors: dict[str, Tensor]) -> Layout:
         for name, tensor in tensors.items()
     }
     text = json.dumps(entries).encode()
-    text += b" " * (-len(text) % 8)  # tensors begin at a multiple of 8 bytes
+    text += b" " * (-(8 + len(text)) % _ALIGNMENT_BYTES)
     header = struct.pack("<Q", len(text)) + text
     return Layout(header, {name: (len(header) + start, len(header) + end) for name, (start, end) in spans.items()})
 
@@ -92,11 +93,16 @@ def pieces_of(content: memoryview) -> Iterator[memoryview]:
         yield content[start : start + _PIECE_BYTES]
 
 
+def own_pieces(tensor: Tensor) -> Iterator[memoryview]:
+    """Yield the bytes of a contiguous tensor in host memory in such pieces, to read or to write."""
+    return pieces_of(bytes_of(tensor))
+
+
 def tensor_pieces(tensors: dict[str, Tensor]) -> Iterator[bytes | memoryview]:
     """Yield a file's bytes: header, then every tensor, without a copy where it lies in host memory."""
     yield layout_of(tensors).header
     for tensor in tensors.values():
-        yield from pieces_of(bytes_of(tensor.detach().cpu().contiguous()))
+        yield from own_pieces(tensor.detach().cpu().contiguous())
 
 
 def write_file(
@@ -219,11 +225,13 @@ def stream_tensors(
     record: FileRecord,
     place: Callable[[str, torch.dtype, list[int]], Tensor] | None = None,
     read: Callable[[int], None] = lambda _bytes: None,
+    pieces: Callable[[Tensor], Iterable[memoryview]] = own_pieces,
 ) -> Iterator[tuple[str, Tensor]]:
     """Read a file once, from the first byte to the last, and yield every tensor as soon as it is there.
 
-    place: returns where to read a tensor to, by name, dtype and shape: contiguous, in host memory. Default: a new one.
+    place: returns which tensor to fill, by name, dtype and shape: a contiguous one. Default: a new one.
     read: hears of the size of each piece that was read.
+    pieces: yields where a tensor's bytes are read to; default: itself, in host memory.
     Whether the bytes are right is known at the end only: use nothing before the iterator is exhausted.
 
     Raises:
@@ -235,7 +243,7 @@ def stream_tensors(
             source = _Verified(file, path, record, read)
             for name, dtype, shape in _entries(source):
                 tensor = (place or _new)(name, dtype, shape)
-                source.fill(bytes_of(tensor))
+                source.fill(pieces(tensor))
                 yield name, tensor
             source.finish()
     except FileNotFoundError:
@@ -267,8 +275,8 @@ class _Verified:
         self._digest = xxhash.xxh3_128()
         self._count = 0
 
-    def fill(self, target: memoryview) -> None:
-        for piece in pieces_of(target):
+    def fill(self, pieces: Iterable[memoryview]) -> None:
+        for piece in pieces:
             filled = 0
             while filled < len(piece):
                 count = self._file.readinto(piece[filled:])
@@ -285,7 +293,7 @@ class _Verified:
         if not 0 <= count <= self._record.size_bytes - self._count:
             raise self.damaged()
         content = bytearray(count)
-        self.fill(memoryview(content))
+        self.fill(pieces_of(memoryview(content)))
         return bytes(content)
 
     def finish(self) -> None:

@@ -13,7 +13,6 @@ from __future__ import annotations
 import errno
 import fcntl
 import logging
-import mmap
 import os
 import re
 import shutil
@@ -25,6 +24,7 @@ from typing import Any
 import xxhash
 
 from orchestrator.checkpoint.files import FileRecord, Layout
+from orchestrator.checkpoint.mapping import mapped
 from orchestrator.checkpoint.store import Checkpoint, iter_num_of, parse_state, state_text
 from orchestrator.errors import CheckpointError
 
@@ -170,10 +170,12 @@ class Slot:
         self.layouts = layouts
         self._path.mkdir(mode=0o700)
         try:
-            self._maps = {file: _mapped(self._path / file, layout) for file, layout in layouts.items()}
+            self._maps = {file: mapped(self._path / file, layout.size_bytes) for file, layout in layouts.items()}
         except OSError:
             self.withdraw()
             raise
+        for file, content in self._maps.items():
+            content[: len(layouts[file].header)] = layouts[file].header
 
     def contents(self) -> dict[str, memoryview]:
         """Return the bytes of every file."""
@@ -249,21 +251,6 @@ def spare_memory_bytes() -> int:
         limit, used = (int(Path("/sys/fs/cgroup", name).read_text()) for name in ("memory.max", "memory.current"))
         total, available = min(total, limit), min(available, limit - used)
     return int(available - total * _SPARE_FRACTION)
-
-
-def _mapped(path: Path, layout: Layout) -> mmap.mmap:
-    """Make a file with its header in place and map it. Its room is reserved: no write into it can fail later.
-
-    A page costs far more when it is touched first than when it is written again, so all are touched here.
-    """
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
-    try:
-        os.posix_fallocate(descriptor, 0, layout.size_bytes)
-        content = mmap.mmap(descriptor, layout.size_bytes, flags=mmap.MAP_SHARED | getattr(mmap, "MAP_POPULATE", 0))
-    finally:
-        os.close(descriptor)
-    content[: len(layout.header)] = layout.header
-    return content
 
 
 def _make_private(path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Files of a state into live tensors: read by one rank each, verified, and sent to the others meanwhile.
+"""Files of a state into live tensors: read by one rank each, or one of each node, and sent to the others meanwhile.
 
 Knows no model and not which state it is; which rank reads what, and where, is decided before (restore.py).
 """
@@ -17,14 +17,15 @@ from fsspec.implementations.local import LocalFileSystem
 from torch import Tensor
 
 from orchestrator.checkpoint.durable import patiently_read
-from orchestrator.checkpoint.files import FileRecord, stream_tensors
+from orchestrator.checkpoint.files import FileRecord, own_pieces, stream_tensors
+from orchestrator.checkpoint.staging import Staging
 from orchestrator.checkpoint.store import Checkpoint, CheckpointStore
 from orchestrator.errors import CheckpointError
 from orchestrator.world import World
 
 _RUN_BYTES = 32 * 2**20  # tensors that are sent together
 
-# file -> which ranks read it, and where; where it is one alone, that one sends it to the others
+# file -> which ranks read it, and where. Who reads it alone sends it to all; one of each node, to those of its place
 Plan = dict[str, dict[int, "Place"]]
 
 
@@ -59,17 +60,27 @@ class Reading:
         entries = checkpoint.state["tensors"].items()  # in the order of their files
         self._file_of = {name: entry["file"] for name, entry in entries if entry["file"] in plan}
         self._is_there = {name: Event() for name in self._file_of}
+        is_on_gpu = world.device.type == "cuda"
+        self._ready = torch.cuda.current_stream(world.device).record_event() if is_on_gpu else None
         self._begun: set[str] = set()
         self._read_again: list[str] = []  # files of which another reading may have been sent
+        self._staging: Staging | None = None
         self.from_storage_bytes = 0
 
     def run(self) -> dict[str, dict[str, str]]:
         """Fill the tensors on all ranks; return what went wrong with a file on any rank: file -> place -> why."""
-        thread = ThreadPoolExecutor(1, "restore")
+        with self._world.part(self._nodes()) as node:
+            return self._run(node)
+
+    def _run(self, node: World) -> dict[str, dict[str, str]]:
+        thread = ThreadPoolExecutor(1, "restore", initializer=self._world.choose_device)
+        by_node = [file for file in self._plan if 1 < len(self._plan[file]) < self._world.size]
+        by_one = [file for file in self._plan if len(self._plan[file]) == 1 < self._world.size]
         try:
             reading = thread.submit(self._read_mine)
-            for rank, names in self._in_turns():
-                self._send(rank, names)
+            for world, files in ((node, by_node), (self._world, by_one)):  # each in an order that all in it know
+                for rank, names in self._in_turns(files):
+                    self._send(rank, names, world)
             mine = reading.result()
         finally:
             thread.shutdown(wait=False)  # where a peer is gone, the rest of a file is not waited for
@@ -80,24 +91,28 @@ class Reading:
             for file, (label, why) in found.items():
                 errors.setdefault(file, {}).setdefault(label, why)
         for file in sorted(again - errors.keys()):
-            if (sender := self._sender(file)) is not None:
-                self._send(sender, self._names(file))
+            if len(self._plan[file]) < self._world.size:
+                self._send(self._sender(file), self._names(file), node if file in by_node else self._world)
         return errors
+
+    def _nodes(self) -> list[tuple[int, ...]]:
+        """Return the ranks of every node, if files are read by one rank of each."""
+        readers = next((its for its in self._plan.values() if 1 < len(its) < self._world.size), {})
+        return sorted(place.ranks for place in readers.values())
 
     def _names(self, file: str) -> list[str]:
         return [name for name in self._file_of if self._file_of[name] == file]
 
-    def _sender(self, file: str) -> int | None:
-        """Return the rank that reads a file for others, None where each reads it for itself."""
+    def _sender(self, file: str) -> int:
+        """Return the rank from which this one has a file."""
         readers = self._plan[file]
-        return next(iter(readers)) if len(readers) < self._world.size else None
+        return next((rank for rank, place in readers.items() if self._world.rank in place.ranks), next(iter(readers)))
 
-    def _in_turns(self) -> Iterator[tuple[int, list[str]]]:
-        """Yield what is sent, in order: the first tensors of every sender, then the next ones."""
+    def _in_turns(self, files: list[str]) -> Iterator[tuple[int, list[str]]]:
+        """Yield what is sent of files, in order: the first tensors of every sender, then the next ones."""
         runs: dict[int, list[list[str]]] = {}
-        for file in self._plan:
-            if (rank := self._sender(file)) is not None:
-                runs.setdefault(rank, []).extend(self._cut(self._names(file)))
+        for file in files:
+            runs.setdefault(self._sender(file), []).extend(self._cut(self._names(file)))
         for turn in zip_longest(*runs.values()):
             yield from ((rank, names) for rank, names in zip(runs, turn, strict=True) if names)
 
@@ -112,16 +127,17 @@ class Reading:
         if run:
             yield run
 
-    def _send(self, rank: int, names: list[str]) -> None:
+    def _send(self, rank: int, names: list[str], world: World) -> None:
         if rank == self._world.rank:
             for name in names:
                 self._is_there[name].wait()
-        self._world.broadcast([self._tensors[name] for name in names], rank)
+        world.broadcast([self._tensors[name] for name in names], rank)
 
     def _read_mine(self) -> dict[str, list[str]]:
         """Read this rank's files into the live tensors; return what went wrong: file -> place, why."""
         errors = {}
         try:
+            self._staging = Staging(self._world.device, self._ready) if self._ready and self._reads_any() else None
             for file, readers in self._plan.items():
                 if place := readers.get(self._world.rank):
                     try:
@@ -132,6 +148,9 @@ class Reading:
         finally:
             self._let_go(self._is_there)  # whatever it is: the others wait for this rank
         return errors
+
+    def _reads_any(self) -> bool:
+        return any(self._world.rank in readers for readers in self._plan.values())
 
     def _let_go(self, names: Iterable[str]) -> None:
         for name in names:
@@ -144,7 +163,10 @@ class Reading:
         fs = self._store.fs if place.is_storage else LocalFileSystem()
         counter = self._count if place.is_storage else lambda _bytes: None
         path, record = f"{place.folders[file]}/{file}", self._records[file]
-        for name, tensor in stream_tensors(fs, path, record, partial(self._place_of, file), counter):
+        pieces = self._staging.pieces if self._staging else own_pieces
+        for name, tensor in stream_tensors(fs, path, record, partial(self._place_of, file), counter, pieces):
+            if self._staging:
+                self._staging.finish()
             if tensor is not self._tensors[name]:
                 self._tensors[name].copy_(tensor)
             self._is_there[name].set()
@@ -155,7 +177,7 @@ class Reading:
         live = self._tensors[name]
         if live.dtype != dtype or list(live.shape) != shape:
             raise CheckpointError(f"{name} is not of the model's shape and type")
-        return live if live.device.type == "cpu" and live.is_contiguous() else torch.empty(shape, dtype=dtype)
+        return live if live.is_contiguous() else torch.empty(shape, dtype=dtype)
 
     def _count(self, size_bytes: int) -> None:
         self.from_storage_bytes += size_bytes

@@ -2,9 +2,10 @@
 
 A state may lie in the memory of several nodes and in storage. Every file is read by one rank, from the nearest place
 that has it, straight into the live tensors, and sent from there to the other ranks while the next tensors are read:
-storage is read once at most, whatever the world size, and not at all where a node's memory has the state. On CPUs,
-where memory is faster than any network, every rank reads by itself what lies in its node's memory. What is sent may
-turn out to be damaged at the end of its file; then the file is read elsewhere. Nothing is used before it is verified.
+storage is read once at most, whatever the world size, and not at all where a node's memory has the state. Where all
+nodes have it, one rank of each reads for its node, and nothing crosses the network. On CPUs, where memory is faster
+than what is sent within a node, every rank reads for itself. What is sent may turn out to be damaged at the end of its
+file; then the file is read elsewhere. Nothing is used before it is verified.
 """
 
 from __future__ import annotations
@@ -199,21 +200,31 @@ def _assign(
 ) -> Plan:
     """Return from where and by which ranks each file is read.
 
-    By all where all have it in memory and a CPU; else by one: from node memory first, then who has the least to read.
+    Where all have it in memory, by all, or on GPUs by one of each node; else by one: from node memory first, then who
+    has the least to read.
     """
-    load: dict[int, int] = {}
+    load = dict.fromkeys(range(world.size), 0)
     plan: Plan = {}
     for file in sorted(files, key=lambda file: (-files[file].size_bytes, file)):
         options = [place for place in places if place.label not in refused.get(file, {})]
         at_hand = {rank: place for place in options if not place.is_storage for rank in place.ranks}
-        if len(at_hand) == world.size and world.device.type == "cpu":
+        if len(at_hand) == world.size and _reads_for_itself(world):
             plan[file] = at_hand
+        elif len(at_hand) == world.size:
+            near = [place for place in options if not place.is_storage]
+            plan[file] = {min(place.ranks, key=lambda rank: (load[rank], rank)): place for place in near}
         elif options:
-            ranked = [(place.is_storage, load.get(rank, 0), rank, place) for place in options for rank in place.ranks]
+            ranked = [(place.is_storage, load[rank], rank, place) for place in options for rank in place.ranks]
             _, _, rank, place = min(ranked, key=lambda option: option[:3])
-            load[rank] = load.get(rank, 0) + files[file].size_bytes
             plan[file] = {rank: place}
+        for rank in plan.get(file, {}):
+            load[rank] += files[file].size_bytes
     return plan
+
+
+def _reads_for_itself(world: World) -> bool:
+    """Return whether to read a node's memory is faster for a rank than to be sent what another one has read there."""
+    return world.device.type == "cpu"
 
 
 def _live_tensors(state: TrainState, wanted: set[str]) -> dict[str, Tensor]:
@@ -275,7 +286,9 @@ def _import(config: TrainConfig, world: World, data: Vocabulary) -> TrainState:
         tensors[name].copy_(mine.pop(name))
         return checksum(tensors[name]) if len(alike) > 1 else "", count_not_finite(tensors[name])
 
-    with ThreadPoolExecutor(torch.get_num_threads()) as pool:  # each touches memory for the first time: one is slow
+    with ThreadPoolExecutor(
+        torch.get_num_threads(), initializer=world.choose_device
+    ) as pool:  # each touches memory for the first time: one is slow
         checksums = world.gather_json(list(pool.map(fill, names if world.rank in alike else ())))
     mine.clear()  # of a rank whose file is another one
     for name, (_, count) in zip(names, checksums[first], strict=True):

@@ -16,22 +16,22 @@ import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import Future, TimeoutError
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from typing import Any
 
-import torch
-
 from orchestrator.checkpoint.behind import Behind
-from orchestrator.checkpoint.copying import Copy, pin
+from orchestrator.checkpoint.copying import Copy, copy_tensors
 from orchestrator.checkpoint.durable import Files, Pieces, announce, files_of, rank_of, tensor_index, upload
 from orchestrator.checkpoint.files import Layout, layout_of, pieces_of, tensor_pieces
+from orchestrator.checkpoint.gpu import Gpu
 from orchestrator.checkpoint.memory import Slot, spare_memory_bytes
 from orchestrator.checkpoint.nodes import Nodes
 from orchestrator.checkpoint.pace import Pace
+from orchestrator.checkpoint.room import Room
 from orchestrator.checkpoint.schedule import Rhythm, Schedule
 from orchestrator.checkpoint.snapshot import Snapshot, describe
-from orchestrator.checkpoint.state import TrainState, capture, forecast
+from orchestrator.checkpoint.state import ScalerValues, TrainState, capture, forecast
 from orchestrator.checkpoint.store import FORMAT_VERSION, CheckpointStore, checkpoint_name
 from orchestrator.errors import CheckpointError, GoneBackError, StorageError, UserError
 from orchestrator.world import World
@@ -42,6 +42,7 @@ Record = dict[str, Any]
 _TELL_EVERY_S = 10.0  # while the end of the run waits for an upload
 _SILENCE_S = 600.0  # an upload that moves no byte for so long is given up at the end of the run
 _OTHERS_S = 10.0  # in which the ranks of a node finish their shares of a state
+_ROOM_S = 30.0  # in which what the copier is at ends: to make room for a large state takes seconds
 _STAND_IN_S = 2.0  # after which the share of a process that lives and does nothing is written by another
 
 
@@ -69,10 +70,10 @@ class Saver:
         resumed = state.resumed_from
         is_durable = resumed and resumed.is_durable and state.is_evaluated  # once it is, it is saved again
         self._durable_iter = state.iter_num if is_durable else -1
-        self._copier, self._uploader = Behind("copy of the state"), Behind("upload of a checkpoint")
+        self._copier = Behind("copy of the state", world.choose_device)
+        self._uploader = Behind("upload of a checkpoint", world.choose_device)
         self._pace = Pace(world.device, nodes.shares)
-        self._has_no_memory = nodes.memory is None
-        self._slots: list[Slot] = []
+        self._room = Room(nodes, world)
         self._uploading: Slot | None = None
         self._copy: Copy | None = None
         self._is_copy_for_storage = False
@@ -87,13 +88,13 @@ class Saver:
         self._is_torn = False
         self.is_finishing = False
         self.paused_s, self.changed_at_s = 0.0, time.time()
-        self._changed: torch.cuda.Event | None = None
+        self._gpu = Gpu(world.device, state.scaler) if world.device.type == "cuda" else None
         self._rescue = threading.Lock()
         self._rescued: tuple[int | None] | None = None
         if nodes.memory:
             nodes.memory.sign_in(world.attempt, nodes.share)
             nodes.memory.forget_other_than(world.attempt, keep=resumed.checkpoint.name if resumed else "")
-            self._copier.submit(partial(self._reserve, self._layouts(files_of(forecast(state), world.size))))
+            self._copier.submit(partial(self._room.reserve, self._layouts(files_of(forecast(state), world.size))))
 
     def ballot(self) -> list[int]:
         """Return this rank's answers to what all ranks must know; they go into the vote of an iteration."""
@@ -101,7 +102,7 @@ class Saver:
         interval = self._rhythm.snapshot_interval or self._pace.interval()
         # Only what every rank has sealed is whole: until then the state before it must not be overwritten anywhere.
         busy = [int(self._copier.is_busy), int(self._uploader.is_busy)]
-        return [*busy, -len(self._ended), interval, int(self._has_no_memory)]
+        return [*busy, -len(self._ended), interval, int(self._room.is_missing)]
 
     def heard(self, answers: list[int]) -> None:
         """Take the highest answers of all ranks."""
@@ -140,7 +141,7 @@ class Saver:
         if decision.skipped is not None:
             self._skip(decision.skipped)
         if decision.to_memory:
-            self._begin(capture(state, val_loss), decision.to_storage)
+            self._begin(capture(state, val_loss, scaler={}), decision.to_storage)
 
     def join(self) -> None:
         """Wait until the state that was offered is copied: call it before anything of it changes."""
@@ -155,19 +156,19 @@ class Saver:
         """The time in which the state changes, from one iteration to the next: in it, nothing can be rescued.
 
         It begins when what was offered is copied; on a GPU, also when the gradients are there: of a step that waits
-        behind a peer's gradients which never come, nobody could say later whether it was done.
+        behind a peer's gradients which never come, nobody could say later whether it was done. A caller who has read
+        their norm has waited for them, and does not wait again.
         """
+        if self._gpu:
+            self._gpu.wait_for_step()
         self.join()
-        on_gpu = self._world.device.type == "cuda"
-        if on_gpu:
-            torch.cuda.current_stream().synchronize()
         with self._change:
             self._is_torn = True
             yield
             self._is_torn = False
             self.changed_at_s = time.time()
-            if on_gpu:
-                self._changed = torch.cuda.current_stream().record_event()
+            if self._gpu and self._state:
+                self._gpu.note_change(self._state.scaler)
 
     @contextmanager
     def rescuing(self) -> Iterator[None]:
@@ -188,10 +189,12 @@ class Saver:
         For the end of an attempt, from whatever thread: the state changes no more after this. Needs no other rank:
         the shares of those on this node that are gone, or are at another iteration, are written here as well.
         """
+        self._room.is_ending = True
         with self._rescue:
             if self._rescued is None:
                 began_s = time.perf_counter()
                 try:
+                    self._world.choose_device()
                     self._rescued = (self._put_aside(stand_in_s),)
                 except Exception as error:  # whatever it is, the attempt ends, and earlier states are there
                     self._rescued = (None,)
@@ -204,12 +207,13 @@ class Saver:
     def close(self, is_finished: bool) -> None:
         """Let go of the state and of node memory; where the run is finished, its states there are deleted."""
         with self._rescue:
-            self._rescued, self._state = self._rescued or (None,), None
+            self._rescued, self._state, self._gpu = self._rescued or (None,), None, None
+        letting_go = self._copier.submit(partial(self._room.let_go, is_finished))
         self._copier.close()
         self._uploader.close()
+        with suppress(TimeoutError):  # it ends what it is at first
+            letting_go.exception(timeout=_ROOM_S)
         if self._nodes.memory:
-            for slot in self._slots if is_finished else []:
-                slot.withdraw()
             self._nodes.memory.close(is_finished)
 
     def _put_aside(self, stand_in_s: float) -> int | None:
@@ -218,15 +222,16 @@ class Saver:
         if not self._change.acquire(timeout=_OTHERS_S) or self._is_torn or memory is None:
             return None
         if self._copier.last:
-            self._copier.last.exception(timeout=_OTHERS_S)
-        if self._has_no_memory or not self._slots or not state.optimizer.state:
+            self._copier.last.exception(timeout=_ROOM_S)
+        if self._room.is_missing or not self._room.slots or not state.optimizer.state:
             return None
-        snapshot = capture(state, state.val_loss if state.is_evaluated else None)
+        scaler = self._gpu.scaler_for_rescue() if self._gpu else None
+        snapshot = capture(state, state.val_loss if state.is_evaluated else None, scaler)
         name = checkpoint_name(snapshot.iter_num, self._world.attempt)
         files = files_of(snapshot, self._world.size)
         described = self._description(snapshot, files)
-        if all(slot.iter_num != snapshot.iter_num for slot in self._slots):
-            self._copy_now(snapshot, self._free_slot(), name, self._nodes.share, described)
+        if all(slot.iter_num != snapshot.iter_num for slot in self._room.slots):
+            self._copy_now(snapshot, self._room.free_slot(self._uploading), name, self._nodes.share, described)
         memory.sign_out()
         missing = [share for share in range(self._nodes.shares) if share != self._nodes.share]
         began_s = time.monotonic()
@@ -251,12 +256,12 @@ class Saver:
         return self._nodes.memory.share_path(name, share, self._nodes.shares).exists()
 
     def _copy_now(self, snapshot: Snapshot, slot: Slot, name: str, share: int, described: dict[str, Any]) -> None:
-        copy = Copy({**snapshot.model, **snapshot.optimizer}, self._world.device, self._changed)
-        copy.run(slot.begin())
+        copy = self._gpu.copy_for_rescue if self._gpu else copy_tensors
+        copy({**snapshot.model, **snapshot.optimizer}, slot.begin())
         slot.seal(name, share, self._nodes.shares, described)
 
     def _begin(self, snapshot: Snapshot, to_storage: bool) -> None:
-        """Start the copy of a state into node memory and, behind it, the upload."""
+        """Start the copy of a state, the scaler's included, into node memory and, behind it, the upload."""
         with self._change:  # or a rescue from another thread would use the same slot
             self._begin_alone(snapshot, to_storage)
 
@@ -267,8 +272,9 @@ class Saver:
         self._is_copy_for_storage, self._storage_pause_s = to_storage, 0.0 if to_storage else self._storage_pause_s
         name = checkpoint_name(snapshot.iter_num, self._world.attempt)
         state = self._description(snapshot, files_of(snapshot, self._world.size))
-        slot = self._free_slot()
-        self._copy = Copy({**snapshot.model, **snapshot.optimizer}, self._world.device)
+        slot = self._room.free_slot(self._uploading)
+        assert self._state
+        self._copy = Copy({**snapshot.model, **snapshot.optimizer}, ScalerValues(self._state.scaler), self._gpu)
         sealed = self._copier.submit(partial(self._to_memory, self._copy, slot, name, state))
         if to_storage:
             self._uploading = slot
@@ -281,10 +287,6 @@ class Saver:
         self._pace.paused(seconds)
         if self._is_copy_for_storage:
             self._storage_pause_s += seconds
-
-    def _free_slot(self) -> Slot:
-        """Return the slot that is not being uploaded; of two, the one with the older state."""
-        return min((slot for slot in self._slots if slot is not self._uploading), key=lambda slot: slot.iter_num)
 
     def _description(self, snapshot: Snapshot, files: Files) -> dict[str, Any]:
         assert self._state
@@ -300,58 +302,20 @@ class Saver:
     def _layouts(self, files: Files, share: int | None = None) -> dict[str, Layout]:
         return {file: layout_of(tensors) for file, tensors in self._nodes.share_of(files, share).items()}
 
-    def _reserve(self, layouts: dict[str, Layout]) -> None:
-        """Reserve room for two states of this rank's share; for one, while older ones are here. On the copier's thread.
-
-        So there are never more than two: an older one goes as soon as the first of this attempt is whole.
-        """
-        memory = self._nodes.memory
-        assert memory
-        try:
-            if not self._slots:  # for both: who has room for one only could lose it while it is written
-                share_bytes = sum(layout.size_bytes for layout in layouts.values())
-                memory.check_room(2 * share_bytes * self._nodes.shares)
-            for _ in range(1 if memory.holds_other_than(self._world.attempt) else 2 - len(self._slots)):
-                slot = Slot(memory, layouts)
-                if self._world.device.type == "cuda":
-                    pin(list(slot.contents().values()))
-                self._slots.append(slot)
-        except Exception as error:  # whatever a memory file system fails with: checkpoints go on without it
-            self._give_up_memory(error)
-
-    def _give_up_memory(self, error: Exception) -> None:
-        if not self._has_no_memory:
-            logger.warning(
-                "no more states are kept in node memory, training pauses for every checkpoint: %s",
-                str(error) if isinstance(error, CheckpointError) else f"{type(error).__name__}: {error}",
-            )
-        self._has_no_memory = True
-
     def _to_memory(self, copy: Copy, slot: Slot, name: str, state: dict[str, Any]) -> None:
         """Put a state into a slot. On the copier's thread."""
         began_s, cpu_began_s = time.perf_counter(), time.thread_time()
         try:
             copy.run(slot.begin())
+            state["scaler"] = copy.scaler.state_dict()  # for the upload, too
             slot.seal(name, self._nodes.share, self._nodes.shares, state)
         except Exception as error:
-            self._give_up_memory(error)
+            self._room.give_up(error)
             raise
         finally:
             copy.release()
         self._pace.copied(time.perf_counter() - began_s, time.thread_time() - cpu_began_s)
-        if len(self._slots) < 2:
-            self._drop_older_attempts(name)
-            self._reserve(slot.layouts)
-
-    def _drop_older_attempts(self, name: str) -> None:
-        """Delete what earlier attempts have left, once the first state of this one is whole on this node."""
-        memory = self._nodes.memory
-        assert memory
-        deadline_s = time.monotonic() + _OTHERS_S
-        while not memory.is_whole(name, self._nodes.shares) and time.monotonic() < deadline_s:
-            time.sleep(0.01)
-        if memory.is_whole(name, self._nodes.shares):
-            memory.forget_other_than(self._world.attempt)
+        self._room.take_all(name)
 
     def _to_storage(self, name: str, state: dict[str, Any], slot: Slot, sealed: Future[Any]) -> None:
         """Upload this rank's own files of a state and announce it. On the uploader's thread."""
@@ -394,11 +358,11 @@ class Saver:
             return
         if self._schedule.owed not in (None, state.iter_num):
             self._skip(self._schedule.owed)
-        if self._agreed[4] == 0 and self._slots and state.optimizer.state:
-            self._begin(capture(state, val_loss), to_storage=True)
+        if self._agreed[4] == 0 and self._room.slots and state.optimizer.state:
+            self._begin(capture(state, val_loss, scaler={}), to_storage=True)
             self.join()
             self._wait()
-        if state.iter_num != self._durable_iter and (self._agreed[4] or not self._slots):
+        if state.iter_num != self._durable_iter and (self._agreed[4] or not self._room.slots):
             self._save_directly(capture(state, val_loss))
         if state.iter_num != self._durable_iter:
             why = next(record["why"] for record in reversed(self._ended) if "why" in record)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from model import GPT
+from orchestrator.checkpoint.files import bytes_of
 from orchestrator.checkpoint.snapshot import ParamGroup, Snapshot
 from orchestrator.checkpoint.store import Checkpoint
 
@@ -57,8 +58,39 @@ class TrainState:
         return self.evaluated_at == self.iter_num
 
 
-def capture(state: TrainState, val_loss: float | None = None) -> Snapshot:
-    """Return the state as a snapshot that shares its tensors: nothing is copied, so use it before the next step."""
+class ScalerValues:
+    """A GradScaler's `state_dict` that waits for no device: what lies on one is copied to `places`, as tensors are.
+
+    tensors: what lies there, of the state that the scaler is in when this is made.
+    """
+
+    def __init__(self, scaler: torch.amp.GradScaler) -> None:
+        self.tensors: dict[str, Tensor] = {}
+        if scaler.is_enabled() and scaler._scale is not None and scaler._growth_tracker is not None:
+            self.tensors = {"scale": scaler._scale, "_growth_tracker": scaler._growth_tracker}
+            self._known = {
+                "growth_factor": scaler.get_growth_factor(),
+                "backoff_factor": scaler.get_backoff_factor(),
+                "growth_interval": scaler.get_growth_interval(),
+            }
+        else:  # not in use, or nothing was scaled yet
+            self._known = scaler.state_dict()
+        self._copies = {name: torch.empty(t.shape, dtype=t.dtype) for name, t in self.tensors.items()}
+
+    @property
+    def places(self) -> dict[str, memoryview]:
+        return {name: bytes_of(copy) for name, copy in self._copies.items()}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what `load_state_dict` takes, once everything was copied."""
+        return {**self._known, **{name: copy.item() for name, copy in self._copies.items()}}
+
+
+def capture(state: TrainState, val_loss: float | None = None, scaler: dict[str, Any] | None = None) -> Snapshot:
+    """Return the state as a snapshot that shares its tensors: nothing is copied, so use it before the next step.
+
+    scaler: the GradScaler's state where the caller reads it by itself; else, with float16 on a GPU, this waits for it.
+    """
     names: dict[Tensor, str] = {parameter: name for name, parameter in state.model.named_parameters()}
     optimizer: dict[str, Tensor] = {}
     if state.optimizer.state:  # in the model's order, whatever the optimizer's own: equal states are equal files
@@ -84,7 +116,7 @@ def capture(state: TrainState, val_loss: float | None = None) -> Snapshot:
         best_val_loss=state.best_val_loss,
         val_loss=val_loss if val_loss is not None and math.isfinite(val_loss) else None,  # JSON knows no NaN
         config=state.config,
-        scaler=state.scaler.state_dict(),
+        scaler=state.scaler.state_dict() if scaler is None else scaler,
         guard=deepcopy(state.guard),
     )
 

@@ -16,7 +16,7 @@ import pytest
 from fsspec.implementations.local import LocalFileSystem
 
 from orchestrator import loop
-from orchestrator.checkpoint import reading
+from orchestrator.checkpoint import reading, restore
 from orchestrator.checkpoint.files import FileRecord, read_tensors
 from orchestrator.checkpoint.memory import run_path, share_path, states_in
 from orchestrator.checkpoint.snapshot import Snapshot, tensors_equal
@@ -376,6 +376,57 @@ def test_who_has_the_state_in_memory_reads_it_and_only_the_rest_is_sent(
     begin = scene.begin_record()
     assert (begin["from"], begin["from_storage_bytes"]) == (name, 0)
     assert tensors_equal(final_state(scene.config.out_dir), undisturbed(tiny, 3))
+
+
+def read_as_on_gpus(rank: int) -> None:
+    """Let a process take what others send within its node to be faster than memory, and say what is read and sent."""
+    restore._reads_for_itself = lambda _world: False
+    tell_what_is_read_and_sent(rank)
+
+
+@pytest.mark.parametrize(
+    "what",
+    [
+        "both nodes have it",
+        pytest.param("one file is damaged on one node", marks=pytest.mark.slow),
+        pytest.param("readings break off", marks=pytest.mark.slow),
+    ],
+)
+def test_on_gpus_one_rank_of_each_node_reads_for_its_node(
+    left: Callable[[str, str], Scene], tiny: TrainConfig, undisturbed: Undisturbed, what: str
+) -> None:
+    scene = left("001", "ahead")
+    name = scene.newest("0")
+    size_bytes = {file: record.size_bytes for path in scene.shares("0", name) for file, record in records(path).items()}
+    again_by: list[tuple[int, str]] = []
+    if what == "one file is damaged on one node":
+        again_by = [(2, damage(scene, "0", flip_a_bit)[0])]
+    again = scene.train("001", "again", prepare=READ_AS_ON_GPUS[what])
+    assert again.is_done, again.said
+    read = [(int(rank), file) for rank, file in re.findall(r"rank (\d) reads .*/(\S+)", again.said)]
+    heard = [tuple(map(int, found)) for found in re.findall(r"rank (\d) hears of rank (\d): (\d+) bytes", again.said)]
+    if what != "readings break off":
+        expected = [*again_by, *((2, file) for file in size_bytes)]
+        assert sorted(file for rank, file in read if rank == 2) == sorted(file for _, file in expected)
+        assert sorted(file for rank, file in read if rank != 2) == sorted(size_bytes), "once, by one of two ranks"
+        assert {rank for rank, _ in read} == {0, 1, 2}
+        crossed = {of for rank, of, _ in heard if rank == 2} - {2} | {of for rank, of, _ in heard if rank != 2} & {2}
+        assert crossed == ({2} if again_by else set()), "nothing but what one node lacks"
+    begin = scene.begin_record()
+    assert (begin["from"], begin["from_storage_bytes"]) == (name, 0)
+    assert tensors_equal(final_state(scene.config.out_dir), undisturbed(tiny, 3))
+
+
+def break_off_as_on_gpus(rank: int) -> None:
+    read_as_on_gpus(rank)
+    break_off_first_readings(rank)
+
+
+READ_AS_ON_GPUS = {
+    "both nodes have it": read_as_on_gpus,
+    "one file is damaged on one node": read_as_on_gpus,
+    "readings break off": break_off_as_on_gpus,
+}
 
 
 def records(share: Path) -> dict[str, FileRecord]:

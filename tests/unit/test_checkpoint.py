@@ -98,6 +98,13 @@ def test_model_files_are_plain_safetensors_with_nanogpt_names(store: CheckpointS
     assert all(torch.equal(tensors[name], snapshot.model[name]) for name in tensors)
 
 
+def test_tensors_begin_where_a_gpu_writes_best(store: CheckpointStore) -> None:
+    saved(store, 5)
+    for kind in ("model", "optimizer"):
+        content = Path(store.path("checkpoint_00000005_a", f"{kind}-00000-of-00001.safetensors")).read_bytes()
+        assert (8 + int.from_bytes(content[:8], "little")) % 64 == 0
+
+
 def test_model_only_never_opens_an_optimizer_file(store: CheckpointStore) -> None:
     snapshot = saved(store, 5)
     store.fs.rm(store.path("checkpoint_00000005_a", "optimizer-00000-of-00001.safetensors"))

@@ -127,6 +127,21 @@ def test_a_share_that_has_no_room_is_not_written(start: Start, monkeypatch: pyte
     assert whole(survivor) == []
 
 
+def test_a_rescue_does_not_wait_for_shares_that_never_come(start: Start) -> None:
+    """The copier does, before it deletes the state that this attempt began with; a peer that is gone adds none."""
+    survivor = start(0, 7)
+    del survivor._room.slots[1:]  # as where an older state is here still
+    waiting = survivor._copier.submit(lambda: survivor._room.take_all(checkpoint_name(6, ATTEMPT)))
+    with pytest.raises(TimeoutError):
+        waiting.result(0.1)
+    began_s = time.monotonic()
+    assert survivor.rescue(stand_in_s=0) == 7
+    assert time.monotonic() - began_s < 5, "it waited"
+    assert waiting.done()
+    assert len(survivor._room.slots) == 1
+    assert whole(survivor) == [checkpoint_name(7, ATTEMPT)]
+
+
 def test_inside_a_step_nothing_is_rescued(start: Start) -> None:
     rank = start(0, 7)
     with pytest.raises(ZeroDivisionError), rank.changing():
