@@ -50,6 +50,7 @@ from orchestrator.lr_schedule import learning_rate
 from orchestrator.process import agree_on_dtype, agree_to_compile, change_of_data, environment, new_attempt, pin
 from orchestrator.recovery.guard import Guard
 from orchestrator.storage_options import public, storage_options_of
+from orchestrator.telemetry.flops import Flops
 from orchestrator.telemetry.stopwatch import Stopwatch
 from orchestrator.world import World
 
@@ -178,7 +179,7 @@ def train_on(
     if not config.eval_only:
         X, Y = batch(state.iter_num, micro_steps[0])  # the very first
     vote = world.vote([0, *saver.ballot()])
-    running_mfu = -1.0
+    flops = Flops(world.device)
     watch = Stopwatch()
     with saver.rescuing():
         while True:
@@ -194,7 +195,7 @@ def train_on(
                 if losses:
                     lr = learning_rate(config, state.iter_num)
                     more = perplexity(losses["val"], data) if config.eval_only and world.is_main else {}
-                    say("eval", train_loss=losses["train"], val_loss=losses["val"], lr=lr, mfu=running_mfu, **more)
+                    say("eval", train_loss=losses["train"], val_loss=losses["val"], lr=lr, **flops.told(), **more)
                     state.best_val_loss = min(state.best_val_loss, losses["val"])
                     watch.evaluated()
                 state.evaluated_at = state.iter_num if losses or not is_due else -1  # it was broken off: still to do
@@ -269,10 +270,9 @@ def train_on(
                 loss_value = numbers[1] / len(micro_steps)
                 dt = time.perf_counter() - t0
                 if it >= began_at + 5:  # let the loop settle a bit
-                    mfu = state.model.estimate_mfu(config.batch_size * len(micro_steps), dt)
-                    running_mfu = mfu if running_mfu == -1.0 else 0.9 * running_mfu + 0.1 * mfu
+                    flops.add(state.model.estimate_mfu(config.batch_size * len(micro_steps), dt, peak_flops=1.0))
                 tokens_per_s = tokens_per_iter(config) / dt
-                say("step", iter=it, loss=loss_value, lr=lr, dt_s=dt, mfu=running_mfu, tokens_per_s=tokens_per_s)
+                say("step", iter=it, loss=loss_value, lr=lr, dt_s=dt, **flops.told(), tokens_per_s=tokens_per_s)
 
 
 def join_run(config: TrainConfig, world: World, store: CheckpointStore, rollbacks: Sequence[Rollback] = ()) -> Nodes:
