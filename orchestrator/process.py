@@ -17,6 +17,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from orchestrator.compile_cache import keep_compiled
 from orchestrator.config import TrainConfig
 from orchestrator.errors import ConfigError
 from orchestrator.world import World
@@ -105,6 +106,7 @@ def compiler_fault(device: torch.device) -> str | None:
     PyTorch looks for a C++ compiler, headers and, on GPUs, Triton's parts only when it compiles. What it has compiled
     for this function on this machine before is taken from its cache.
     """
+    keep_compiled()
     try:
         torch.compile(_compiled_for_trial)(torch.ones(2**14, device=device))
     except Exception as error:  # whatever a broken tool makes of it
