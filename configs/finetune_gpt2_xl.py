@@ -4,11 +4,12 @@
 #   orchestrator train configs/finetune_gpt2_xl.py --dataset=mine --data_dir=/shared/data --out_dir=s3://bucket/mine
 #
 # Every GPU holds the whole model, so it needs 40 GB or more: A100, L40S, H100. Float32 weights (6.2 GB), gradients
-# (6.2 GB) and AdamW's two moments (12.5 GB) are 16 bytes per parameter, 25 GB; bfloat16 copies of the weights take
-# 3 GB during a micro-step, activations and logits 4 GB for each sequence of 1,024 tokens. So batch_size=1 needs
-# 32 GB and fits 40 GB; with 80 GB try --batch_size=4 --gradient_accumulation_steps=8, the same global batch in
-# fewer, larger micro-steps. --activation_checkpointing=True --loss_chunk=256 brings a sequence down to about 0.5 GB for
-# a third more time, so that 40 GB hold --batch_size=8 as well. More GPUs do not make it smaller, only faster.
+# (6.2 GB, on several workers too) and AdamW's two moments (12.5 GB) are 16 bytes per parameter, 25 GB; bfloat16 copies
+# of the weights take 3 GB during a micro-step, activations and logits 4 GB for each sequence of 1,024 tokens, CUDA and
+# NCCL 1 to 2 GB. So batch_size=1 needs 33 to 34 GB and should fit 40 GB (docs/memory.md has the count; no GPU has shown
+# it yet). With 80 GB try --batch_size=4 --gradient_accumulation_steps=8, the same global batch in fewer, larger
+# micro-steps. --activation_checkpointing=True --loss_chunk=256 brings a sequence down to about 0.6 GB for a third more
+# time, so that 40 GB should hold --batch_size=8 as well. More GPUs do not make it smaller, only faster.
 #
 # A checkpoint is 18.7 GB (weights and moments); with the next one being written, each run keeps up to four of them.
 # A node needs host memory for copies of it as well: 64 GB.

@@ -26,6 +26,7 @@ Generators = torch.Generator | Sequence[torch.Generator] | None
 # in float32, 0.02 in bfloat16. Where the two best are closer than this, a whole pass decides.
 ROUNDING = {torch.float32: 2**-16, torch.bfloat16: 2**-5, torch.float16: 2**-8, torch.float64: 2**-40}
 TF32_ROUNDING = 2**-8  # float32 products on a GPU that rounds their factors
+_TINY = 1e-30  # a temperature below is as good as 0, and would make logits infinite
 
 
 class NotFiniteError(ArithmeticError):
@@ -59,7 +60,7 @@ class Choice:
     @property
     def is_greedy(self) -> bool:
         """Whether nothing is drawn: it is always the likeliest token."""
-        return self.temperature == 0 or self.top_k == 1
+        return self.temperature < _TINY or self.top_k == 1
 
 
 @torch.no_grad()
@@ -136,7 +137,7 @@ def choose(logits: Tensor, choice: Choice, generator: Generators) -> Tensor:
 
     Source: top-p is nucleus sampling, https://arxiv.org/abs/1904.09751
     """
-    if choice.temperature == 0:
+    if choice.temperature < _TINY:
         return logits.argmax(dim=-1, keepdim=True)
     logits = logits.float() / choice.temperature
     if choice.top_k is not None:
@@ -145,21 +146,33 @@ def choose(logits: Tensor, choice: Choice, generator: Generators) -> Tensor:
     probabilities = F.softmax(logits, dim=-1)
     if choice.top_p is not None and choice.top_p < 1:
         probabilities = _nucleus(probabilities, choice.top_p)
-    if not isinstance(generator, Sequence):
-        return torch.multinomial(probabilities, num_samples=1, generator=generator)
-    rows = zip(probabilities, generator, strict=True)  # each row draws from its own
-    return torch.stack([torch.multinomial(row, num_samples=1, generator=own) for row, own in rows])
+    return draw(probabilities, generator)
+
+
+def draw(probabilities: Tensor, generator: Generators) -> Tensor:
+    """Draw one index per row by its probabilities, (B, V) -> (B, 1): the one that `torch.multinomial` draws.
+
+    Of exponential numbers, divided by their rates, the smallest is that of entry i with the probability of i. Rows that
+    draw from generators of their own are put together before they are compared, and nothing is read from the device.
+    """
+    races = torch.empty_like(probabilities)
+    if isinstance(generator, Sequence):
+        for row, own in zip(races, generator, strict=True):
+            row.exponential_(generator=own)
+    else:
+        races.exponential_(generator=generator)
+    return (probabilities / races).argmax(dim=-1, keepdim=True)
 
 
 def skip_draws(generator: torch.Generator, n_draws: int, vocab_size: int) -> None:
     """Leave a generator as `n_draws` tokens that are drawn from it would: one row, temperature above 0."""
-    if generator.device.type == "cpu":  # multinomial takes 64 random bits for each entry, and then a logarithm
+    if generator.device.type == "cpu":  # `draw` takes 64 random bits for each entry, and then a logarithm
         for _ in range(n_draws):
             torch.empty(vocab_size, dtype=torch.int64).random_(generator=generator)
         return
-    evenly = torch.ones(vocab_size, device=generator.device)
+    races = torch.empty(vocab_size, device=generator.device)
     for _ in range(n_draws):
-        torch.multinomial(evenly, num_samples=1, generator=generator)
+        races.exponential_(generator=generator)
 
 
 def _nucleus(probabilities: Tensor, top_p: float) -> Tensor:

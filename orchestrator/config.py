@@ -89,7 +89,7 @@ class TrainConfig:
     seed: int = 1337  # of the initial weights, the batches and dropout
     data_dir: str = "data"  # where datasets lie, on every node
     sampling: Literal["random", "epoch"] = "random"  # epoch: every block once per epoch; random: with replacement
-    deterministic: bool = True  # same bits after a restart; False: nondeterministic GPU kernels, a little faster
+    deterministic: bool = True  # same bits after a restart; False: nondeterministic GPU kernels, which may be faster
     # what a new run takes of init_from
     init_checkpoint: str = "auto"  # of a run: latest, best, a name; auto: the latest, or as always_save_checkpoint says
     init_weights_only: bool = False  # the weights alone: it begins at iteration 0, with new moments and no best loss

@@ -45,10 +45,20 @@ from orchestrator.data.dataset import Dataset, open_dataset
 from orchestrator.data.sampling import Sampling, going_on
 from orchestrator.data.tokenizers import Tokenizer
 from orchestrator.errors import DataError, GoneBackError
+from orchestrator.gradients import wrap
 from orchestrator.lr_schedule import learning_rate
-from orchestrator.process import agree_to_compile, change_of_data, environment, free_memory, new_attempt, pin
+from orchestrator.process import (
+    agree_on_dtype,
+    agree_to_compile,
+    change_of_data,
+    environment,
+    free_memory,
+    new_attempt,
+    pin,
+)
 from orchestrator.recovery.guard import Guard
 from orchestrator.storage_options import public, storage_options_of
+from orchestrator.telemetry.flops import Flops
 from orchestrator.telemetry.stopwatch import Stopwatch
 from orchestrator.world import World
 
@@ -101,7 +111,7 @@ def train(
     Raises:
         UserError: on all ranks alike, if data or checkpoints do not fit.
     """
-    config = agree_to_compile(config, world)
+    config = agree_to_compile(agree_on_dtype(config, world), world)
     while True:
         with suppress(GoneBackError):  # on all ranks alike; behind this, no error holds on to the old state
             return train_on(config, world, tell, committed, should_stop, began)
@@ -171,8 +181,13 @@ def train_on(
     micro_steps = range(world.rank, config.gradient_accumulation_steps, world.size)
     weight = world.size / config.gradient_accumulation_steps  # DDP divides by world.size: the mean over micro-steps
 
+    def batch(iter_num: int, micro_step: int) -> tuple[Tensor, Tensor]:
+        return to_device(data.batch("train", data_iter(iter_num, rollbacks), micro_step), world.device)
+
+    if not config.eval_only:
+        X, Y = batch(state.iter_num, micro_steps[0])  # the very first
     vote = world.vote([0, *saver.ballot()])
-    running_mfu = -1.0
+    flops = Flops(world.device)
     watch = Stopwatch()
     with saver.rescuing():
         while True:
@@ -188,7 +203,7 @@ def train_on(
                 if losses:
                     lr = learning_rate(config, state.iter_num)
                     more = perplexity(losses["val"], data) if config.eval_only and world.is_main else {}
-                    say("eval", train_loss=losses["train"], val_loss=losses["val"], lr=lr, mfu=running_mfu, **more)
+                    say("eval", train_loss=losses["train"], val_loss=losses["val"], lr=lr, **flops.told(), **more)
                     state.best_val_loss = min(state.best_val_loss, losses["val"])
                     watch.evaluated()
                 state.evaluated_at = state.iter_num if losses or not is_due else -1  # it was broken off: still to do
@@ -222,24 +237,34 @@ def train_on(
             # forward and backward this rank's micro-steps; gradients are averaged over ranks in the last one
             loss_sum = torch.zeros((), device=world.device)
             for micro_step in micro_steps:
-                X, Y = to_device(data.batch("train", data_iter(state.iter_num, rollbacks), micro_step), world.device)
-                torch.manual_seed(dropout_seed(config.seed, state.iter_num, micro_step))
+                is_last = micro_step == micro_steps[-1]
+                following = (
+                    (state.iter_num + 1, micro_steps[0]) if is_last else (state.iter_num, micro_step + world.size)
+                )
+                seed_dropout(state.model.config.dropout, config.seed, state.iter_num, micro_step)
                 if ddp:
-                    ddp.require_backward_grad_sync = micro_step == micro_steps[-1]
+                    ddp.require_backward_grad_sync = is_last
                 with autocast(config):
                     _, loss = (ddp or net)(X, Y)
                 loss_sum += loss.detach()
                 state.scaler.scale(loss * weight).backward()
+                X, Y = batch(*following)  # drawn and sent while the GPU is still at the backward pass
 
-            # clip, step, and flush the gradients as soon as we can: this memory is needed no more
-            verdict = guard.judge(clip(state, config.grad_clip), loss_sum)
+            # clip; the numbers that decide about the step come from the GPU in one message, the only one that is waited
+            # for: once it is here, the gradients are there, and what comes after it runs behind the next iteration
+            norm = clip(state, config.grad_clip)
+            loss_scale = state.scaler.scale(torch.ones_like(loss_sum))  # 1, but for float16
+            numbers = torch.stack((norm, loss_sum, loss_scale)).tolist()
+            verdict = guard.judge(*numbers)
+
+            # step, and flush the gradients; those in DDP's buckets stay there, or they would exist twice
             with saver.changing():  # once what was offered is copied
                 if verdict.is_good:
                     state.scaler.step(state.optimizer)
                     state.scaler.update()
                 guard.note(verdict)
                 state.iter_num += 1
-            state.optimizer.zero_grad(set_to_none=True)
+            state.optimizer.zero_grad(set_to_none=ddp is None)
             if not verdict.is_good:
                 say("step_skipped", iter=state.iter_num - 1, why=verdict.why, **guard.counts())
                 if back := guard.after(verdict):
@@ -247,16 +272,15 @@ def train_on(
             if window := watch.stepped(saver.paused_s):
                 say("steps", **window)
 
-            # timing and logging; the loss is the mean over this rank's micro-steps, and .item() waits for the GPU
+            # timing and logging; the loss is the mean over this rank's micro-steps
             it = state.iter_num - 1
             if it % config.log_interval == 0:
-                loss_value = loss_sum.item() / len(micro_steps)
+                loss_value = numbers[1] / len(micro_steps)
                 dt = time.perf_counter() - t0
                 if it >= began_at + 5:  # let the loop settle a bit
-                    mfu = state.model.estimate_mfu(config.batch_size * len(micro_steps), dt)
-                    running_mfu = mfu if running_mfu == -1.0 else 0.9 * running_mfu + 0.1 * mfu
+                    flops.add(state.model.estimate_mfu(config.batch_size * len(micro_steps), dt, peak_flops=1.0))
                 tokens_per_s = tokens_per_iter(config) / dt
-                say("step", iter=it, loss=loss_value, lr=lr, dt_s=dt, mfu=running_mfu, tokens_per_s=tokens_per_s)
+                say("step", iter=it, loss=loss_value, lr=lr, dt_s=dt, **flops.told(), tokens_per_s=tokens_per_s)
 
 
 def join_run(config: TrainConfig, world: World, store: CheckpointStore, rollbacks: Sequence[Rollback] = ()) -> Nodes:
@@ -311,7 +335,8 @@ def check_surroundings(now: Record, world: World, state: TrainState) -> None:
             "THE DATASET IS NOT THE ONE that this run was trained on so far: %s; it goes on with this one", change
         )
     others = {key: value for key, value in now.items() if key not in ("data", "train_tokens", "val_tokens")}
-    changed = [f"{key} {before.get(key)} -> {value}" for key, value in others.items() if before.get(key) != value]
+    # what an older version of this program did not note is no change
+    changed = [f"{key} {before[key]} -> {x}" for key, x in others.items() if before.get(key, x) != x]
     if changed and world.is_main:
         logger.warning("the last bits may differ from an undisturbed run's: %s", ", ".join(changed))
 
@@ -336,25 +361,20 @@ def tokens_per_iter(config: TrainConfig) -> int:
     return config.gradient_accumulation_steps * config.batch_size * config.block_size
 
 
-def wrap(net: nn.Module, world: World) -> DistributedDataParallel:
-    """Average gradients over ranks; the weights are equal already, so nothing is broadcast."""
-    device_ids = [world.device.index] if world.device.type == "cuda" else None
-    return DistributedDataParallel(net, device_ids=device_ids, gradient_as_bucket_view=True, init_sync=False)
-
-
 def warm_up(ddp: DistributedDataParallel, data: Dataset, config: TrainConfig, world: World) -> None:
     """Run one throw-away forward and backward, so that every attempt sums gradients in the same order.
 
     After its first backward DDP rebuilds its buckets in the order in which gradients became ready, and with that the
     order of summation over three or more ranks. Without this, a resumed run's first step would be summed in the
-    first order where the undisturbed run's was summed in the second, and the bits would differ.
+    first order where the undisturbed run's was summed in the second, and the bits would differ. The gradients stay,
+    as zeros, for DDP to move into the new buckets.
     """
     X, Y = to_device(data.batch("train", 0, 0), world.device)
     rows = config.batch_size if config.compile else 1  # one shows the order; another shape would be compiled anew
     with autocast(config):
         _, loss = ddp(X[:rows], Y[:rows])
     loss.backward()
-    ddp.zero_grad(set_to_none=True)
+    ddp.zero_grad(set_to_none=False)
 
 
 def clip(state: TrainState, grad_clip: float) -> Tensor:
@@ -384,7 +404,7 @@ def evaluate(
     means = {}
     vote = world.vote([stopping])
     for split in ("train", "val"):
-        losses = torch.zeros(config.eval_iters, dtype=torch.float64)
+        mine: list[Tensor] = []  # they stay on the device until all are there: no batch waits for the one before
         for first in range(0, config.eval_iters, world.size):
             if (stopping := vote.result()[0]) != GO_ON:
                 net.train()
@@ -394,7 +414,10 @@ def evaluate(
                 X, Y = to_device(data.batch(split, 0, k, evaluation=True), world.device)
                 with autocast(config):
                     _, loss = net(X, Y)
-                losses[k] = loss.item()
+                mine.append(loss)
+        losses = torch.zeros(config.eval_iters, dtype=torch.float64)
+        if mine:
+            losses[world.rank :: world.size] = torch.stack(mine).cpu().double()
         means[split] = world.sum(losses).mean().item()
     net.train()
     return means, vote.result()[0]
@@ -408,6 +431,12 @@ def perplexity(val_loss: float, data: Dataset) -> dict[str, float]:
     length_bytes = data.bytes_per_token("val")
     bits = {"bits_per_byte": val_loss / math.log(2) / length_bytes} if length_bytes else {}
     return {"perplexity": math.exp(val_loss), **bits}
+
+
+def seed_dropout(dropout: float, seed: int, iter_num: int, micro_step: int) -> None:
+    """Begin a micro-step's dropout, where the model has any: nothing else is random in it, and seeding takes time."""
+    if dropout > 0:
+        torch.manual_seed(dropout_seed(seed, iter_num, micro_step))
 
 
 def dropout_seed(seed: int, iter_num: int, micro_step: int) -> int:

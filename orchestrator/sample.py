@@ -208,7 +208,7 @@ def _weight_dtype(config: SampleConfig, device: torch.device) -> torch.dtype:
 def _autocast(config: SampleConfig, device: torch.device) -> AbstractContextManager[Any]:
     if device.type != "cuda":
         return nullcontext()
-    best = "bfloat16" if torch.cuda.is_bf16_supported() else "float16"
+    best = "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float16"
     dtype = getattr(torch, best if config.dtype == "auto" else config.dtype)
     torch.backends.cuda.matmul.allow_tf32 = True
     torch.backends.cudnn.allow_tf32 = True

@@ -21,7 +21,7 @@ from statistics import median
 
 import torch
 import xxhash
-from torch import Tensor, nn
+from torch import nn
 
 from orchestrator.checkpoint.rollbacks import Rollback
 from orchestrator.checkpoint.state import TrainState
@@ -59,16 +59,19 @@ class Guard:
         saved = {"skipped": 0, "in_a_row": 0, "losses": [], **state.guard}
         self.memory = state.guard = {**saved, "rollbacks": len(rollbacks)}
 
-    def judge(self, norm: Tensor, loss_sum: Tensor) -> Verdict:
-        """Look at a step before it is taken; norm: the gradient's; loss_sum: over this rank's micro-steps."""
-        scaler = self._state.scaler
-        if scaler.is_enabled() and scaler.get_scale() > 1.0:
+    def judge(self, norm: float, loss_sum: float, loss_scale: float) -> Verdict:
+        """Look at a step's numbers before it is taken; they are on this machine already.
+
+        norm: the gradient's. loss_sum: over this rank's micro-steps. loss_scale: float16's, else 1.
+        """
+        if loss_scale > 1.0:
             return Verdict()  # float16: the scaler skips steps by itself, while it looks for its scale
-        if not math.isfinite(size := norm.item()):
-            return Verdict(why=f"the norm of the gradient is {size}")
+        if not math.isfinite(norm):
+            return Verdict(why=f"the norm of the gradient is {norm}")
         if not self._config.loss_spike_z:
             return Verdict()
-        loss = self._world.sum(loss_sum.cpu().double()).item() / self._config.gradient_accumulation_steps
+        total = self._world.sum(torch.tensor(loss_sum, dtype=torch.float64)).item()
+        loss = total / self._config.gradient_accumulation_steps
         z = spike_of(loss, self.memory["losses"])
         return Verdict(loss, f"the loss is {loss:.4f}, z={z:.1f}" if z > self._config.loss_spike_z else "")
 

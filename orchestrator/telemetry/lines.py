@@ -30,7 +30,12 @@ def print_record(record: Record) -> None:
 
 
 def _step(r: Record) -> str:
-    return f"iter {r['iter']}: loss {r['loss']:.4f}, time {r['dt_s'] * 1000:.2f}ms, mfu {r['mfu'] * 100:.2f}%"
+    computed = ""
+    if r["mfu"] is not None:
+        computed = f", mfu {r['mfu'] * 100:.2f}%"
+    elif r["tflops"] is not None:
+        computed = f", {r['tflops']:.1f} TFLOP/s"
+    return f"iter {r['iter']}: loss {r['loss']:.4f}, time {r['dt_s'] * 1000:.2f}ms{computed}"
 
 
 def _eval(r: Record) -> str:

@@ -172,15 +172,14 @@ def open_sinks(
 def scalars(record: Record) -> dict[str, float]:
     """Return a record's numbers under the names that charts have: nanoGPT's for an evaluation, else `kind/key`.
 
-    mfu is a fraction in records and percent in charts, as in nanoGPT; below 0 it is not known yet and left out.
+    mfu is a fraction in records and percent in charts, as in nanoGPT; where it is not known it is left out.
     """
     kind = record["kind"]
     if kind not in ("step", "eval", "checkpoint"):
         return {}
     values = {key: x for key, x in record.items() if type(x) in (int, float) and key not in ("iter", "time")}
     if "mfu" in values:
-        mfu = values.pop("mfu")
-        values |= {"mfu": mfu * 100} if mfu >= 0 else {}
+        values["mfu"] *= 100
     return {_NANOGPT_KEYS.get(key, key) if kind == "eval" else f"{kind}/{key}": x for key, x in values.items()}
 
 

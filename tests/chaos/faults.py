@@ -113,12 +113,12 @@ def arm(fault: Fault) -> None:
 
         setattr(owner, name, wrapped)
 
-    original_seed, original_evaluate, original_write = loop.dropout_seed, loop.evaluate, durable.write_file
+    original_seed, original_evaluate, original_write = loop.seed_dropout, loop.evaluate, durable.write_file
 
-    def dropout_seed(seed: int, iter_num: int, micro_step: int) -> int:
+    def seed_dropout(dropout: float, seed: int, iter_num: int, micro_step: int) -> None:
         step["iter_num"] = iter_num
         reached("forward", iter_num, is_exact=True)
-        return original_seed(seed, iter_num, micro_step)
+        original_seed(dropout, seed, iter_num, micro_step)
 
     def evaluate(*args: Any) -> Any:
         step["iter_num"] += 1  # it comes before the first micro-step of its iteration
@@ -132,7 +132,7 @@ def arm(fault: Fault) -> None:
 
         return original_write(fs, path, pieces, told)
 
-    loop.dropout_seed, loop.evaluate, durable.write_file = dropout_seed, evaluate, write_file
+    loop.seed_dropout, loop.evaluate, durable.write_file = seed_dropout, evaluate, write_file
     optim.register_optimizer_step_pre_hook(lambda *_: reached("optimizer", step["iter_num"], is_exact=True))
     optim.register_optimizer_step_post_hook(lambda *_: reached("after_optimizer", step["iter_num"], is_exact=True))
     wrap(durable, "_write", lambda _store, name, *_: _iter_of(name), before="upload", after="write")

@@ -183,16 +183,16 @@ def pausing(pause_at: int | None, folder: Path) -> Callable[[dict[str, Any]], di
         from orchestrator import loop
         from orchestrator.worker import run_worker
 
-        original, rank = loop.dropout_seed, ray.train.get_context().get_world_rank()
+        original, rank = loop.seed_dropout, ray.train.get_context().get_world_rank()
 
-        def dropout_seed(seed: int, iter_num: int, micro_step: int) -> int:
+        def seed_dropout(dropout: float, seed: int, iter_num: int, micro_step: int) -> None:
             if (rank, iter_num) == (1, pause_at):
                 (folder / "paused").touch()
                 while not (folder / "let_go").exists():
                     time.sleep(0.05)
-            return original(seed, iter_num, micro_step)
+            original(dropout, seed, iter_num, micro_step)
 
-        loop.dropout_seed = dropout_seed
+        loop.seed_dropout = seed_dropout
         return run_worker(job)
 
     return worker

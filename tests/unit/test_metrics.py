@@ -30,7 +30,7 @@ def step(iter_num: int, loss: float = 1.0) -> dict[str, Any]:
 
 
 def evaluation(iter_num: int, val_loss: float = 2.0) -> dict[str, Any]:
-    return {"kind": "eval", "iter": iter_num, "train_loss": 1.5, "val_loss": val_loss, "lr": 1e-3, "mfu": -1.0}
+    return {"kind": "eval", "iter": iter_num, "train_loss": 1.5, "val_loss": val_loss, "lr": 1e-3, "mfu": None}
 
 
 @pytest.fixture

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -13,7 +16,9 @@ import torch
 from orchestrator.checkpoint.store import CheckpointStore
 from orchestrator.config import TrainConfig
 from orchestrator.errors import ConfigError
-from orchestrator.process import device_here, resolve
+from orchestrator.loop import check_surroundings
+from orchestrator.process import agree_on_dtype, device_here, environment, pin, resolve
+from orchestrator.world import World
 from tests import ranks
 
 GPU_KINDS = ("cuda", "mps", "xpu")
@@ -89,3 +94,121 @@ def test_a_compiler_that_does_not_work_is_told_of_once_and_all_ranks_run_uncompi
     assert ended.said.count("runs uncompiled") == 1
     assert "Traceback" not in ended.said
     assert not CheckpointStore(config.out_dir).select().state["environment"]["compile"]
+
+
+@pytest.fixture
+def unpinned() -> Iterator[None]:
+    """What `pin` changes for the whole process is put back."""
+    from torch._inductor import config as compiler
+
+    mode, was_deterministic = torch.get_deterministic_debug_mode(), compiler.deterministic
+    yield
+    torch.set_deterministic_debug_mode(mode)
+    compiler.deterministic = was_deterministic
+
+
+@pytest.mark.usefixtures("unpinned")
+@pytest.mark.parametrize("device", ["cpu", "cuda", "cuda:1"])
+def test_attention_on_a_gpu_is_deterministic_and_does_not_only_warn(tiny: TrainConfig, device: str) -> None:
+    pin(replace(tiny, device=device))
+    assert torch.are_deterministic_algorithms_enabled()
+    assert torch.is_deterministic_algorithms_warn_only_enabled() == (device == "cpu")
+    pin(replace(tiny, device=device, deterministic=False))
+    assert not torch.are_deterministic_algorithms_enabled()
+
+
+@pytest.mark.usefixtures("unpinned")
+@pytest.mark.parametrize(("given", "expected"), [(None, ":4096:8"), (":16:8", ":16:8"), (":4096:2", ":4096:8")])
+def test_cublas_has_a_workspace_that_pytorch_takes_for_deterministic(
+    tiny: TrainConfig, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, given: str, expected: str
+) -> None:
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", given or "")
+    if not given:
+        monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG")
+    pin(replace(tiny, device="cuda"))
+    assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == expected
+    assert ("CUBLAS_WORKSPACE_CONFIG=:4096:2 allows other bits" in caplog.text) == (given == ":4096:2")
+
+
+@pytest.mark.usefixtures("unpinned")
+def test_the_compiler_chooses_no_kernel_by_measuring_it(tiny: TrainConfig) -> None:
+    from torch._inductor import config as compiler
+
+    for deterministic in (True, False):
+        pin(replace(tiny, compile=True, deterministic=deterministic))
+        assert compiler.deterministic == deterministic
+
+
+@dataclass(frozen=True)
+class Ranks(World):
+    """A world whose other ranks answer what they are made to: (their node, their dtype)."""
+
+    others: tuple[str, ...] = ()
+
+    def gather_json(self, value: object) -> list[object]:
+        return [value, *self.others]
+
+
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Answers of a GPU to what `environment` asks it."""
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _device: "NVIDIA H100 80GB HBM3")
+    monkeypatch.setattr(torch.distributed, "is_nccl_available", lambda: True)
+    monkeypatch.setattr(torch.cuda.nccl, "version", lambda: (2, 27, 5))
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch.backends.cudnn, "version", lambda: 91500)
+    monkeypatch.setattr("orchestrator.process.platform.node", lambda: "node-a")
+
+
+def surroundings(config: TrainConfig, others: tuple[str, ...] = (), backend: str = "nccl") -> dict[str, object]:
+    config = replace(config, device="cuda", backend=backend, dtype="bfloat16")
+    world = Ranks(size=1 + len(others), device=torch.device("cuda", 0), others=others)
+    return environment(config, world, {"data": "d"})
+
+
+@pytest.mark.usefixtures("gpu")
+def test_what_decides_bits_on_gpus_is_kept_with_the_state(tiny: TrainConfig) -> None:
+    kept = surroundings(tiny)
+    assert (kept["cuda"], kept["cudnn"], kept["nccl"]) == ("13.0", 91500, "2.27.5")
+    assert "nodes" not in surroundings(tiny, ("node-b",)), "of two ranks: a + b is b + a"
+    assert "nodes" not in surroundings(tiny, ("node-a", "node-b"), backend="gloo")
+    assert surroundings(tiny, ("node-a", "node-b"))["nodes"] == "node-a x2, node-b x1"
+    on_cpu = environment(tiny, World(size=3), {"data": "d"})
+    assert on_cpu.keys() == {"world_size", "data", "torch", "device_name", "dtype", "compile", "threads"}
+
+
+@pytest.mark.usefixtures("gpu")
+def test_a_warning_tells_what_has_changed_and_not_what_was_never_noted(
+    tiny: TrainConfig, caplog: pytest.LogCaptureFixture
+) -> None:
+    now = surroundings(tiny, ("node-a", "node-b"))
+    state: Any = SimpleNamespace(resumed_from=SimpleNamespace(checkpoint=SimpleNamespace(state={})))
+    older = {key: value for key, value in now.items() if key not in ("cuda", "cudnn", "nccl", "triton", "nodes")}
+    state.resumed_from.checkpoint.state["environment"] = older
+    check_surroundings(now, World(), state)
+    assert not caplog.records
+    state.resumed_from.checkpoint.state["environment"] = {**now, "nccl": "2.26.2", "nodes": "node-a x3"}
+    check_surroundings(now, World(), state)
+    (record,) = caplog.records
+    assert record.getMessage() == (
+        "the last bits may differ from an undisturbed run's: nccl 2.26.2 -> 2.27.5, "
+        "nodes node-a x3 -> node-a x2, node-b x1"
+    )
+
+
+def test_bfloat16_is_taken_only_where_the_card_has_it(tiny: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    for major, expected in ((7, "float16"), (8, "bfloat16")):  # T4 is 7.5, A100 8.0
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _, major=major: SimpleNamespace(major=major))
+        monkeypatch.setattr(torch.cuda, "_check_bf16_tensor_supported", lambda _device: True)
+        assert resolve(replace(tiny, device="cuda", dtype="auto")).dtype == expected
+
+
+def test_workers_with_other_cards_take_one_dtype(tiny: TrainConfig, caplog: pytest.LogCaptureFixture) -> None:
+    config = replace(tiny, dtype="bfloat16")
+    assert agree_on_dtype(config, Ranks(others=("bfloat16",))).dtype == "bfloat16"
+    assert not caplog.records
+    assert agree_on_dtype(config, Ranks(others=("float16",))).dtype == "float16"
+    assert "dtype=auto finds bfloat16 and float16: all workers take float16" in caplog.text

@@ -10,11 +10,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from model import GPT, GPTConfig
 from model.cache import KVCache
 from model.linear import Copies, Linear, has_onednn
-from model.sampling import ROUNDING, Choice, Reader, choose, is_clear, skip_draws
+from model.sampling import ROUNDING, Choice, Reader, choose, draw, is_clear, skip_draws
 
 SMALL: dict[str, Any] = {"n_layer": 3, "n_head": 4, "n_embd": 64, "block_size": 48, "vocab_size": 97}
 WIDE: dict[str, Any] = {
@@ -240,3 +241,39 @@ def test_other_layers_are_plain() -> None:
         assert torch.equal(layer(x), nn.Linear.forward(layer, x))
     with torch.autocast("cpu", torch.bfloat16):
         assert Linear(512, 2048)(torch.randn(1, 512)).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("vocab_size", [1, 7, 65, 1000, 50304])
+@pytest.mark.parametrize("rows", [1, 3, 8])
+def test_draws_are_those_of_multinomial(vocab_size: int, rows: int) -> None:
+    logits = 3 * torch.randn(rows, vocab_size, generator=torch.Generator().manual_seed(vocab_size))
+    for logits_of in (logits, logits.masked_fill(logits < logits.topk(min(5, vocab_size)).values[:, -1:], -torch.inf)):
+        probabilities = logits_of.softmax(dim=-1)
+        theirs, ours = ([torch.Generator().manual_seed(seed) for seed in range(rows)] for _ in range(2))
+        for _ in range(3):
+            each = zip(probabilities, theirs, strict=True)
+            expected = torch.stack([torch.multinomial(row, 1, generator=own) for row, own in each])
+            assert torch.equal(draw(probabilities, ours), expected)
+        assert torch.equal(draw(probabilities, ours[0]), torch.multinomial(probabilities, 1, generator=theirs[0]))
+        assert all(torch.equal(a.get_state(), b.get_state()) for a, b in zip(ours, theirs, strict=True))
+
+
+def test_all_rows_are_drawn_at_once_and_nothing_is_read_from_the_device() -> None:
+    called: list[str] = []
+
+    class Calls(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            called.append(func.overloadpacket.__name__)
+            return func(*args, **(kwargs or {}))
+
+    generators = [torch.Generator().manual_seed(seed) for seed in range(8)]
+    with Calls():
+        draw(torch.full((8, 65), 1 / 65), generators)
+    assert (called.count("exponential_"), called.count("div"), called.count("argmax")) == (8, 1, 1)
+    assert not {"_local_scalar_dense", "multinomial"} & set(called)
+
+
+@pytest.mark.parametrize("temperature", [1e-20, 1e-39, 5e-324])
+def test_a_temperature_next_to_zero_takes_the_likeliest(temperature: float) -> None:
+    logits = torch.tensor([[1.0, 3.0, 2.0], [-5.0, -7.0, -6.0]])
+    assert choose(logits, Choice(temperature), None).flatten().tolist() == [1, 0]

@@ -1,0 +1,47 @@
+"""How much a worker computes: FLOP/s that go into the model, and nanoGPT's MFU, their share of what its card can do.
+
+Must not know how a model counts its FLOPs, nor who shows them.
+"""
+
+from __future__ import annotations
+
+import re
+
+import torch
+
+# Dense bfloat16, per second, of the first line that a card's name matches. Source: NVIDIA's datasheets
+_PEAK_FLOPS = (
+    (r"A100", 312e12),
+    (r"L40S", 362e12),
+    (r"H100 PCIe", 756e12),
+    (r"H100 NVL", 835e12),
+    (r"H100|H200", 989e12),
+    (r"B200", 2250e12),
+)
+_SLICE = r"\bMIG\b"  # a part of a card
+
+
+def peak_flops(card: str) -> float | None:
+    """Return a card's FLOP/s at most, by the name that CUDA gives it, None where they are not known."""
+    if re.search(_SLICE, card):
+        return None
+    return next((peak for name, peak in _PEAK_FLOPS if re.search(rf"\b({name})\b", card)), None)
+
+
+class Flops:
+    """A running average, as nanoGPT's. On a CPU there is nothing to compare it with, and nothing is told."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._is_told = device.type == "cuda"
+        self._peak = peak_flops(torch.cuda.get_device_name(device)) if self._is_told else None
+        self._per_s: float | None = None
+
+    def add(self, per_s: float) -> None:
+        """Take in the FLOP/s of an iteration."""
+        self._per_s = per_s if self._per_s is None else 0.9 * self._per_s + 0.1 * per_s
+
+    def told(self) -> dict[str, float | None]:
+        """Return mfu (1.0 is the card's peak) and tflops (TFLOP/s), None each where it is not known, or not yet."""
+        if self._per_s is None or not self._is_told:
+            return {"mfu": None, "tflops": None}
+        return {"mfu": self._per_s / self._peak if self._peak else None, "tflops": self._per_s / 1e12}
