@@ -93,7 +93,7 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Undisturbed:
 def train_with_torchrun(config: TrainConfig, world_size: int) -> None:
     flags = [f"--{key}={value}" for key, value in asdict(config).items()]
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={world_size}"]
-    done = subprocess.run([*command, "-m", "orchestrator.loop", *flags], timeout=120, capture_output=True, check=False)
+    done = subprocess.run([*command, "-m", "orchestrator.loop", *flags], timeout=600, capture_output=True, check=False)
     assert done.returncode == 0, done.stderr.decode()
 
 
