@@ -5,11 +5,13 @@
     loss          loss_chunk=256
     both          both of them
     copies        both, and gradients are averaged from copies (DDP with gradient_as_bucket_view=False)
-    ddp           both, and DDP as the loop sets it up: gradients are averaged in place
+    twice         both, and gradients are averaged in place, but set to None after each step, as in nanoGPT
+    ddp           both, and DDP as the loop has it: gradients are averaged in place and stay there
 
-Each runs in a process of its own, for three steps. What is compared is the step's own memory: the process's peak less
-what weights, gradients and moments take (16 bytes per parameter) and an empty process; of `ddp` over `copies` the peak
-less an empty process. `..._time` is the fastest step's time over plain's.
+Each runs in a process of its own, for three steps, those with DDP of two micro-steps: gradients accumulate. What is
+compared is the step's own memory: the process's peak less what weights, gradients and moments take (16 bytes per
+parameter) and an empty process; of `ddp` over `copies`, and over `twice`, the peak less an empty process. `..._time` is
+the fastest step's time over plain's.
 """
 
 from __future__ import annotations
@@ -22,10 +24,11 @@ import subprocess
 import sys
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-CASES = ("plain", "activations", "loss", "both", "copies", "ddp")
+CASES = ("plain", "activations", "loss", "both", "copies", "twice", "ddp")
 BATCH_SIZE, BLOCK_SIZE, STEPS, LOSS_CHUNK = 2, 1024, 3, 256
 _STATE_BYTES = 16  # per parameter: weight, gradient and two moments in float32
 
@@ -55,8 +58,9 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         found[f"{case}_ratio"] = found[case]["step_bytes"] / plain["step_bytes"]
         found[f"{case}_time"] = found[case]["seconds"] / plain["seconds"]
         print(f"{case:<12} memory {found[f'{case}_ratio']:.2f}, time {found[f'{case}_time']:.2f}")
-    found["ddp_ratio"] = found["ddp"]["peak_bytes"] / found["copies"]["peak_bytes"]
-    print(f"{'ddp':<12} memory {found['ddp_ratio']:.2f} of that with copies of the gradients")
+    for other in ("copies", "twice"):
+        found[f"ddp_over_{other}"] = found["ddp"]["peak_bytes"] / found[other]["peak_bytes"]
+        print(f"{'ddp':<12} memory {found[f'ddp_over_{other}']:.2f} of that of {other}")
     return found
 
 
@@ -67,6 +71,8 @@ def measure(case: str, dtype: str) -> dict[str, float]:
     from torch.nn.parallel import DistributedDataParallel
 
     from model import GPT, GPTConfig
+    from orchestrator.gradients import wrap
+    from orchestrator.world import World
 
     empty_bytes = _peak_bytes()
     model = GPT(GPTConfig(block_size=BLOCK_SIZE, vocab_size=50304, dropout=0.0))
@@ -74,21 +80,26 @@ def measure(case: str, dtype: str) -> dict[str, float]:
     model.loss_chunk = LOSS_CHUNK if case not in ("plain", "activations") else 0
     optimizer = model.configure_optimizers(0.1, 1e-4, (0.9, 0.95), "cpu")
     net: torch.nn.Module = model
-    if case in ("copies", "ddp"):
+    micro_steps = 2 if case in ("copies", "twice", "ddp") else 1
+    if micro_steps > 1:
         dist.init_process_group("gloo", init_method=f"file://{tempfile.mkdtemp()}/store", rank=0, world_size=1)
-        net = DistributedDataParallel(model, gradient_as_bucket_view=case == "ddp", init_sync=False)
+        plain = partial(DistributedDataParallel, model, init_sync=False)
+        net = wrap(model, World()) if case == "ddp" else plain(gradient_as_bucket_view=case == "twice")
     X = torch.randint(50257, (BATCH_SIZE, BLOCK_SIZE))
     times = []
     for _ in range(STEPS):
         Path("/proc/self/clear_refs").write_text("5")  # the peak is the last step's, with gradients and moments there
         began_s = time.perf_counter()
-        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == "bfloat16"):
-            _, loss = net(X, X)
-        loss.backward()
-        del loss
+        for micro_step in range(micro_steps):
+            if isinstance(net, DistributedDataParallel):
+                net.require_backward_grad_sync = micro_step == micro_steps - 1
+            with torch.autocast("cpu", torch.bfloat16, enabled=dtype == "bfloat16"):
+                _, loss = net(X, X)
+            loss.backward()
+            del loss
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        optimizer.zero_grad(set_to_none=case != "ddp")
         times.append(time.perf_counter() - began_s)
     peak_bytes = _peak_bytes() - empty_bytes
     state_bytes = _STATE_BYTES * sum(parameter.numel() for parameter in model.parameters())

@@ -1,4 +1,4 @@
-"""Gradients are averaged over ranks where they lie: in DDP's buckets, and nowhere else. Knows no Ray, no loop.
+"""Gradients are averaged over ranks where they lie: in DDP's buckets, and nowhere else. Knows neither Ray nor the loop.
 
 Every micro-step adds to the buckets, as long as nobody sets a gradient to None: then DDP's memory is all that there is.
 Annotations are read when this is imported: DDP compares those of a hook with its own types.

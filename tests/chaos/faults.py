@@ -8,6 +8,7 @@ import signal
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import wraps
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +21,7 @@ class Fault:
     """Kill a process at a point.
 
     point: of a training step: forward | all_reduce (right after one of all ranks' votes has begun) | optimizer |
-        after_optimizer | evaluate | reduce (right after this rank's part of the gradients' first reduction, where
-        collectives get stuck);
+        after_optimizer | evaluate | reduce (right after this rank has begun the first reduction of gradients);
         of an attempt: warm_up (before its throw-away step; iter_num is not looked at);
         of a restore: restore (before a file is read; iter_num is not looked at);
         of a state on its way to node memory: copy (half of its tensors are there) | seal (before it is renamed) |
@@ -84,7 +84,7 @@ def arm(fault: Fault) -> None:
     """Put the fault into this process, by wrapping the functions that stand at the points."""
     import torch.optim.optimizer as optim
 
-    from orchestrator import loop
+    from orchestrator import gradients, loop
     from orchestrator.checkpoint import copying, durable, reading
     from orchestrator.checkpoint.memory import Slot
     from orchestrator.checkpoint.saver import Saver
@@ -111,7 +111,7 @@ def arm(fault: Fault) -> None:
                 reached(after, iter_of(*args))
             return result
 
-        setattr(owner, name, wrapped)
+        setattr(owner, name, wraps(original)(wrapped))
 
     original_seed, original_evaluate, original_write = loop.seed_dropout, loop.evaluate, durable.write_file
 
@@ -137,7 +137,7 @@ def arm(fault: Fault) -> None:
     optim.register_optimizer_step_post_hook(lambda *_: reached("after_optimizer", step["iter_num"], is_exact=True))
     wrap(durable, "_write", lambda _store, name, *_: _iter_of(name), before="upload", after="write")
     wrap(CheckpointStore, "commit", lambda _store, name, *_: _iter_of(name), before="commit", after="committed")
-    wrap(stuck, "reduce", lambda *_: step["iter_num"], after="reduce")
+    wrap(gradients, "average", lambda *_: step["iter_num"], after="reduce")
     wrap(loop, "warm_up", lambda *_: fault.iter_num, before="warm_up")
     wrap(World, "vote", lambda *_: step["iter_num"] + 1, after="all_reduce")
     wrap(reading, "stream_tensors", lambda *_: fault.iter_num, before="restore")

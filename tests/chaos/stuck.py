@@ -2,8 +2,7 @@
 
 What is float32 stands for what lies on a GPU: gradients, and the state that a restore sends. Votes and JSON go through
 host memory on GPUs too, and fail there as they do here. `destroy_process_group` waits behind what is stuck, and what is
-begun after it never runs. It all sits in `torch.distributed` itself, below whatever reduces gradients; DDP's own
-reduction, which is in C++, is sent there by a hook with the same bits.
+begun after it never runs. It all sits in `torch.distributed` itself, below whatever reduces gradients.
 """
 
 from __future__ import annotations
@@ -14,7 +13,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
 NAMES = (
     "all_reduce",
@@ -105,26 +104,5 @@ def _never() -> dist.Work:
 
 
 def arm() -> None:
-    """Make this process's collectives get stuck, DDP's among them."""
-    from orchestrator import loop
-
+    """Make this process's collectives get stuck, whatever begins them."""
     Stuck()
-    original = loop.wrap
-
-    def wrap(net: nn.Module, world: Any) -> Any:
-        ddp = original(net, world)
-        if not ddp._comm_hooks:  # what has a hook calls torch.distributed by itself
-            ddp.register_comm_hook(world.size, averaged)
-        return ddp
-
-    loop.wrap = wrap
-
-
-def averaged(size: int, bucket):  # type: ignore[no-untyped-def]  # DDP wants its own types here, or none
-    """Average a bucket over the ranks with the operations of DDP's own reduction: the product first, then the sum."""
-    return reduce(bucket.buffer().mul_(1.0 / size))
-
-
-def reduce(gradients: Tensor) -> Any:
-    """Begin to add up a bucket over the ranks; return its future."""
-    return dist.all_reduce(gradients, async_op=True).get_future()
