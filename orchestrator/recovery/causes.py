@@ -52,6 +52,7 @@ _OF_A_GPU = (
     "unhandled cuda error",  # NCCL's
     "ncclUnhandledCudaError",
 )
+_OF_A_PEER = ("gloo", "DistBackendError", "NCCL error", "NCCL communicator was aborted")  # out of a future: no type
 _NO_MEMORY = ("out of memory", "STATUS_ALLOC_FAILED")
 # of a program, which every GPU answers alike: a token beyond the vocabulary is a device-side assert
 _OF_A_PROGRAM = (
@@ -118,7 +119,9 @@ def _cause_of(error: BaseException) -> Cause:
         return Cause.STORAGE
     if isinstance(error, RuntimeError) and (cause := _cause_on_gpu(error)):
         return cause
-    if isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error)):
+    if isinstance(error, dist.DistError):
+        return Cause.PEER_LOST
+    if isinstance(error, RuntimeError) and any(words in str(error) for words in _OF_A_PEER):
         return Cause.PEER_LOST
     return Cause.USER_ERROR
 

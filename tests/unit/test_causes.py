@@ -37,6 +37,7 @@ def lost(cause: Cause = Cause.WORKER_LOST, rank: int = 0, text: str = "gone", it
             "gpu_fault",
         ),
         (torch.distributed.DistBackendError("NCCL error in: x.cpp:1, remote process exited"), "peer_lost"),
+        (RuntimeError("DistBackendError: NCCL error in: x.cpp:1, remote process exited"), "peer_lost"),
         (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"), "out_of_memory"),
         (torch.AcceleratorError("CUDA error: out of memory"), "out_of_memory"),
         (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), "out_of_memory"),
