@@ -21,9 +21,9 @@ train: .venv/ready
 	$(BIN)/orchestrator sample --out_dir="out/$$name" --num_samples=1 --max_new_tokens=300; \
 	$(BIN)/orchestrator inspect --out_dir="out/$$name"
 
-# Unit and storage tests share the cores; the others start clusters, and get the machine to themselves.
+# Unit and storage tests share the cores, and wait a lot; the others start clusters, and get the machine to themselves.
 test: .venv/ready
-	$(BIN)/python -m pytest --numprocesses=2 tests/unit tests/storage
+	$(BIN)/python -m pytest --numprocesses=3 --dist=worksteal tests/unit tests/storage
 	$(BIN)/python -m pytest tests/integration tests/chaos tests/gpu
 
 check: .venv/ready

@@ -38,6 +38,7 @@ _ANSWER_S = 2.0  # in which a worker that lives begins to rescue its state
 _RESCUE_S = 60.0  # in which it is done
 _PLACES_S = 1.0  # in which those of a group that has ended are free again
 _SPARES_AFTER_S = 3.0  # once training is under way: starting them takes cores for a moment
+_SPARES_AGAIN_S = 0.5  # after a loss: the next one may come soon
 _GPU_REMEDY = (
     "Install a PyTorch with CUDA there, and an NVIDIA driver that is new enough for it, or train on CPUs (--device=cpu)"
 )
@@ -117,7 +118,8 @@ class Overseer(WorkerGroupCallback, ControllerCallback):  # type: ignore[misc]
     def after_worker_group_training_start(self, worker_group: Any) -> None:
         self._tell("attempt_running", num_workers=len(worker_group.get_workers()))
         if self._each:
-            later = threading.Timer(_SPARES_AFTER_S, spares.prestart, (worker_group, self._each))
+            after_s = _SPARES_AFTER_S if self._number == 1 else _SPARES_AGAIN_S
+            later = threading.Timer(after_s, spares.prestart, (worker_group, self._each))
             later.daemon = True
             later.start()
 

@@ -57,7 +57,7 @@ def causes(out_dir: str) -> list[str]:
     ("world_size", "point", "rank", "iter_num"),
     [
         pytest.param(2, "forward", 1, 10, marks=pytest.mark.slow),
-        (3, "optimizer", 0, 13),
+        pytest.param(3, "optimizer", 0, 13, marks=pytest.mark.slow),
         pytest.param(3, "all_reduce", 2, 11, marks=pytest.mark.slow),
         pytest.param(3, "copy", 1, 12, marks=pytest.mark.slow),
         pytest.param(3, "during", 1, 12, marks=pytest.mark.slow),

@@ -87,7 +87,7 @@ def noted(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Any]]:
     [
         {},
         {"dtype": "bfloat16", "loss_spike_z": 9.0, "snapshot_interval": 1},
-        {"dtype": "float16", "memory_dir": ""},
+        {"dtype": "float16"},
         {"grad_clip": 0.0, "dropout": 0.0},
     ],
     ids=str,
