@@ -33,9 +33,10 @@ def keep_compiled() -> Path:
         if why := _why_unsafe(Path(given)):
             logger.warning("%s=%s %s: code of theirs may be run here", VARIABLE, given, why)
         return Path(given)
-    folder = Path(tempfile.gettempdir(), f"nanogpt-orchestrator-{os.geteuid()}")
+    # named so that it is not taken for node memory's, should memory_dir be the folder of temporary files
+    folder = Path(tempfile.gettempdir(), f"nanogpt-orchestrator-cache-{os.geteuid()}")
     if why := _make_own(folder):
-        own = Path(tempfile.mkdtemp(prefix="nanogpt-orchestrator-"))  # with mode 0700
+        own = Path(tempfile.mkdtemp(prefix="nanogpt-orchestrator-cache-"))  # with mode 0700
         logger.warning("%s %s: what is compiled is kept in %s, for this process only", folder, why, own)
         folder = own
     os.environ[VARIABLE] = str(folder / "compiled")

@@ -26,7 +26,7 @@ def temp(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 
 
 def own(temp: Path) -> Path:
-    return temp / f"nanogpt-orchestrator-{os.geteuid()}"
+    return temp / f"nanogpt-orchestrator-cache-{os.geteuid()}"
 
 
 def test_the_cache_is_the_users_alone(temp: Path) -> None:
@@ -79,10 +79,10 @@ def test_a_folder_of_another_user_is_not_used(
 ) -> None:
     me = os.geteuid()
     own(temp).mkdir(mode=0o700)
-    own(temp).rename(temp / f"nanogpt-orchestrator-{me + 1}")
+    own(temp).rename(temp / f"nanogpt-orchestrator-cache-{me + 1}")
     monkeypatch.setattr(os, "geteuid", lambda: me + 1)  # to whom the folder with that name does not belong
     assert is_private(keep_compiled(), temp)
-    assert f"nanogpt-orchestrator-{me + 1} belongs to another user" in caplog.text
+    assert f"nanogpt-orchestrator-cache-{me + 1} belongs to another user" in caplog.text
 
 
 def test_what_the_user_has_set_is_respected(
