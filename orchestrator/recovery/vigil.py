@@ -14,8 +14,6 @@ import sys
 import threading
 from types import TracebackType
 
-import torch
-
 from orchestrator.checkpoint.saver import Saver
 from orchestrator.config import TrainConfig
 from orchestrator.recovery.stack_file import keep_stacks, stack_file
@@ -87,8 +85,6 @@ class Vigil:
         """Rescue the state, say so, and end this process."""
         with self._ending:
             found = stacks()
-            if self._world.device.type == "cuda":
-                torch.cuda.set_device(self._world.device)  # this thread would use the first one
             iter_num = self._saver.rescue(stand_in_s=0.5) if self._saver else None
             keep_stacks(self._config, self._world, found)
             safe = "" if iter_num is None else f"; iteration {iter_num} is safe in node memory"

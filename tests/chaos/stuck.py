@@ -15,6 +15,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from orchestrator.recovery.ledger import Incident
+
 NAMES = (
     "all_reduce",
     "broadcast",
@@ -89,6 +91,12 @@ class Stuck:
             for work in self._pending:
                 work.wait()
         self._destroy(group)
+
+
+def check_teardown(incidents: list[Incident]) -> None:
+    """Check that no group was waited for until its members had left it in order, which they cannot."""
+    for incident in incidents:
+        assert incident.phases["rescue"] + incident.phases["tear_down"] < UNMENDED_S / 3, incident
 
 
 def _begun(begin: Callable[[], dist.Work]) -> Callable[[], dist.Work]:

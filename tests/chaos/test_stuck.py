@@ -13,11 +13,11 @@ import torch
 from orchestrator.checkpoint.snapshot import tensors_equal
 from orchestrator.config import TrainConfig
 from orchestrator.launch import launch
-from orchestrator.recovery.ledger import Incident, account
+from orchestrator.recovery.ledger import account
 from orchestrator.telemetry.metrics import read_events, read_metrics
 from tests.chaos.clusters import small_cluster
 from tests.chaos.faults import Fault, worker_with
-from tests.chaos.stuck import UNMENDED_S
+from tests.chaos.stuck import check_teardown
 from tests.conftest import Undisturbed, final_state
 
 pytestmark = [
@@ -32,10 +32,6 @@ def cluster() -> Iterator[None]:
         yield
 
 
-def incidents(out_dir: str) -> list[Incident]:
-    return account([*read_events(out_dir), *read_metrics(out_dir)]).incidents
-
-
 def check(config: TrainConfig, faults: list[Fault], causes: list[str], undisturbed: Undisturbed) -> None:
     """Train with the faults; nothing of them shows in the end, and the group before was done away with quickly."""
     launch(config, worker_with(*faults, gets_stuck=True))
@@ -44,11 +40,10 @@ def check(config: TrainConfig, faults: list[Fault], causes: list[str], undisturb
 
 
 def check_that_nothing_shows(config: TrainConfig, causes: list[str], undisturbed: Undisturbed) -> None:
-    found = incidents(config.out_dir)
+    found = account([*read_events(config.out_dir), *read_metrics(config.out_dir)]).incidents
     assert [incident.cause for incident in found] == causes
     assert [incident.steps_repeated for incident in found] == [0] * len(causes)
-    for incident in found:
-        assert incident.phases["rescue"] + incident.phases["tear_down"] < UNMENDED_S / 3, incident
+    check_teardown(found)
     assert tensors_equal(final_state(config.out_dir), undisturbed(config, config.max_workers))
 
 

@@ -34,6 +34,7 @@ from orchestrator.config import TrainConfig
 from orchestrator.process import plain_world
 from orchestrator.world import World
 from tests.fake_cuda import FakeCuda, fake_cuda
+from tests.unit.test_rescue import settle, step
 
 DEVICE = torch.device("cuda", 1)
 Start = Callable[..., Saver]
@@ -66,19 +67,6 @@ def start(cuda: FakeCuda, tiny: TrainConfig, memory_dir: str, tmp_path: Path) ->
         return saver
 
     return start
-
-
-def step(state: TrainState) -> None:
-    torch.manual_seed(1)
-    for parameter in state.model.parameters():
-        parameter.grad = torch.randn_like(parameter)
-    state.optimizer.step()
-
-
-def settle(saver: Saver) -> None:
-    """Wait for what the copier has been given."""
-    assert saver._copier.last
-    saver._copier.last.result(10)
 
 
 def iterate(saver: Saver) -> None:

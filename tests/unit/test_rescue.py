@@ -40,8 +40,7 @@ def start(tiny: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
         state.iter_num = iter_num
         nodes = Nodes(NodeMemory(str(tmp_path), "run"), ("here",) * shares, rank)
         saver = Saver(state, world, CheckpointStore(tiny.out_dir), nodes, {}, Rhythm(100))
-        assert saver._copier.last
-        saver._copier.last.result(10)  # room for states is there
+        settle(saver)  # room for states is there
         return saver
 
     return start
@@ -52,6 +51,12 @@ def step(state: TrainState) -> None:
     for parameter in state.model.parameters():
         parameter.grad = torch.randn_like(parameter)
     state.optimizer.step()
+
+
+def settle(saver: Saver) -> None:
+    """Wait for what the copier has been given."""
+    assert saver._copier.last
+    saver._copier.last.result(10)
 
 
 def whole(saver: Saver) -> list[str]:
