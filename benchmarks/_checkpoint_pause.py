@@ -23,12 +23,12 @@ from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from torch.distributed.checkpoint.state_dict_saver import AsyncSaveResponse, async_save
 
 from benchmarks._checkpoint_state import Size, new_state, settings, torch_save
-from orchestrator.checkpoint.saver import Saver
-from orchestrator.checkpoint.schedule import Rhythm
+from orchestrator.checkpoint.save.policy import Rhythm
+from orchestrator.checkpoint.save.saver import Saver
 from orchestrator.checkpoint.state import TrainState
 from orchestrator.checkpoint.store import CheckpointStore
+from orchestrator.distributed.world import World
 from orchestrator.loop import join_run
-from orchestrator.world import World
 
 _NEVER = 10**7  # iterations between checkpoints in storage: one is due when the benchmark sets iter_num to a multiple
 _BLOCK = 2  # steps in which a state is copied and checksummed, if one step is long enough to copy it in

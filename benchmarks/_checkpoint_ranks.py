@@ -23,14 +23,14 @@ import torch
 import torch.distributed as dist
 
 from benchmarks._checkpoint_state import Size, digest, model_args, new_state, settings, torch_load
-from orchestrator.checkpoint.nodes import meet
-from orchestrator.checkpoint.restore import begin
-from orchestrator.checkpoint.saver import Saver
-from orchestrator.checkpoint.schedule import Rhythm
+from orchestrator.checkpoint.restore.restore import begin
+from orchestrator.checkpoint.save.node_topology import meet
+from orchestrator.checkpoint.save.policy import Rhythm
+from orchestrator.checkpoint.save.saver import Saver
 from orchestrator.checkpoint.state import TrainState
 from orchestrator.checkpoint.store import CheckpointStore
+from orchestrator.distributed.world import World
 from orchestrator.loop import join_run
-from orchestrator.world import World
 
 _LONGEST_S = 900.0
 _POLL_S = 0.005

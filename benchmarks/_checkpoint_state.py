@@ -16,8 +16,8 @@ import torch
 import xxhash
 
 from model import GPT, GPTConfig
-from orchestrator.checkpoint.files import bytes_of
 from orchestrator.checkpoint.state import TrainState, capture, make_slots
+from orchestrator.checkpoint.tensor_file import bytes_of
 from orchestrator.config import TrainConfig
 
 

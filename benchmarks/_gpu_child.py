@@ -21,7 +21,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from orchestrator.worker_environment import DEFAULTS
+from orchestrator.worker.environment import DEFAULTS
 
 ROOT = Path(__file__).resolve().parents[1]
 LONG_S = 600.0  # for parts of a section: its own limit comes first

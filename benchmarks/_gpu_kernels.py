@@ -32,7 +32,7 @@ def environment(setting: Setting, report: Report) -> None:
         return
     import torch
 
-    from orchestrator.machine import usable_cpus
+    from orchestrator.host.machine import usable_cpus
 
     report.figure("host", {"kernel": platform.release(), "python": platform.python_version()})
     report.figure("torch", torch.__version__)
@@ -94,7 +94,7 @@ def preload(_setting: Setting, report: Report) -> None:
     """A warm process must not touch CUDA before it is given its GPUs: they are hidden after its imports."""
     modules = ["orchestrator.loop", "torch._dynamo", "torch.distributed"]
     try:
-        from orchestrator.recovery import spares
+        from orchestrator.controller import spares
 
         modules = list(spares._MODULES)
     except ImportError:  # no Ray here

@@ -20,9 +20,9 @@ from benchmarks._gpu_child import Report, Setting, leave
 from benchmarks._gpu_kernels import hold
 from benchmarks._gpu_runs import settings
 from benchmarks._gpu_watch import in_steps, watching
-from orchestrator.checkpoint.saver import Saver
+from orchestrator.checkpoint.save.saver import Saver
 from orchestrator.checkpoint.state import TrainState
-from orchestrator.process import plain_world
+from orchestrator.distributed.join import plain_world
 
 _STUCK_AT, _STUCK_S, _RESCUE_S = 5, 20.0, 5.0
 _MODEL = {"n_layer": 4, "n_head": 16, "n_embd": 1024, "gradient_accumulation_steps": 1, "batch_size": 4}

@@ -25,8 +25,10 @@ from benchmarks._gpu_child import LONG_S, Child, Found, Report, Setting, cache_i
 from benchmarks._gpu_watch import in_steps
 from orchestrator.checkpoint.store import CheckpointStore
 from orchestrator.config import TrainConfig, check
+from orchestrator.distributed.device import resolve
+from orchestrator.distributed.join import plain_world
+from orchestrator.distributed.numerics import agree_to_compile
 from orchestrator.loop import Record, train
-from orchestrator.process import agree_to_compile, plain_world, resolve
 
 TRAIN = "benchmarks._gpu_runs:train_here"
 KILL_AT, MAX_ITERS = 6, 12

@@ -22,8 +22,8 @@ from benchmarks._gpu_runs import TINY_VOCAB_SIZE, settings, write_tokens
 from benchmarks._gpu_watch import StopError, in_steps
 from benchmarks.train_step import PlainGPT
 from model import GPT, GPTConfig
-from model.sampling import Choice, choose
-from orchestrator.process import plain_world
+from model.generation import Choice, choose
+from orchestrator.distributed.join import plain_world
 
 SIDES = ("nanogpt", "strict", "nondeterministic")
 AT_MOST = {"nondeterministic": 1.02, "strict": 1.10}  # times nanoGPT's

@@ -20,7 +20,7 @@ from benchmarks._gpu_child import Report, Setting
 from benchmarks._gpu_kernels import hold
 from benchmarks._gpu_runs import settings
 from benchmarks._gpu_watch import StopError, in_steps, watching
-from orchestrator.process import plain_world
+from orchestrator.distributed.join import plain_world
 
 _SMALL = {"n_layer": 12, "n_head": 12, "n_embd": 768, "gradient_accumulation_steps": 1, "batch_size": 1}  # 124M
 _EVERY, _STEPS = 20, 150  # iterations between states, and in all

@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor
 
 import orchestrator.loop as loop
-from orchestrator.checkpoint.saver import Saver
+from orchestrator.checkpoint.save.saver import Saver
 from orchestrator.checkpoint.state import TrainState, capture
 
 

@@ -70,13 +70,14 @@ def worker_with(strike: Strike | None, timed: str | None = None) -> Callable[[di
         import ray.train
 
         from benchmarks.goodput import Timed
-        from orchestrator import loop, lr_schedule
-        from orchestrator.board import Poster
-        from orchestrator.checkpoint.saver import Saver
-        from orchestrator.recovery.guard import Guard
-        from orchestrator.recovery.watchdog import Watchdog
-        from orchestrator.worker import run_worker
-        from orchestrator.world import Vote, World
+        from orchestrator import loop
+        from orchestrator.checkpoint.save.saver import Saver
+        from orchestrator.cluster.mailbox import Poster
+        from orchestrator.distributed.world import Vote, World
+        from orchestrator.training import lr_schedule
+        from orchestrator.training.guard import Guard
+        from orchestrator.worker.run import run_worker
+        from orchestrator.worker.watchdog import Watchdog
 
         rank, original = ray.train.get_context().get_world_rank(), lr_schedule.learning_rate
 
@@ -166,7 +167,7 @@ def main(case: dict[str, Any]) -> None:
             args = (case["every_s"], case["for_s"])
             threading.Thread(target=kill_again_and_again, args=args, daemon=True).start()
         if case["side"] == "ours":
-            from orchestrator.launch import InterruptedRunError, launch
+            from orchestrator.driver.launch import InterruptedRunError, launch
 
             with suppress(InterruptedRunError):
                 launch(config, worker_with(strike, case["timed"]))
@@ -180,7 +181,7 @@ def main(case: dict[str, Any]) -> None:
     steps = steps_of(config.out_dir, case["side"] == "ours")
     result: dict[str, Any] = figures(steps, float(Path(strike.marker).read_text())) if strike else {"steps": steps}
     if case["side"] == "ours":
-        from orchestrator.recovery.ledger import account
+        from orchestrator.telemetry.goodput import account
         from orchestrator.telemetry.metrics import read_events, read_metrics
 
         ledger = account([*read_events(config.out_dir), *read_metrics(config.out_dir)])

@@ -15,10 +15,10 @@ from ray.train import Checkpoint, FailureConfig, RunConfig, ScalingConfig, Train
 from ray.train.torch import TorchTrainer
 
 from model import GPT, GPTConfig
-from orchestrator.checkpoint.start import GPT2_VOCAB_SIZE
+from orchestrator.checkpoint.restore.init_from import GPT2_VOCAB_SIZE
 from orchestrator.config import TrainConfig
 from orchestrator.data.dataset import open_dataset
-from orchestrator.loop import sampling_of
+from orchestrator.training.attempt import sampling_of
 
 
 def train_func(job: dict[str, Any]) -> None:

@@ -71,8 +71,8 @@ def measure(case: str, dtype: str) -> dict[str, float]:
     from torch.nn.parallel import DistributedDataParallel
 
     from model import GPT, GPTConfig
-    from orchestrator.gradients import wrap
-    from orchestrator.world import World
+    from orchestrator.distributed.gradients import wrap
+    from orchestrator.distributed.world import World
 
     empty_bytes = _peak_bytes()
     model = GPT(GPTConfig(block_size=BLOCK_SIZE, vocab_size=50304, dropout=0.0))

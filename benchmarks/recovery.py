@@ -26,7 +26,7 @@ from typing import Any
 
 from benchmarks._topics import prepare_topics
 from orchestrator.config import TrainConfig
-from orchestrator.recovery.ledger import PHASES
+from orchestrator.telemetry.goodput import PHASES
 
 GOALS = {"worker_kill_speedup": 4.0, "node_crash_speedup": 4.0}  # at least
 SILENT_NODE_S = 15.0  # at most

@@ -80,7 +80,7 @@ def checksum_of(checkpoint: Path) -> str:
     """Return a checksum over the model's tensors, whatever files they lie in."""
     from safetensors import safe_open
 
-    found = {}
+    found: dict[str, bytes] = {}
     for file in checkpoint.glob("model-*.safetensors"):
         with safe_open(file, framework="np") as tensors:
             found |= {name: tensors.get_tensor(name).tobytes() for name in tensors.keys()}  # noqa: SIM118

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from model import GPT, GPTConfig, huggingface_config, to_huggingface
-from model.sampling import Choice, Reader, choose, is_clear
+from model.generation import Choice, Reader, choose, is_clear
 
 SIZES = {
     "124M": GPTConfig(1024, 50257, 12, 12, 768, activation="gelu_tanh"),

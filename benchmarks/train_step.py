@@ -40,7 +40,7 @@ from torch.nn import functional as F
 
 from model import GPT, GPTConfig
 from orchestrator.data.dataset import Dataset, open_dataset
-from orchestrator.data.sampling import Sampling, offsets
+from orchestrator.data.order import Sampling, offsets
 
 VOCAB_SIZE = 65  # tiny shakespeare's characters
 LEARNING_RATE, BETAS, WEIGHT_DECAY, GRAD_CLIP = 1e-3, (0.9, 0.99), 0.1, 1.0

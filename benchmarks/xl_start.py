@@ -109,11 +109,11 @@ def ours(folder: str, rank: int = 0, world_size: int = 1, meeting: str = "") -> 
     """Start as a rank of a run does; out_dir is empty, and node memory is not used."""
     import torch.distributed as dist
 
-    from orchestrator.checkpoint.nodes import Nodes
-    from orchestrator.checkpoint.restore import begin
+    from orchestrator.checkpoint.restore.restore import begin
+    from orchestrator.checkpoint.save.node_topology import Nodes
     from orchestrator.checkpoint.store import CheckpointStore
     from orchestrator.config import TrainConfig
-    from orchestrator.world import World
+    from orchestrator.distributed.world import World
 
     if world_size > 1:
         dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=world_size)

@@ -19,12 +19,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from model import sampling
+from model import generation as sampling
 from model.cache import KVCache, LayerCache
 from model.config import GPTConfig
+from model.generation import Choice, Generators
 from model.linear import Linear
 from model.pretrained import read_pretrained
-from model.sampling import Choice, Generators
 
 log = logging.getLogger(__name__)
 

@@ -16,11 +16,11 @@ from pathlib import Path
 from typing import TypeVar
 
 from orchestrator import __version__
-from orchestrator.config import TrainConfig, check, nearest, parse
-from orchestrator.errors import ConfigError, FinishedRunError, UserError
-from orchestrator.paths import with_paths
-from orchestrator.resubmit import LOST
-from orchestrator.storage_options import StorageSettings, public
+from orchestrator.config import TrainConfig, check, parse
+from orchestrator.driver.resubmit import LOST
+from orchestrator.errors import ConfigError, FinishedRunError, UserError, nearest
+from orchestrator.storage.options import StorageSettings, public
+from orchestrator.storage.paths import with_paths
 
 C = TypeVar("C")
 
@@ -111,10 +111,10 @@ def train(argv: Sequence[str]) -> int:
     """Train on Ray."""
     config = check(_parse(TrainConfig, argv, "train"))
     if config.resubmit:
-        from orchestrator.resubmit import resubmit
+        from orchestrator.driver.resubmit import resubmit
 
         return resubmit([sys.executable, "-m", "orchestrator", "train", *argv, "--resubmit=False"])
-    from orchestrator.preflight import plan
+    from orchestrator.driver.preflight import plan
 
     try:
         planned = plan(config)  # before Ray is imported, so that a mistake is answered in two seconds
@@ -122,7 +122,7 @@ def train(argv: Sequence[str]) -> int:
         print(finished)
         print(_next_steps(config))
         return 0
-    from orchestrator.launch import InterruptedRunError, RunFailedError, RunLostError, run
+    from orchestrator.driver.launch import InterruptedRunError, RunFailedError, RunLostError, run
 
     try:
         outcome = run(planned)
@@ -164,7 +164,7 @@ def _program() -> str:
 
 def sample(argv: Sequence[str]) -> int:
     """Print text from a model."""
-    from orchestrator import sample as sampling
+    from orchestrator.commands import sample as sampling
 
     sampling.sample(_parse(sampling.SampleConfig, argv, "sample"))
     return 0
@@ -172,7 +172,7 @@ def sample(argv: Sequence[str]) -> int:
 
 def export(argv: Sequence[str]) -> int:
     """Write a run for other programs."""
-    from orchestrator import export as exporting
+    from orchestrator.commands import export as exporting
 
     print(exporting.export(_parse(exporting.ExportConfig, argv, "export")))
     return 0
@@ -180,7 +180,7 @@ def export(argv: Sequence[str]) -> int:
 
 def inspect(argv: Sequence[str]) -> int:
     """List what a run holds."""
-    from orchestrator import inspect as inspecting
+    from orchestrator.commands import inspect_run as inspecting
 
     config = _parse(inspecting.InspectConfig, argv, "inspect")
     print(inspecting.inspect(config))
@@ -190,7 +190,7 @@ def inspect(argv: Sequence[str]) -> int:
 
 def report(argv: Sequence[str]) -> int:
     """Tell where the time of a run went."""
-    from orchestrator import report as reporting
+    from orchestrator.commands import report as reporting
 
     print(reporting.report(_parse(reporting.ReportConfig, argv, "report")))
     return 0

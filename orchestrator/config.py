@@ -14,13 +14,13 @@ import os
 import re
 import traceback
 import typing
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any, Literal, TypeVar, cast
 
-from orchestrator.errors import ConfigError
-from orchestrator.paths import at_home, with_paths
+from orchestrator.errors import ConfigError, nearest
+from orchestrator.storage.paths import at_home, with_paths
 
 GPT2_NAMES = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
 
@@ -354,9 +354,3 @@ def _of_type(wanted: Any, value: Any, where: str) -> Any:
             return option(value)
     names = " or ".join(option.__name__ for option in options)
     raise ConfigError(f"{where}={_shown(value)} should be of type {names}")
-
-
-def nearest(word: str, options: Iterable[str]) -> str:
-    """Return `; did you mean X?` for the option that looks most like word, or nothing."""
-    near = difflib.get_close_matches(word, list(options), n=1)
-    return f"; did you mean {near[0]}?" if near else ""

@@ -1,5 +1,8 @@
 """What a user can get wrong. The command line prints such an error without a traceback and exits with code 2."""
 
+import difflib
+from collections.abc import Iterable
+
 
 class UserError(Exception):
     """A user's mistake: the message says where, what, the value and the remedy."""
@@ -35,3 +38,9 @@ class GoneBackError(Exception):
 
 class FinishedRunError(Exception):
     """No mistake and no failure: the run in out_dir is at its end, and nothing is left to do. The message says so."""
+
+
+def nearest(word: str, options: Iterable[str]) -> str:
+    """Return `; did you mean X?` for the option that looks most like word, or nothing."""
+    near = difflib.get_close_matches(word, list(options), n=1)
+    return f"; did you mean {near[0]}?" if near else ""

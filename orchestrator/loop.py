@@ -1,6 +1,6 @@
 """The training loop, top to bottom: nanoGPT's, on any number of ranks, resumable at any iteration.
 
-Knows no Ray. `orchestrator/worker.py` calls it on a cluster, `orchestrator/plain.py` in a plain process or several:
+Knows no Ray. `worker/run.py` calls it on a cluster, `worker/plain.py` in a plain process or several:
 
     python -m orchestrator.loop configs/quickstart.py
     torchrun --nproc_per_node=2 -m orchestrator.loop configs/quickstart.py
@@ -11,11 +11,11 @@ from __future__ import annotations
 import logging
 import math
 import platform
-import sys
+import runpy
 import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from typing import Any
 
 import numpy as np
@@ -23,10 +23,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from orchestrator.checkpoint.durable import patiently
-from orchestrator.checkpoint.leftovers import clear_leftovers
-from orchestrator.checkpoint.nodes import Nodes, meet
-from orchestrator.checkpoint.restore import begin
+from orchestrator.checkpoint.formats.run_tokenizer import keep_tokenizer
+from orchestrator.checkpoint.orphans import clear_leftovers
+from orchestrator.checkpoint.restore.init_from import scratch_args
+from orchestrator.checkpoint.restore.restore import begin
 from orchestrator.checkpoint.rollbacks import (
     Rollback,
     data_iter,
@@ -34,46 +34,31 @@ from orchestrator.checkpoint.rollbacks import (
     read_rollbacks,
     write_rollbacks,
 )
-from orchestrator.checkpoint.run_tokenizer import keep_tokenizer
-from orchestrator.checkpoint.saver import Saver
-from orchestrator.checkpoint.schedule import Rhythm
-from orchestrator.checkpoint.start import scratch_args
+from orchestrator.checkpoint.save.node_topology import Nodes, meet
+from orchestrator.checkpoint.save.policy import Rhythm
+from orchestrator.checkpoint.save.saver import Saver
 from orchestrator.checkpoint.state import TrainState
 from orchestrator.checkpoint.store import CheckpointStore
 from orchestrator.config import TrainConfig
 from orchestrator.data.dataset import Dataset, open_dataset
-from orchestrator.data.sampling import Sampling, going_on
+from orchestrator.data.order import going_on
 from orchestrator.data.tokenizers import Tokenizer
+from orchestrator.distributed.device import agree_on_dtype
+from orchestrator.distributed.gradients import wrap
+from orchestrator.distributed.join import new_attempt
+from orchestrator.distributed.numerics import agree_to_compile, change_of_data, environment, free_memory, pin
+from orchestrator.distributed.world import World
 from orchestrator.errors import DataError, GoneBackError
-from orchestrator.gradients import wrap
-from orchestrator.lr_schedule import learning_rate
-from orchestrator.process import (
-    agree_on_dtype,
-    agree_to_compile,
-    change_of_data,
-    environment,
-    free_memory,
-    new_attempt,
-    pin,
-)
-from orchestrator.recovery.guard import Guard
-from orchestrator.storage_options import public, storage_options_of
+from orchestrator.storage.options import public, storage_options_of
+from orchestrator.storage.retry import patiently
 from orchestrator.telemetry.flops import Flops
 from orchestrator.telemetry.stopwatch import Stopwatch
-from orchestrator.world import World
+from orchestrator.training.attempt import GO_ON, LEAVE, Outcome, sampling_of
+from orchestrator.training.guard import Guard
+from orchestrator.training.lr_schedule import learning_rate
 
 Record = dict[str, Any]
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """How a call of `train` ended: at max_iters, or stopped before. preempted: because a machine is taken away."""
-
-    iter_num: int
-    best_val_loss: float
-    stopped: bool = False
-    preempted: bool = False
 
 
 # of settings that differ on resume: where things are, what the optimizer keeps, and what `environment` compares
@@ -88,8 +73,6 @@ _NOT_TOLD = {
     "epoch_began",
 }
 _NOT_TOLD |= {"beta1", "beta2", "weight_decay", "num_workers", "device", "backend", "compile", "dtype"}
-
-GO_ON, STOP, LEAVE = range(3)  # answers to whether the loop goes on; the highest of all ranks' counts
 
 
 def train(
@@ -349,13 +332,6 @@ def tell_changes(now: Record, saved: Record) -> None:
         logger.info("settings that differ from the saved run's: %s", ", ".join(told))
 
 
-def sampling_of(config: TrainConfig) -> Sampling:
-    """Return how batches are drawn under this config."""
-    return Sampling(
-        config.seed, config.batch_size, config.block_size, config.gradient_accumulation_steps, config.sampling
-    )
-
-
 def tokens_per_iter(config: TrainConfig) -> int:
     """Return the tokens of the global batch."""
     return config.gradient_accumulation_steps * config.batch_size * config.block_size
@@ -485,6 +461,4 @@ def origin_of(state: TrainState) -> Record:
 
 
 if __name__ == "__main__":
-    from orchestrator.plain import main
-
-    sys.exit(main())
+    runpy.run_module("orchestrator.worker.plain", run_name="__main__")  # which calls this module, by its own name

@@ -91,10 +91,11 @@ def _run(
     import torch.distributed as dist
 
     from orchestrator import loop
-    from orchestrator.process import new_attempt, resolve
-    from orchestrator.telemetry.lines import print_record
-    from orchestrator.telemetry.tell import open_telemetry
-    from orchestrator.world import World
+    from orchestrator.distributed.device import resolve
+    from orchestrator.distributed.join import new_attempt
+    from orchestrator.distributed.world import World
+    from orchestrator.telemetry.emit import open_telemetry
+    from orchestrator.telemetry.format import print_record
     from tests.chaos.faults import arm
 
     logging.basicConfig(level=logging.INFO, format=f"rank {rank}: %(message)s", stream=sys.stderr)

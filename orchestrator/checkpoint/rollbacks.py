@@ -14,9 +14,9 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from orchestrator.checkpoint.durable import patiently_read
 from orchestrator.checkpoint.store import CheckpointStore
-from orchestrator.world import World
+from orchestrator.distributed.world import World
+from orchestrator.storage.retry import patiently_read
 
 logger = logging.getLogger(__name__)
 

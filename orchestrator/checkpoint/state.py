@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from model import GPT
-from orchestrator.checkpoint.files import bytes_of
 from orchestrator.checkpoint.snapshot import ParamGroup, Snapshot
 from orchestrator.checkpoint.store import Checkpoint
+from orchestrator.checkpoint.tensor_file import bytes_of
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 

@@ -23,14 +23,13 @@ from fsspec.exceptions import FSTimeoutError
 from fsspec.implementations.local import LocalFileSystem
 from torch import Tensor
 
-from orchestrator.checkpoint.files import FileRecord, read_tensors
-from orchestrator.checkpoint.folders import delete_folder
-from orchestrator.checkpoint.reasons import has_expired, is_refused, lacks_bucket, reason_of
 from orchestrator.checkpoint.snapshot import Snapshot, undescribe
-from orchestrator.checkpoint.transfer import check_place, delivered, is_there, locate, renewed
-from orchestrator.config import nearest
-from orchestrator.errors import CheckpointError, UnreadableError
-from orchestrator.storage_options import read_again
+from orchestrator.checkpoint.tensor_file import FileRecord, read_tensors
+from orchestrator.errors import CheckpointError, UnreadableError, nearest
+from orchestrator.storage.folders import delete_folder
+from orchestrator.storage.options import read_again
+from orchestrator.storage.reasons import has_expired, is_refused, lacks_bucket, reason_of
+from orchestrator.storage.transfer import check_place, delivered, is_there, locate, renewed
 
 logger = logging.getLogger(__name__)
 

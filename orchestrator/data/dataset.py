@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from orchestrator.data.sampling import Sampling, Split, Stream, offsets
+from orchestrator.data.order import Sampling, Split, Stream, offsets
 from orchestrator.data.token_files import TokenFiles, open_token_files
 from orchestrator.data.tokenizers import GPT2Tokenizer, Tokenizer
 from orchestrator.errors import DataError

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path, PurePath
 
-from orchestrator.config import GPT2_NAMES, nearest
+from orchestrator.config import GPT2_NAMES
 from orchestrator.data.file_tokenizer import TOKENIZER_FILE, FileTokenizer
 from orchestrator.data.openwebtext import OPENWEBTEXT, Documents, are_documents, find_openwebtext
 from orchestrator.data.texts import Text, expected_sha256, read_own_text, read_texts
@@ -23,7 +23,7 @@ from orchestrator.data.token_ids import token_dtype
 from orchestrator.data.token_writer import write_documents, write_tokens
 from orchestrator.data.tokenizer_folder import read_tokenizer_folder
 from orchestrator.data.tokenizers import CharTokenizer, GPT2Tokenizer, Tokenizer
-from orchestrator.errors import DataError
+from orchestrator.errors import DataError, nearest
 
 logger = logging.getLogger(__name__)
 

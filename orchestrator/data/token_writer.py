@@ -18,7 +18,7 @@ import numpy as np
 
 from orchestrator.data.token_ids import Tokens, token_dtype
 from orchestrator.data.tokenizers import Tokenizer
-from orchestrator.machine import usable_cpus
+from orchestrator.host.machine import usable_cpus
 
 logger = logging.getLogger(__name__)
 

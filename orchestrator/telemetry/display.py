@@ -14,7 +14,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from orchestrator.telemetry.lines import line_of
+from orchestrator.telemetry.format import line_of
 
 Record = dict[str, Any]
 

@@ -22,9 +22,9 @@ from typing import Any
 
 from fsspec.implementations.local import LocalFileSystem
 
-from orchestrator.checkpoint.reasons import is_refused, lacks_bucket, reason_of
-from orchestrator.checkpoint.transfer import locate, make_folder, renewed
 from orchestrator.errors import CheckpointError
+from orchestrator.storage.reasons import is_refused, lacks_bucket, reason_of
+from orchestrator.storage.transfer import locate, make_folder, renewed
 
 logger = logging.getLogger(__name__)
 

@@ -12,9 +12,9 @@ from typing import Any, Protocol
 
 from fsspec.implementations.local import LocalFileSystem
 
-from orchestrator.checkpoint.reasons import reason_of
-from orchestrator.checkpoint.transfer import locate, make_folder
 from orchestrator.errors import ConfigError, UserError
+from orchestrator.storage.reasons import reason_of
+from orchestrator.storage.transfer import locate, make_folder
 from orchestrator.telemetry.metrics import MetricsLog, Record
 
 logger = logging.getLogger(__name__)

@@ -13,7 +13,7 @@ import numpy as np
 import psutil
 
 from orchestrator.config import TrainConfig
-from orchestrator.launch import launch
+from orchestrator.driver.launch import launch
 from tests.chaos.faults import Fault, worker_with
 
 

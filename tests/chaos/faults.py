@@ -12,7 +12,7 @@ from functools import wraps
 from pathlib import Path
 from typing import Any
 
-from orchestrator.worker import run_worker
+from orchestrator.worker.run import run_worker
 from tests.chaos import stuck
 
 
@@ -84,12 +84,15 @@ def arm(fault: Fault) -> None:
     """Put the fault into this process, by wrapping the functions that stand at the points."""
     import torch.optim.optimizer as optim
 
-    from orchestrator import gradients, loop
-    from orchestrator.checkpoint import copying, durable, reading
-    from orchestrator.checkpoint.memory import Slot
-    from orchestrator.checkpoint.saver import Saver
+    from orchestrator import loop
+    from orchestrator.checkpoint.restore import read_once as reading
+    from orchestrator.checkpoint.save import async_copy as copying
+    from orchestrator.checkpoint.save import upload as durable
+    from orchestrator.checkpoint.save.node_memory import Slot
+    from orchestrator.checkpoint.save.saver import Saver
     from orchestrator.checkpoint.store import CheckpointStore
-    from orchestrator.world import World
+    from orchestrator.distributed import gradients
+    from orchestrator.distributed.world import World
 
     step = {"iter_num": -1}
     times = {"reached": 0}

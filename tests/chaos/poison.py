@@ -53,7 +53,7 @@ class FlippedBit:
         from pathlib import Path
 
         from orchestrator import loop
-        from orchestrator.recovery.guard import Guard
+        from orchestrator.training.guard import Guard
 
         original = Guard.judge
 

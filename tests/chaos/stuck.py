@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from orchestrator.recovery.ledger import Incident
+from orchestrator.telemetry.goodput import Incident
 
 NAMES = (
     "all_reduce",

@@ -14,12 +14,12 @@ import ray
 import torch
 from ray.cluster_utils import Cluster
 
-from orchestrator import launch as launching
-from orchestrator.checkpoint.saver import Saver
+from orchestrator.checkpoint.save.saver import Saver
 from orchestrator.checkpoint.snapshot import tensors_equal
 from orchestrator.config import TrainConfig
-from orchestrator.launch import RunFailedError, launch
-from orchestrator.recovery.gpu_check import GpuCheck
+from orchestrator.controller.gpu_check import GpuCheck
+from orchestrator.driver import launch as launching
+from orchestrator.driver.launch import RunFailedError, launch
 from orchestrator.telemetry.metrics import read_events
 from tests.chaos.faults import Fault, worker_with
 from tests.chaos.test_kills import causes, steps_repeated

@@ -15,10 +15,10 @@ from pathlib import Path
 
 import pytest
 
-from orchestrator.checkpoint.huggingface import write_huggingface
+from orchestrator.checkpoint.formats.huggingface import write_huggingface
 from orchestrator.checkpoint.snapshot import tensors_equal
 from orchestrator.config import TrainConfig
-from orchestrator.recovery.ledger import account
+from orchestrator.telemetry.goodput import account
 from orchestrator.telemetry.metrics import read_events, read_metrics
 from tests.conftest import Undisturbed, final_state
 from tests.weights import random_weights

@@ -17,9 +17,9 @@ import pytest
 
 from orchestrator.checkpoint.snapshot import tensors_equal
 from orchestrator.config import TrainConfig
-from orchestrator.launch import RunFailedError, launch
-from orchestrator.machine import usable_cpus
-from orchestrator.registry import REGISTRY_FILE
+from orchestrator.driver.launch import RunFailedError, launch
+from orchestrator.driver.registry import REGISTRY_FILE
+from orchestrator.host.machine import usable_cpus
 from orchestrator.telemetry.metrics import read_events, read_metrics
 from tests.chaos.clusters import small_cluster
 from tests.chaos.faults import Fault, worker_with

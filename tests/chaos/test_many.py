@@ -20,8 +20,8 @@ import pytest
 from orchestrator.checkpoint.snapshot import tensors_equal
 from orchestrator.checkpoint.store import CheckpointStore
 from orchestrator.config import TrainConfig
-from orchestrator.launch import launch
-from orchestrator.recovery.ledger import account
+from orchestrator.driver.launch import launch
+from orchestrator.telemetry.goodput import account
 from orchestrator.telemetry.metrics import read_events, read_metrics
 from tests.chaos.clusters import small_cluster
 from tests.chaos.faults import Fault, worker_with

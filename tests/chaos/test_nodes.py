@@ -19,10 +19,10 @@ from ray.cluster_utils import Cluster
 
 from orchestrator.checkpoint.snapshot import tensors_equal
 from orchestrator.config import TrainConfig
-from orchestrator.launch import launch
-from orchestrator.recovery import notices
-from orchestrator.recovery.ledger import account
+from orchestrator.driver.launch import launch
+from orchestrator.telemetry.goodput import account
 from orchestrator.telemetry.metrics import read_events, read_metrics
+from orchestrator.worker import notices
 from tests.chaos.faults import Fault, worker_with
 from tests.chaos.stuck import check_teardown
 from tests.chaos.test_kills import causes, steps_repeated

@@ -12,8 +12,8 @@ import torch
 
 from orchestrator.checkpoint.snapshot import tensors_equal
 from orchestrator.config import TrainConfig
-from orchestrator.launch import launch
-from orchestrator.recovery.ledger import account
+from orchestrator.driver.launch import launch
+from orchestrator.telemetry.goodput import account
 from orchestrator.telemetry.metrics import read_events, read_metrics
 from tests.chaos.clusters import small_cluster
 from tests.chaos.faults import Fault, worker_with

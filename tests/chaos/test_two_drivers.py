@@ -19,13 +19,13 @@ from typing import Any
 
 import pytest
 
-from orchestrator import launch
 from orchestrator.__main__ import main
 from orchestrator.checkpoint.snapshot import tensors_equal
 from orchestrator.checkpoint.store import CheckpointStore
 from orchestrator.config import TrainConfig
+from orchestrator.driver import launch
+from orchestrator.driver.lease import LEASE_FILE, Lease
 from orchestrator.errors import ConfigError
-from orchestrator.lease import LEASE_FILE, Lease
 from tests.conftest import Storage, Undisturbed, final_state
 from tests.servers import S3Server
 
@@ -181,7 +181,7 @@ def pausing(pause_at: int | None, folder: Path) -> Callable[[dict[str, Any]], di
         import ray.train
 
         from orchestrator import loop
-        from orchestrator.worker import run_worker
+        from orchestrator.worker.run import run_worker
 
         original, rank = loop.seed_dropout, ray.train.get_context().get_world_rank()
 

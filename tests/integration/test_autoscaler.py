@@ -11,13 +11,14 @@ from typing import Any
 import pytest
 import ray
 
-from orchestrator import autoscaler
 from orchestrator.checkpoint.snapshot import tensors_equal
-from orchestrator.cluster import StoppedError, wait_for_room
+from orchestrator.cluster import autoscaler
+from orchestrator.cluster.join import StoppedError
+from orchestrator.cluster.room import wait_for_room
 from orchestrator.config import TrainConfig
+from orchestrator.driver.launch import launch
 from orchestrator.errors import ConfigError
-from orchestrator.launch import launch
-from orchestrator.recovery.ledger import account
+from orchestrator.telemetry.goodput import account
 from orchestrator.telemetry.metrics import read_events, read_metrics
 from tests.autoscaling import autoscaling_cluster
 from tests.chaos.faults import worker_with

@@ -14,7 +14,7 @@ import pytest
 
 from orchestrator.checkpoint.snapshot import tensors_equal
 from orchestrator.config import TrainConfig
-from orchestrator.machine import usable_cpus
+from orchestrator.host.machine import usable_cpus
 from tests.conftest import Undisturbed, final_state, train_with_torchrun
 from tests.ports import free_ports
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import ray
 
-from orchestrator.board import Listener, Poster, open_board
+from orchestrator.cluster.mailbox import Listener, Poster, open_board
 from tests.chaos.clusters import small_cluster
 
 pytestmark = pytest.mark.filterwarnings("default")  # Ray and its parts warn of themselves

@@ -13,12 +13,13 @@ import numpy as np
 import pytest
 
 from orchestrator.config import TrainConfig
+from orchestrator.distributed.device import resolve
+from orchestrator.distributed.numerics import change_of_data
+from orchestrator.distributed.world import World
+from orchestrator.driver.launch import launch
 from orchestrator.errors import UserError
-from orchestrator.launch import launch
 from orchestrator.loop import train
-from orchestrator.process import change_of_data, resolve
 from orchestrator.telemetry.metrics import read_events
-from orchestrator.world import World
 from tests.chaos.clusters import small_cluster
 from tests.chaos.faults import Fault, worker_with
 

@@ -17,11 +17,11 @@ import pytest
 import torch
 from transformers import GPT2LMHeadModel
 
-from orchestrator.checkpoint.nanogpt import read_nanogpt
+from orchestrator.checkpoint.formats.nanogpt import read_nanogpt
+from orchestrator.commands.export import ExportConfig, export
+from orchestrator.commands.inspect_run import InspectConfig, inspect
+from orchestrator.commands.sample import SampleConfig, sample
 from orchestrator.config import TrainConfig, parse
-from orchestrator.export import ExportConfig, export
-from orchestrator.inspect import InspectConfig, inspect
-from orchestrator.sample import SampleConfig, sample
 from tests import ranks
 from tests.conftest import final_state
 

@@ -16,11 +16,11 @@ import ray
 import torch
 
 from orchestrator.config import TrainConfig
+from orchestrator.controller import spares
+from orchestrator.driver.launch import launch
 from orchestrator.errors import UserError
-from orchestrator.launch import launch
-from orchestrator.recovery import spares
-from orchestrator.worker import run_worker
-from orchestrator.worker_environment import DEFAULTS
+from orchestrator.worker.environment import DEFAULTS
+from orchestrator.worker.run import run_worker
 from tests.chaos.clusters import small_cluster
 from tests.ports import free_ports, wait_for_port
 

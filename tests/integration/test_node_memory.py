@@ -16,16 +16,17 @@ import pytest
 from fsspec.implementations.local import LocalFileSystem
 
 from orchestrator import loop
-from orchestrator.checkpoint import reading, restore
-from orchestrator.checkpoint.files import FileRecord, read_tensors
-from orchestrator.checkpoint.memory import run_path, share_path, states_in
+from orchestrator.checkpoint.restore import read_once as reading
+from orchestrator.checkpoint.restore import restore
+from orchestrator.checkpoint.save.node_memory import run_path, share_path, states_in
 from orchestrator.checkpoint.snapshot import Snapshot, tensors_equal
 from orchestrator.checkpoint.store import Checkpoint, CheckpointStore, newest_name_first, parse_state, state_text
+from orchestrator.checkpoint.tensor_file import FileRecord, read_tensors
 from orchestrator.config import TrainConfig
+from orchestrator.distributed.device import resolve
+from orchestrator.distributed.world import World
 from orchestrator.errors import ConfigError, UnreadableError
-from orchestrator.process import resolve
 from orchestrator.telemetry.metrics import read_metrics
-from orchestrator.world import World
 from tests import ranks
 from tests.chaos.blackout import Standstill, blackout, struck
 from tests.chaos.faults import Fault

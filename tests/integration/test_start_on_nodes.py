@@ -15,13 +15,13 @@ import psutil
 import pytest
 import torch
 
-from orchestrator.checkpoint import restore
-from orchestrator.checkpoint.huggingface import write_huggingface
-from orchestrator.checkpoint.nanogpt import write_nanogpt
+from orchestrator.checkpoint.formats.huggingface import write_huggingface
+from orchestrator.checkpoint.formats.nanogpt import write_nanogpt
+from orchestrator.checkpoint.restore import restore
+from orchestrator.checkpoint.restore.init_from import origin_of
 from orchestrator.checkpoint.snapshot import Snapshot, tensors_equal
-from orchestrator.checkpoint.start import origin_of
 from orchestrator.config import TrainConfig
-from orchestrator.world import World
+from orchestrator.distributed.world import World
 from tests import ranks
 from tests.conftest import final_state
 from tests.weights import random_weights

@@ -19,8 +19,8 @@ from tests.ports import free_ports
 
 PLAIN = """
 import sys
-from orchestrator.plain import main
-from orchestrator.recovery import vigil
+from orchestrator.worker.plain import main
+from orchestrator.worker import torchrun as vigil
 from tests.chaos.faults import Fault, arm
 import os, pathlib, signal
 

@@ -12,9 +12,9 @@ import pytest
 import ray
 
 from orchestrator.config import TrainConfig
-from orchestrator.launch import launch
+from orchestrator.driver.launch import launch
 from orchestrator.telemetry.metrics import read_events
-from orchestrator.worker import run_worker
+from orchestrator.worker.run import run_worker
 from tests.chaos.clusters import small_cluster
 
 pytestmark = pytest.mark.filterwarnings("default")  # Ray and its parts warn of themselves

@@ -19,21 +19,21 @@ from fsspec.core import url_to_fs
 
 from orchestrator.checkpoint.snapshot import Snapshot, tensors_equal
 from orchestrator.checkpoint.store import CheckpointStore
-from orchestrator.checkpoint.transfer import locate, make_folder
+from orchestrator.commands.export import ExportConfig, export
+from orchestrator.commands.inspect_run import InspectConfig, inspect
+from orchestrator.commands.sample import SampleConfig, sample
 from orchestrator.config import TrainConfig
+from orchestrator.distributed.device import resolve
+from orchestrator.distributed.world import World
+from orchestrator.driver.launch import launch
+from orchestrator.driver.preflight import plan
 from orchestrator.errors import CheckpointError, UserError
-from orchestrator.export import ExportConfig, export
-from orchestrator.inspect import InspectConfig, inspect
-from orchestrator.launch import launch
 from orchestrator.loop import train
-from orchestrator.preflight import plan
-from orchestrator.process import resolve
-from orchestrator.sample import SampleConfig, sample
-from orchestrator.storage_options import storage_options_of
-from orchestrator.telemetry.lines import print_record
+from orchestrator.storage.options import storage_options_of
+from orchestrator.storage.transfer import locate, make_folder
+from orchestrator.telemetry.emit import open_telemetry
+from orchestrator.telemetry.format import print_record
 from orchestrator.telemetry.metrics import read_metrics
-from orchestrator.telemetry.tell import open_telemetry
-from orchestrator.world import World
 from tests.conftest import Storage, Undisturbed, enter, forget_clients, in_steps
 from tests.servers import S3Server, SFTPServer, free_ports
 

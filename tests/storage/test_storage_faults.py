@@ -25,22 +25,23 @@ import pytest
 from fsspec.implementations.local import LocalFileSystem
 from s3fs import S3FileSystem
 
-from orchestrator.checkpoint import durable, transfer
-from orchestrator.checkpoint.files import write_file
-from orchestrator.checkpoint.leftovers import clear_leftovers
-from orchestrator.checkpoint.memory import Slot
+from orchestrator.checkpoint.orphans import clear_leftovers
+from orchestrator.checkpoint.save import upload as durable
+from orchestrator.checkpoint.save.node_memory import Slot
 from orchestrator.checkpoint.snapshot import Snapshot, tensors_equal
 from orchestrator.checkpoint.store import CheckpointStore
-from orchestrator.checkpoint.transfer import locate
+from orchestrator.checkpoint.tensor_file import write_file
 from orchestrator.config import TrainConfig
+from orchestrator.distributed.device import resolve
+from orchestrator.distributed.world import World
 from orchestrator.errors import StorageError
 from orchestrator.loop import train
-from orchestrator.process import resolve
-from orchestrator.storage_options import storage_options_of
-from orchestrator.telemetry.lines import print_record
+from orchestrator.storage import retry, transfer
+from orchestrator.storage.options import storage_options_of
+from orchestrator.storage.transfer import locate
+from orchestrator.telemetry.emit import open_telemetry
+from orchestrator.telemetry.format import print_record
 from orchestrator.telemetry.metrics import read_metrics
-from orchestrator.telemetry.tell import open_telemetry
-from orchestrator.world import World
 from tests import ranks
 from tests.chaos import faults
 from tests.conftest import Storage, Undisturbed, forget_clients, in_steps
@@ -197,7 +198,7 @@ def on_s3(config: TrainConfig, faulty_s3: Storage, monkeypatch: pytest.MonkeyPat
 @pytest.fixture(autouse=True)
 def short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
     """Try again soon: a server of the tests' own is back in a second."""
-    monkeypatch.setattr(durable, "_LONGEST_PAUSE_S", 1.0)
+    monkeypatch.setattr(retry, "_LONGEST_PAUSE_S", 1.0)
 
 
 @pytest.fixture(autouse=True)
@@ -272,7 +273,7 @@ def test_a_fault_that_passes_is_outlasted(
 def test_a_fault_that_lasts_costs_a_checkpoint(
     kind: str, reason: str, on_s3: TrainConfig, proxy: FaultyProxy, calm: Calm, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(durable, "RETRY_FOR_S", 0.2)
+    monkeypatch.setattr(retry, "RETRY_FOR_S", 0.2)
     run = Run(on_s3)
     fault = fault_of(kind, proxy, lambda *asked: run.has("checkpoint") and puts("optimizer-")(*asked), times=10**6)
     run.mark = lambda: fault.fired
@@ -296,7 +297,7 @@ def test_a_fault_that_lasts_costs_a_checkpoint(
 def test_the_last_state_waits_in_node_memory_where_storage_is_gone(
     on_s3: TrainConfig, proxy: FaultyProxy, calm: Calm, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(durable, "RETRY_FOR_S", 0.2)
+    monkeypatch.setattr(retry, "RETRY_FOR_S", 0.2)
     fault = fault_of("500", proxy, puts("checkpoint_00000040_"), times=10**6)
     run = Run(on_s3, mark=lambda: fault.fired)
     with pytest.raises(StorageError, match=r"could not be saved: rank 0: the server has failed .* as the test asked"):
@@ -405,7 +406,7 @@ def test_a_full_disk_costs_a_checkpoint_and_no_room(
             sftp, server = request.getfixturevalue("sftp"), request.getfixturevalue("sftp_server")
             folder = mounts.enter_context(small_tmpfs(server.files / tmp_path.name, "4m"))
             config = replace(config, out_dir=f"{sftp.url}/run", storage_options=json.dumps(sftp.options))
-            monkeypatch.setattr(durable, "RETRY_FOR_S", 0.2)  # the protocol has no word for it: it is tried again
+            monkeypatch.setattr(retry, "RETRY_FOR_S", 0.2)  # the protocol has no word for it: it is tried again
         else:
             folder = mounts.enter_context(small_tmpfs(tmp_path / "disk", "4m"))
             config = replace(config, out_dir=f"{folder}/run")
@@ -542,7 +543,7 @@ class Liar(LocalFileSystem):  # type: ignore[misc]
 
 
 def test_half_a_file_is_never_announced(config: TrainConfig, calm: Calm, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(durable, "RETRY_FOR_S", 0.2)
+    monkeypatch.setattr(retry, "RETRY_FOR_S", 0.2)
     honest, run = write_file, Run(config)
 
     def lie_once(fs: Any, *rest: Any) -> Any:
@@ -627,7 +628,7 @@ def test_a_file_that_cannot_be_read_is_named_and_an_older_state_used(
     caplog: pytest.LogCaptureFixture,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(durable, "READ_AGAIN_FOR_S", 0.2)
+    monkeypatch.setattr(retry, "READ_AGAIN_FOR_S", 0.2)
     Run(on_s3, stop_after=19).train()
     before = [checkpoint.iter_num for checkpoint in store_of(on_s3).newest_first()]
     fault = fault_of(kind, proxy, gets("checkpoint_00000020_a/model-"), times=10**6)
@@ -641,7 +642,7 @@ def test_a_file_that_cannot_be_read_is_named_and_an_older_state_used(
 
 
 def set_patience(_rank: int) -> None:
-    durable.RETRY_FOR_S = 0.2
+    retry.RETRY_FOR_S = 0.2
     S3FileSystem.retries = 1
 
 
@@ -672,10 +673,10 @@ def test_a_fault_of_one_rank_is_told_by_all_and_the_next_checkpoint_is_whole(
 
 ENDS = """
 import sys
-from orchestrator.checkpoint import durable, transfer
-durable.RETRY_FOR_S = 0.2
+from orchestrator.storage import retry, transfer
+retry.RETRY_FOR_S = 0.2
 transfer._S3_LIMITS = {"read_timeout": 0.5, "retries": {"total_max_attempts": 1}}
-from orchestrator.plain import main
+from orchestrator.worker.plain import main
 sys.exit(main())
 """
 

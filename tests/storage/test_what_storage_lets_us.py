@@ -17,24 +17,24 @@ from typing import Any
 import pytest
 from fsspec.implementations.local import LocalFileSystem
 
-from orchestrator.checkpoint import durable, transfer
-from orchestrator.checkpoint.folders import PROBE_FILE, check_writable, delete_folder
 from orchestrator.checkpoint.snapshot import tensors_equal
 from orchestrator.checkpoint.store import CheckpointStore
-from orchestrator.checkpoint.transfer import delivered, exists, fetched, locate
+from orchestrator.commands.inspect_run import InspectConfig, inspect
 from orchestrator.config import TrainConfig
+from orchestrator.distributed.device import resolve
+from orchestrator.distributed.world import World
+from orchestrator.driver.launch import launch
+from orchestrator.driver.lease import LEASE_FILE, Lease
+from orchestrator.driver.preflight import plan
 from orchestrator.errors import CheckpointError, UserError
-from orchestrator.inspect import InspectConfig, inspect
-from orchestrator.launch import launch
-from orchestrator.lease import LEASE_FILE, Lease
 from orchestrator.loop import train
-from orchestrator.preflight import plan
-from orchestrator.process import resolve
-from orchestrator.storage_options import storage_options_of
-from orchestrator.telemetry.lines import print_record
+from orchestrator.storage import retry, transfer
+from orchestrator.storage.folders import PROBE_FILE, check_writable, delete_folder
+from orchestrator.storage.options import storage_options_of
+from orchestrator.storage.transfer import delivered, exists, fetched, locate
+from orchestrator.telemetry.emit import open_telemetry
+from orchestrator.telemetry.format import print_record
 from orchestrator.telemetry.metrics import MetricsLog, read_metrics
-from orchestrator.telemetry.tell import open_telemetry
-from orchestrator.world import World
 from tests.conftest import Storage, enter, forget_clients
 from tests.servers import FaultyProxy, S3Server, free_ports
 
@@ -73,7 +73,7 @@ def one_try(monkeypatch: pytest.MonkeyPatch) -> None:
     limits = {"connect_timeout": 2.0, "read_timeout": 2.0, "retries": {"total_max_attempts": 1}}
     monkeypatch.setattr(transfer, "_S3_LIMITS", limits)
     monkeypatch.setattr(transfer, "_S3_ROUNDS", 1)
-    monkeypatch.setattr(durable, "_LONGEST_PAUSE_S", 0.2)
+    monkeypatch.setattr(retry, "_LONGEST_PAUSE_S", 0.2)
     forget_clients()
 
 
@@ -274,7 +274,7 @@ def test_keys_that_are_renewed_late_are_waited_for(
             raise
 
     with caplog.at_level(logging.INFO, "orchestrator"):
-        durable.patiently(write_json, store)
+        retry.patiently(write_json, store)
     assert fault.fired
     assert store.read_json("run.json") == {"a": 1}
     assert len(caplog.messages) == 1, "said once"
@@ -284,7 +284,7 @@ def test_keys_that_are_renewed_late_are_waited_for(
 def test_keys_that_stay_expired_cost_checkpoints_and_not_the_run(
     config: TrainConfig, faulty_s3: Storage, proxy: FaultyProxy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(durable, "RETRY_FOR_S", 0.3)
+    monkeypatch.setattr(retry, "RETRY_FOR_S", 0.3)
     config = replace(config, out_dir=f"{faulty_s3.url}/run", checkpoint_interval=8)
     records: list[dict[str, Any]] = []
     faults: list[Any] = []

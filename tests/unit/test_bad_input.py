@@ -22,11 +22,11 @@ import torch
 from orchestrator.__main__ import main
 from orchestrator.checkpoint.store import CheckpointStore
 from orchestrator.config import TrainConfig
+from orchestrator.distributed.device import resolve
+from orchestrator.distributed.world import World
+from orchestrator.driver.preflight import plan
 from orchestrator.errors import CheckpointError
 from orchestrator.loop import train
-from orchestrator.preflight import plan
-from orchestrator.process import resolve
-from orchestrator.world import World
 
 Refused = Callable[..., str]
 

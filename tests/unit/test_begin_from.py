@@ -15,19 +15,19 @@ import fsspec
 import pytest
 import torch
 
-from orchestrator import plain
 from orchestrator.__main__ import main
-from orchestrator.checkpoint.huggingface import write_huggingface
-from orchestrator.checkpoint.nanogpt import read_nanogpt, write_nanogpt
+from orchestrator.checkpoint.formats.huggingface import write_huggingface
+from orchestrator.checkpoint.formats.nanogpt import read_nanogpt, write_nanogpt
 from orchestrator.checkpoint.snapshot import Snapshot, tensors_equal
 from orchestrator.checkpoint.store import CheckpointStore, parse_state, state_text
 from orchestrator.config import TrainConfig, check
 from orchestrator.data.tokenizers import CharTokenizer
+from orchestrator.distributed.device import resolve
+from orchestrator.distributed.world import World
+from orchestrator.driver.preflight import plan
 from orchestrator.errors import CheckpointError, ConfigError, DataError, FinishedRunError, UserError
 from orchestrator.loop import train
-from orchestrator.preflight import plan
-from orchestrator.process import resolve
-from orchestrator.world import World
+from orchestrator.worker import plain
 from tests import ranks
 from tests.conftest import final_state
 from tests.unit.test_sample import save_run
@@ -249,7 +249,7 @@ def test_a_finished_run_says_so_and_exits_0(
 def test_a_finished_run_needs_neither_data_nor_a_writable_folder(
     first: TrainConfig, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("orchestrator.preflight.check_writable", lambda *_: pytest.fail("something was written"))
+    monkeypatch.setattr("orchestrator.driver.preflight.check_writable", lambda *_: pytest.fail("something was written"))
     assert main(["train", *flags(replace(first, data_dir="/nowhere"))]) == 0
     assert "is finished: iteration 4" in capsys.readouterr().out
 
@@ -456,7 +456,7 @@ def test_read_nanogpt_is_not_asked_for_the_optimizer_of_an_evaluation(
         asked.append(model_only)
         return read_nanogpt(path, model_only=model_only, **options)
 
-    monkeypatch.setattr("orchestrator.checkpoint.sources.read_nanogpt", noted)
+    monkeypatch.setattr("orchestrator.checkpoint.formats.sources.read_nanogpt", noted)
     config = beside(first, "evaluated", init_from=str(tmp_path / "x.pt"), eval_only=True)
     plan(config)
     train(resolve(config), World())

@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from orchestrator.recovery.bench import Bench
+from orchestrator.controller.cordon import Bench
 
 
 def room_on(nodes: dict[str, int]):

@@ -5,8 +5,9 @@ import pickle
 import pytest
 import torch
 
+from orchestrator.controller.budgets import Budgets, GivenUpError, explain
 from orchestrator.errors import StorageError, UnreadableError
-from orchestrator.recovery.causes import AttemptFailedError, Budgets, Cause, Ending, GivenUpError, ending_of, explain
+from orchestrator.worker.failure import AttemptFailedError, Cause, Ending, ending_of
 
 
 def lost(cause: Cause = Cause.WORKER_LOST, rank: int = 0, text: str = "gone", iter_num: int | None = 7) -> Ending:

@@ -22,19 +22,19 @@ from safetensors.torch import load_file
 
 from model import GPT, GPTConfig
 from model.pretrained import GPT2_SIZES
-from orchestrator.checkpoint import files
-from orchestrator.checkpoint.files import FileRecord, write_file
-from orchestrator.checkpoint.nodes import Nodes
-from orchestrator.checkpoint.ownership import owners
-from orchestrator.checkpoint.restore import begin
-from orchestrator.checkpoint.saver import Saver
-from orchestrator.checkpoint.schedule import Rhythm
+from orchestrator.checkpoint import tensor_file as files
+from orchestrator.checkpoint.restore.restore import begin
+from orchestrator.checkpoint.save.node_topology import Nodes
+from orchestrator.checkpoint.save.ownership import owners
+from orchestrator.checkpoint.save.policy import Rhythm
+from orchestrator.checkpoint.save.saver import Saver
 from orchestrator.checkpoint.snapshot import Snapshot, tensors_equal
 from orchestrator.checkpoint.state import TrainState, capture
 from orchestrator.checkpoint.store import CheckpointStore
+from orchestrator.checkpoint.tensor_file import FileRecord, write_file
 from orchestrator.config import TrainConfig
+from orchestrator.distributed.world import World
 from orchestrator.errors import CheckpointError, StorageError
-from orchestrator.world import World
 
 NO_MEMORY = Nodes(None, ("0",), 0)
 ARGS = {"n_layer": 1, "n_head": 2, "n_embd": 8, "block_size": 4, "vocab_size": 11, "bias": True, "dropout": 0.0}

@@ -11,7 +11,7 @@ import pytest
 from torch._inductor import config as compiler
 from torch._inductor.runtime.cache_dir_utils import default_cache_dir
 
-from orchestrator.compile_cache import VARIABLE, keep_compiled
+from orchestrator.host.compile_cache import VARIABLE, keep_compiled
 
 
 @pytest.fixture
@@ -100,7 +100,7 @@ def test_what_the_user_has_set_is_respected(
 COMPILE = """
 import torch
 from torch._dynamo.utils import counters
-from orchestrator.process import compiler_fault
+from orchestrator.distributed.numerics import compiler_fault
 assert compiler_fault(torch.device("cpu")) is None
 print(counters["inductor"]["fxgraph_cache_hit"], counters["inductor"]["fxgraph_cache_miss"])
 """

@@ -13,8 +13,8 @@ import torch
 from orchestrator.data import token_files
 from orchestrator.data.dataset import open_dataset
 from orchestrator.data.nanogpt_meta import read_nanogpt_meta
+from orchestrator.data.order import Sampling, offsets
 from orchestrator.data.prepare import PrepareConfig, prepare
-from orchestrator.data.sampling import Sampling, offsets
 from orchestrator.data.token_files import open_token_files
 from orchestrator.errors import DataError
 

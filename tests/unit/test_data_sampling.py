@@ -8,7 +8,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from orchestrator.data.sampling import Sampling, going_on, offsets, permute
+from orchestrator.data.order import Sampling, going_on, offsets, permute
 
 N_TOKENS = 1_003_854  # Tiny Shakespeare's training split
 SMALL = Sampling(seed=1337, batch_size=4, block_size=64, gradient_accumulation_steps=5)

@@ -9,11 +9,12 @@ from typing import Any
 import pytest
 from ray.train import ScalingConfig
 
-from orchestrator.recovery import elastic
-from orchestrator.recovery.bench import Bench
-from orchestrator.recovery.elastic import LivePolicy, fit, room_for, used_by_others
-from orchestrator.recovery.reach import Lookout, silent_nodes
-from orchestrator.recovery.spares import first_places, wanted
+from orchestrator.cluster.reachability import Lookout, silent_nodes
+from orchestrator.cluster.room import fit, room_for, used_by_others
+from orchestrator.controller import scaling as elastic
+from orchestrator.controller.cordon import Bench
+from orchestrator.controller.scaling import LivePolicy
+from orchestrator.controller.spares import first_places, wanted
 
 
 def node(name: str, cpus: float, gpus: float = 0.0, alive: bool = True, port: int = 0) -> dict[str, Any]:

@@ -7,7 +7,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from orchestrator.events import Events
+from orchestrator.driver.journal import Events
 from orchestrator.telemetry.metrics import MetricsLog, read_events, read_metrics
 
 BEGAN_S = time.time() - 1000

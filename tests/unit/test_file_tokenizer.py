@@ -17,9 +17,11 @@ import tokenizers
 from fsspec.implementations.memory import MemoryFileSystem
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
-from orchestrator.checkpoint.huggingface import write_huggingface
-from orchestrator.checkpoint.nanogpt import read_nanogpt
+from orchestrator.checkpoint.formats.huggingface import write_huggingface
+from orchestrator.checkpoint.formats.nanogpt import read_nanogpt
 from orchestrator.checkpoint.store import CheckpointStore
+from orchestrator.commands.export import ExportConfig, export
+from orchestrator.commands.sample import SampleConfig, sample
 from orchestrator.config import TrainConfig
 from orchestrator.data import token_writer
 from orchestrator.data.file_tokenizer import FileTokenizer
@@ -28,12 +30,10 @@ from orchestrator.data.prepare import PrepareConfig, prepare
 from orchestrator.data.token_files import open_token_files, read_tokenizer
 from orchestrator.data.tokenizer_folder import read_tokenizer_folder
 from orchestrator.data.tokenizers import CharTokenizer, GPT2Tokenizer, tokenizer_from_json
+from orchestrator.distributed.device import resolve
+from orchestrator.distributed.world import World
 from orchestrator.errors import ConfigError, DataError
-from orchestrator.export import ExportConfig, export
 from orchestrator.loop import train
-from orchestrator.process import resolve
-from orchestrator.sample import SampleConfig, sample
-from orchestrator.world import World
 from tests.golden import CKPT
 
 TEXT = "the quick brown fox jumps over the lazy dog, and the dog doesn't mind\n" * 40

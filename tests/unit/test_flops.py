@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from orchestrator.telemetry.flops import Flops, peak_flops
-from orchestrator.telemetry.lines import line_of
+from orchestrator.telemetry.format import line_of
 
 
 @pytest.mark.parametrize(

@@ -15,24 +15,25 @@ import torch
 from fsspec.implementations.local import LocalFileSystem
 from torch import Tensor
 
-from orchestrator.checkpoint import gpu, pinning, restore, staging
-from orchestrator.checkpoint.behind import Behind
-from orchestrator.checkpoint.files import bytes_of, read_tensors
-from orchestrator.checkpoint.memory import NodeMemory, states_in
-from orchestrator.checkpoint.nodes import Nodes
-from orchestrator.checkpoint.pinning import Pinned, address_of, between_borders
-from orchestrator.checkpoint.reading import Place
-from orchestrator.checkpoint.restore import _build
-from orchestrator.checkpoint.saver import Saver
-from orchestrator.checkpoint.schedule import Rhythm
+from orchestrator.checkpoint.restore import restore, staging
+from orchestrator.checkpoint.restore.init_from import scratch_args
+from orchestrator.checkpoint.restore.read_once import Place
+from orchestrator.checkpoint.restore.restore import _build
+from orchestrator.checkpoint.restore.staging import Staging
+from orchestrator.checkpoint.save import gpu, pinning
+from orchestrator.checkpoint.save.background import Behind
+from orchestrator.checkpoint.save.node_memory import NodeMemory, states_in
+from orchestrator.checkpoint.save.node_topology import Nodes
+from orchestrator.checkpoint.save.pinning import Pinned, address_of, between_borders
+from orchestrator.checkpoint.save.policy import Rhythm
+from orchestrator.checkpoint.save.saver import Saver
 from orchestrator.checkpoint.snapshot import tensors_equal
-from orchestrator.checkpoint.staging import Staging
-from orchestrator.checkpoint.start import scratch_args
 from orchestrator.checkpoint.state import TrainState, capture
 from orchestrator.checkpoint.store import Checkpoint, CheckpointStore, checkpoint_name
+from orchestrator.checkpoint.tensor_file import bytes_of, read_tensors
 from orchestrator.config import TrainConfig
-from orchestrator.process import plain_world
-from orchestrator.world import World
+from orchestrator.distributed.join import plain_world
+from orchestrator.distributed.world import World
 from tests.fake_cuda import FakeCuda, fake_cuda
 from tests.unit.test_rescue import settle, step
 

@@ -10,9 +10,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from orchestrator import worker
 from orchestrator.config import TrainConfig
-from orchestrator.recovery.gpus import fault_here, has_kernels_for, wait_until_free
+from orchestrator.host.gpus import fault_here, has_kernels_for, wait_until_free
+from orchestrator.worker import run as worker
 
 GB = 10**9
 OLD_DRIVER = "CUDA initialization: The NVIDIA driver on your system is too old (found version 12040)."

@@ -16,9 +16,9 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from orchestrator.config import TrainConfig
-from orchestrator.gradients import average, wrap
-from orchestrator.recovery.causes import Cause, ending_of
-from orchestrator.world import World
+from orchestrator.distributed.gradients import average, wrap
+from orchestrator.distributed.world import World
+from orchestrator.worker.failure import Cause, ending_of
 from tests import ranks
 
 
@@ -29,7 +29,8 @@ class Watch:
     folder: Path
 
     def __call__(self, rank: int) -> None:
-        from orchestrator import gradients, loop
+        from orchestrator import loop
+        from orchestrator.distributed import gradients
 
         seen: dict[str, Any] = {"model": None, "buckets": set()}
         original_wrap, original_average, original_seed = loop.wrap, gradients.average, loop.seed_dropout

@@ -13,8 +13,8 @@ from orchestrator.checkpoint.rollbacks import Rollback, data_iter, is_undone
 from orchestrator.checkpoint.snapshot import tensors_equal
 from orchestrator.checkpoint.store import CheckpointStore
 from orchestrator.config import TrainConfig
-from orchestrator.recovery.guard import difference, digest_of, spike_of
 from orchestrator.telemetry.metrics import read_metrics
+from orchestrator.training.guard import difference, digest_of, spike_of
 from tests import ranks
 from tests.chaos.faults import Fault
 from tests.chaos.poison import FlippedBit, Poison

@@ -10,7 +10,7 @@ import torch
 from fsspec.implementations.memory import MemoryFileSystem
 
 from model import GPT, GPTConfig
-from orchestrator.checkpoint.huggingface import write_huggingface
+from orchestrator.checkpoint.formats.huggingface import write_huggingface
 from orchestrator.checkpoint.snapshot import Snapshot
 from orchestrator.data.gpt2_vocabulary import load_gpt2_encoding
 from orchestrator.data.tokenizers import CharTokenizer, GPT2Tokenizer

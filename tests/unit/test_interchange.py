@@ -20,15 +20,15 @@ from torch import Tensor
 
 from model import GPT, GPTConfig
 from orchestrator.__main__ import main
-from orchestrator.checkpoint.huggingface import write_huggingface
-from orchestrator.checkpoint.nanogpt import HEAD, read_nanogpt, write_nanogpt
+from orchestrator.checkpoint.formats.huggingface import write_huggingface
+from orchestrator.checkpoint.formats.nanogpt import HEAD, read_nanogpt, write_nanogpt
+from orchestrator.checkpoint.formats.sources import Kind, find_source, read_source, using
 from orchestrator.checkpoint.snapshot import Snapshot, tensors_equal
-from orchestrator.checkpoint.sources import Kind, find_source, read_source, using
+from orchestrator.commands.export import ExportConfig, export
+from orchestrator.commands.inspect_run import InspectConfig, inspect
+from orchestrator.commands.sample import SampleConfig, sample
 from orchestrator.data.tokenizers import CharTokenizer
 from orchestrator.errors import CheckpointError, ConfigError, UserError
-from orchestrator.export import ExportConfig, export
-from orchestrator.inspect import InspectConfig, inspect
-from orchestrator.sample import SampleConfig, sample
 from tests.unit.test_sample import save_run
 from tests.unit.test_streaming import SMALL, random_state
 

@@ -15,10 +15,10 @@ from typing import Any
 
 import pytest
 
-from orchestrator import lease as lease_module
 from orchestrator.checkpoint.store import CheckpointStore
+from orchestrator.driver import lease as lease_module
+from orchestrator.driver.lease import LEASE_FILE, Lease
 from orchestrator.errors import CheckpointError, ConfigError
-from orchestrator.lease import LEASE_FILE, Lease
 
 NEVER_S = 60.0  # a beat interval at which the thread does not come into play
 
@@ -68,7 +68,7 @@ def store(request: pytest.FixtureRequest, tmp_path: Path) -> CheckpointStore:
 
 @pytest.fixture(autouse=True)
 def _logs(caplog: pytest.LogCaptureFixture) -> None:
-    caplog.set_level(logging.INFO, "orchestrator.lease")
+    caplog.set_level(logging.INFO, "orchestrator.driver.lease")
 
 
 def new_lease(store: CheckpointStore, time: Time, beat_interval_s: float = 5.0) -> Lease:

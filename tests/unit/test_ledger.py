@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from orchestrator.__main__ import main
-from orchestrator.recovery.ledger import Ledger, account, duration, summary_of
+from orchestrator.telemetry.goodput import Ledger, account, duration, summary_of
 from orchestrator.telemetry.stopwatch import Stopwatch
 
 Record = dict[str, Any]

@@ -14,20 +14,21 @@ import pytest
 import torch
 
 from orchestrator import loop
-from orchestrator.checkpoint import durable
-from orchestrator.checkpoint.nanogpt import write_nanogpt
+from orchestrator.checkpoint.formats.nanogpt import write_nanogpt
+from orchestrator.checkpoint.restore.init_from import told_finished
+from orchestrator.checkpoint.save import upload as durable
 from orchestrator.checkpoint.snapshot import tensors_equal
-from orchestrator.checkpoint.start import told_finished
 from orchestrator.checkpoint.state import TrainState, capture
 from orchestrator.checkpoint.store import CheckpointStore
 from orchestrator.config import TrainConfig
 from orchestrator.data import dataset
 from orchestrator.data.dataset import open_dataset
+from orchestrator.distributed.device import resolve
+from orchestrator.distributed.world import World
 from orchestrator.errors import CheckpointError, ConfigError, StorageError
-from orchestrator.loop import Outcome, dropout_seed, train
-from orchestrator.process import resolve
-from orchestrator.telemetry.lines import line_of
-from orchestrator.world import World
+from orchestrator.loop import dropout_seed, train
+from orchestrator.telemetry.format import line_of
+from orchestrator.training.attempt import Outcome
 from tests.conftest import in_steps
 
 Record = dict[str, Any]

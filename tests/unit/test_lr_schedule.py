@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from orchestrator.config import TrainConfig, parse
-from orchestrator.lr_schedule import doubts, learning_rate, tell_doubts
+from orchestrator.training.lr_schedule import doubts, learning_rate, tell_doubts
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 PLAIN = TrainConfig(learning_rate=1e-3, min_lr=1e-4, warmup_iters=10, lr_decay_iters=100, max_iters=100)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from orchestrator.machine import seen_as, usable_cpus
+from orchestrator.host.machine import seen_as, usable_cpus
 
 HERE = len(os.sched_getaffinity(0))
 
@@ -59,7 +59,8 @@ def test_part_of_a_processor_counts_as_one(tmp_path: Path, monkeypatch: pytest.M
 def test_affinity_counts() -> None:
     one = sorted(os.sched_getaffinity(0))[0]
     code = (
-        f"import os; os.sched_setaffinity(0, {{{one}}}); from orchestrator.machine import usable_cpus as u; print(u())"
+        f"import os; os.sched_setaffinity(0, {{{one}}}); "
+        "from orchestrator.host.machine import usable_cpus as u; print(u())"
     )
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "1\n"
 

@@ -15,9 +15,9 @@ import numpy as np
 import pytest
 import torch
 
-from orchestrator.checkpoint import mapping
-from orchestrator.checkpoint.files import layout_of
-from orchestrator.checkpoint.memory import NodeMemory, Slot
+from orchestrator.checkpoint.save import mapping
+from orchestrator.checkpoint.save.node_memory import NodeMemory, Slot
+from orchestrator.checkpoint.tensor_file import layout_of
 
 SIZE_BYTES = 512 * 2**20
 

@@ -17,13 +17,13 @@ from typing import Any
 import pytest
 import torch
 
-from orchestrator.checkpoint import memory as memory_module
-from orchestrator.checkpoint.files import Layout, bytes_of, layout_of, read_tensors
-from orchestrator.checkpoint.memory import NodeMemory, Slot, run_path, spare_memory_bytes
-from orchestrator.checkpoint.nodes import Nodes, meet
+from orchestrator.checkpoint.save import node_memory as memory_module
+from orchestrator.checkpoint.save.node_memory import NodeMemory, Slot, run_path, spare_memory_bytes
+from orchestrator.checkpoint.save.node_topology import Nodes, meet
 from orchestrator.checkpoint.store import FORMAT_VERSION, CheckpointStore
+from orchestrator.checkpoint.tensor_file import Layout, bytes_of, layout_of, read_tensors
+from orchestrator.distributed.world import World
 from orchestrator.errors import CheckpointError
-from orchestrator.world import World
 from tests.tmpfs import small_tmpfs
 
 FILES = ("model-00000-of-00001.safetensors", "optimizer-00000-of-00001.safetensors")

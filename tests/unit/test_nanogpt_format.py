@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from model import GPT, GPTConfig
-from orchestrator.checkpoint.nanogpt import parameter_shapes, plain, read_nanogpt, write_nanogpt
+from orchestrator.checkpoint.formats.nanogpt import parameter_shapes, plain, read_nanogpt, write_nanogpt
 from orchestrator.checkpoint.snapshot import Snapshot, tensors_equal
 from orchestrator.errors import CheckpointError
 from tests.golden import CKPT, EVAL_LOSS, EVAL_ROWS

@@ -19,9 +19,9 @@ import torch
 from safetensors.torch import save_file
 
 from model import GPT, GPTConfig
-from orchestrator.checkpoint.nanogpt import read_nanogpt, write_nanogpt
+from orchestrator.checkpoint.formats.nanogpt import read_nanogpt, write_nanogpt
+from orchestrator.checkpoint.formats.torch_load import load_torch_file
 from orchestrator.checkpoint.snapshot import Snapshot, tensors_equal
-from orchestrator.checkpoint.torch_load import load_torch_file
 from orchestrator.errors import CheckpointError
 
 ARGS = {"n_layer": 2, "n_head": 2, "n_embd": 8, "block_size": 4, "vocab_size": 11, "bias": True, "dropout": 0.1}

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from orchestrator.errors import ConfigError
-from orchestrator.recovery.notices import AWS, GCP, VARIABLE, Azure, Cloud, Notice, Watcher, cloud_here, recognised
+from orchestrator.worker.notices import AWS, GCP, VARIABLE, Azure, Cloud, Notice, Watcher, cloud_here, recognised
 from tests.metadata import Metadata
 
 AWS_TIME = "2026-11-24T12:34:56Z"

@@ -9,11 +9,11 @@ import pytest
 from ray.train import ControllerError
 from ray.train.v2._internal.exceptions import WorkerGroupStartupFailedError
 
+from orchestrator.controller import attempts as overseer
+from orchestrator.controller.attempts import Overseer
+from orchestrator.controller.budgets import Budgets, GivenUpError
+from orchestrator.controller.cordon import Bench
 from orchestrator.errors import ConfigError
-from orchestrator.recovery import overseer
-from orchestrator.recovery.bench import Bench
-from orchestrator.recovery.causes import Budgets, GivenUpError
-from orchestrator.recovery.overseer import Overseer
 
 WORKERS = [SimpleNamespace(metadata=SimpleNamespace(hostname=f"gpu-{n}", node_id=f"id{n}")) for n in range(2)]
 ONE, ALL = {1: "CUDA is missing"}, {0: "CUDA is missing", 1: "CUDA is missing"}

@@ -13,15 +13,15 @@ from typing import Any
 import pytest
 
 from orchestrator.__main__ import main
+from orchestrator.commands.export import ExportConfig
+from orchestrator.commands.inspect_run import InspectConfig
+from orchestrator.commands.report import ReportConfig
+from orchestrator.commands.sample import SampleConfig
 from orchestrator.config import TrainConfig, parse
 from orchestrator.data.prepare import PrepareConfig
 from orchestrator.errors import ConfigError
-from orchestrator.export import ExportConfig
-from orchestrator.inspect import InspectConfig
-from orchestrator.paths import with_paths
-from orchestrator.report import ReportConfig
-from orchestrator.sample import SampleConfig
-from orchestrator.storage_options import read_again, storage_options_of
+from orchestrator.storage.options import read_again, storage_options_of
+from orchestrator.storage.paths import with_paths
 
 KINDS: list[type[Any]] = [TrainConfig, SampleConfig, ExportConfig, InspectConfig, ReportConfig]
 KEYS = {

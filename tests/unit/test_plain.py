@@ -13,10 +13,10 @@ from typing import Any
 
 import pytest
 
-from orchestrator import plain
 from orchestrator.checkpoint.snapshot import tensors_equal
 from orchestrator.config import TrainConfig
-from orchestrator.telemetry.lines import print_record
+from orchestrator.telemetry.format import print_record
+from orchestrator.worker import plain
 from tests.conftest import final_state
 
 

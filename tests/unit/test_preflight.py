@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from orchestrator.config import TrainConfig
+from orchestrator.driver.preflight import plan
 from orchestrator.errors import ConfigError
-from orchestrator.preflight import plan
 
 
 @pytest.fixture

@@ -15,10 +15,11 @@ import torch
 
 from orchestrator.checkpoint.store import CheckpointStore
 from orchestrator.config import TrainConfig
+from orchestrator.distributed.device import agree_on_dtype, device_here, resolve
+from orchestrator.distributed.numerics import environment, pin
+from orchestrator.distributed.world import World
 from orchestrator.errors import ConfigError
 from orchestrator.loop import check_surroundings
-from orchestrator.process import agree_on_dtype, device_here, environment, pin, resolve
-from orchestrator.world import World
 from tests import ranks
 
 GPU_KINDS = ("cuda", "mps", "xpu")
@@ -157,7 +158,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda.nccl, "version", lambda: (2, 27, 5))
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     monkeypatch.setattr(torch.backends.cudnn, "version", lambda: 91500)
-    monkeypatch.setattr("orchestrator.process.platform.node", lambda: "node-a")
+    monkeypatch.setattr("orchestrator.distributed.numerics.platform.node", lambda: "node-a")
 
 
 def surroundings(config: TrainConfig, others: tuple[str, ...] = (), backend: str = "nccl") -> dict[str, object]:

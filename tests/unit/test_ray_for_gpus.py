@@ -19,10 +19,10 @@ from ray.train.v2._internal.execution.worker_group import WorkerGroup
 from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 
 from orchestrator.config import TrainConfig
+from orchestrator.controller.gpu_check import GpuCheck
+from orchestrator.driver.launch import _backend
 from orchestrator.errors import ConfigError
-from orchestrator.launch import _backend
-from orchestrator.recovery.gpu_check import GpuCheck
-from orchestrator.worker_environment import DEFAULTS
+from orchestrator.worker.environment import DEFAULTS
 
 
 def test_gpus_are_checked_once_workers_know_theirs_and_before_the_process_group() -> None:

@@ -28,10 +28,11 @@ from ray.train.v2._internal.execution.worker_group import RayTrainWorker, Worker
 from ray.train.v2._internal.execution.worker_group.thread_runner import ThreadRunner
 from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 
-from orchestrator.recovery.causes import AttemptFailedError, Budgets, Cause, Ending
-from orchestrator.recovery.elastic import FixedPolicy, LivePolicy, Quiet, QuietLivePolicy
-from orchestrator.recovery.overseer import Overseer
-from orchestrator.trainer import TorchGroup, Trainer
+from orchestrator.controller.attempts import Overseer
+from orchestrator.controller.budgets import Budgets
+from orchestrator.controller.scaling import FixedPolicy, LivePolicy, Quiet, QuietLivePolicy
+from orchestrator.driver.trainer import TorchGroup, Trainer
+from orchestrator.worker.failure import AttemptFailedError, Cause, Ending
 
 
 def test_the_version_is_the_one_that_was_read() -> None:

@@ -13,9 +13,9 @@ from botocore import exceptions as botocore
 from fsspec.exceptions import FSTimeoutError
 from s3fs.errors import translate_boto_error
 
-from orchestrator.checkpoint.durable import is_transient
-from orchestrator.checkpoint.reasons import has_expired, is_refused, lacks_bucket, reason_of
 from orchestrator.errors import CheckpointError, UnreadableError
+from orchestrator.storage.reasons import has_expired, is_refused, lacks_bucket, reason_of
+from orchestrator.storage.retry import is_transient
 
 KEY = paramiko.RSAKey.generate(1024)
 

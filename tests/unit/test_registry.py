@@ -12,8 +12,8 @@ from pyarrow.fs import FileType
 from ray.train.v2._internal.constants import VALIDATE_STORAGE_MARKER_FILENAME
 from ray.train.v2._internal.execution.storage import StorageContext
 
-from orchestrator import registry
-from orchestrator.registry import REGISTRY_FILE, storage_for_ray
+from orchestrator.driver import registry
+from orchestrator.driver.registry import REGISTRY_FILE, storage_for_ray
 
 
 def write(path: Path, content: bytes) -> None:

@@ -11,18 +11,18 @@ import pytest
 import torch
 from fsspec.implementations.local import LocalFileSystem
 
-from orchestrator.checkpoint import saver
-from orchestrator.checkpoint.files import read_tensors
-from orchestrator.checkpoint.memory import NodeMemory, states_in
-from orchestrator.checkpoint.nodes import Nodes
-from orchestrator.checkpoint.restore import _build
-from orchestrator.checkpoint.saver import Saver
-from orchestrator.checkpoint.schedule import Rhythm
-from orchestrator.checkpoint.start import scratch_args
+from orchestrator.checkpoint.restore.init_from import scratch_args
+from orchestrator.checkpoint.restore.restore import _build
+from orchestrator.checkpoint.save import saver
+from orchestrator.checkpoint.save.node_memory import NodeMemory, states_in
+from orchestrator.checkpoint.save.node_topology import Nodes
+from orchestrator.checkpoint.save.policy import Rhythm
+from orchestrator.checkpoint.save.saver import Saver
 from orchestrator.checkpoint.state import TrainState, capture
 from orchestrator.checkpoint.store import CheckpointStore, checkpoint_name
+from orchestrator.checkpoint.tensor_file import read_tensors
 from orchestrator.config import TrainConfig
-from orchestrator.world import World
+from orchestrator.distributed.world import World
 
 ATTEMPT = "abc"
 Start = Callable[[int, int], Saver]

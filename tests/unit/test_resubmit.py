@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from orchestrator.resubmit import LOST, is_lost, resubmit
+from orchestrator.driver.resubmit import LOST, is_lost, resubmit
 
 # ends with the codes that are given, one after the other; a negative one is a signal to itself
 DRIVER = """
@@ -61,7 +61,7 @@ def test_only_a_lost_driver_is_started_again(
 def test_a_signal_is_passed_on_and_ends_it(tmp_path: Path) -> None:
     log = tmp_path / "log"
     command = [sys.executable, "-c", DRIVER, str(log), "99"]
-    code = f"from orchestrator.resubmit import resubmit; raise SystemExit(resubmit({command}))"
+    code = f"from orchestrator.driver.resubmit import resubmit; raise SystemExit(resubmit({command}))"
     process = subprocess.Popen([sys.executable, "-c", code], start_new_session=True)
     deadline_s = time.monotonic() + 20
     while not log.exists() and time.monotonic() < deadline_s:

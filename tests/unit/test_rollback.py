@@ -10,12 +10,13 @@ import pytest
 import torch
 
 from model import GPT
-from orchestrator import loop, process
-from orchestrator.checkpoint import restore
-from orchestrator.checkpoint.saver import Saver
+from orchestrator import loop
+from orchestrator.checkpoint.restore import restore
+from orchestrator.checkpoint.save.saver import Saver
 from orchestrator.config import TrainConfig
-from orchestrator.process import resolve
-from orchestrator.world import World
+from orchestrator.distributed import numerics as process
+from orchestrator.distributed.device import resolve
+from orchestrator.distributed.world import World
 from tests.fake_cuda import fake_cuda
 
 

@@ -18,22 +18,23 @@ from model import GPT, GPTConfig, transpose_if_linear
 from model.names import parameter_shapes
 from model.pretrained import Pretrained
 from model.weight_files import Stored
-from orchestrator import sample as sampling
-from orchestrator import sample_text
-from orchestrator.checkpoint.durable import announce, files_of, tensor_index, upload
-from orchestrator.checkpoint.files import tensor_pieces
-from orchestrator.checkpoint.huggingface import write_huggingface
-from orchestrator.checkpoint.nanogpt import read_nanogpt, write_nanogpt
+from orchestrator.checkpoint.formats.huggingface import write_huggingface
+from orchestrator.checkpoint.formats.nanogpt import read_nanogpt, write_nanogpt
+from orchestrator.checkpoint.save.ownership import files_of, tensor_index
+from orchestrator.checkpoint.save.upload import announce, upload
 from orchestrator.checkpoint.snapshot import Snapshot, describe
 from orchestrator.checkpoint.store import FORMAT_VERSION, CheckpointStore, checkpoint_name
+from orchestrator.checkpoint.tensor_file import tensor_pieces
+from orchestrator.commands import sample as sampling
+from orchestrator.commands import sample_text
+from orchestrator.commands.sample import SampleConfig, sample
+from orchestrator.commands.sample_text import SEPARATOR, print_text
 from orchestrator.config import parse
 from orchestrator.data.gpt2_vocabulary import load_gpt2_encoding
 from orchestrator.data.tokenizer_folder import read_tokenizer_folder
 from orchestrator.data.tokenizers import CharTokenizer
+from orchestrator.distributed.world import World
 from orchestrator.errors import CheckpointError, ConfigError, DataError
-from orchestrator.sample import SampleConfig, sample
-from orchestrator.sample_text import SEPARATOR, print_text
-from orchestrator.world import World
 from tests.golden import CHARS, CKPT
 from tests.golden import GREEDY as GREEDY_TOKENS
 
@@ -158,7 +159,7 @@ def test_a_name_takes_gpt2s_tokenizer_and_shows_whole_characters(monkeypatch: py
         yield Pretrained(args, stored, [], {})
 
     monkeypatch.setattr(GPT, "generate_stream", stream)
-    monkeypatch.setattr("orchestrator.checkpoint.sources.open_pretrained", opened)
+    monkeypatch.setattr("orchestrator.checkpoint.formats.sources.open_pretrained", opened)
     written: list[str] = []
     monkeypatch.setattr(sample_text, "print_text", lambda _, text: written.append(text))
     sample(SampleConfig("gpt2", start="<|endoftext|>", num_samples=1, device="cpu"), io.StringIO())

@@ -14,8 +14,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from model import GPT, GPTConfig
 from model.cache import KVCache
+from model.generation import ROUNDING, Choice, Reader, choose, draw, is_clear, skip_draws
 from model.linear import Copies, Linear, has_onednn
-from model.sampling import ROUNDING, Choice, Reader, choose, draw, is_clear, skip_draws
 
 SMALL: dict[str, Any] = {"n_layer": 3, "n_head": 4, "n_embd": 64, "block_size": 48, "vocab_size": 97}
 WIDE: dict[str, Any] = {

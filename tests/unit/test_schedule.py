@@ -8,9 +8,9 @@ from itertools import pairwise
 import pytest
 import torch
 
-from orchestrator.checkpoint import pace
-from orchestrator.checkpoint.pace import Pace
-from orchestrator.checkpoint.schedule import Decision, Rhythm, Schedule, affordable_interval
+from orchestrator.checkpoint.save import pace
+from orchestrator.checkpoint.save.pace import Pace
+from orchestrator.checkpoint.save.policy import Decision, Rhythm, Schedule, affordable_interval
 
 NOTHING = Decision()
 MEMORY = Decision(to_memory=True)

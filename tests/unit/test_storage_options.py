@@ -13,21 +13,21 @@ from typing import Any
 import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 
-from orchestrator import worker
 from orchestrator.__main__ import main
-from orchestrator.checkpoint.start import check_start
+from orchestrator.checkpoint.restore.init_from import check_start
 from orchestrator.checkpoint.store import CheckpointStore
-from orchestrator.checkpoint.transfer import locate, make_folder
+from orchestrator.commands.export import ExportConfig
+from orchestrator.commands.inspect_run import InspectConfig
+from orchestrator.commands.sample import SampleConfig
 from orchestrator.config import TrainConfig, parse
+from orchestrator.distributed.world import World
+from orchestrator.driver.preflight import plan
 from orchestrator.errors import CheckpointError, ConfigError
-from orchestrator.export import ExportConfig
-from orchestrator.inspect import InspectConfig
-from orchestrator.preflight import plan
-from orchestrator.sample import SampleConfig
-from orchestrator.storage_options import GIVEN_INLINE, Hidden, public, storage_options_of
+from orchestrator.storage.options import GIVEN_INLINE, Hidden, public, storage_options_of
+from orchestrator.storage.transfer import locate, make_folder
+from orchestrator.telemetry.emit import open_telemetry
 from orchestrator.telemetry.metrics import MetricsLog
-from orchestrator.telemetry.tell import open_telemetry
-from orchestrator.world import World
+from orchestrator.worker import run as worker
 
 SECRET = "s3cr3t-value"
 INLINE = json.dumps({"key": "me", "secret": SECRET})

@@ -15,18 +15,18 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from orchestrator.checkpoint.files import tensor_pieces, write_file
-from orchestrator.checkpoint.huggingface import write_huggingface
-from orchestrator.checkpoint.nanogpt import parameter_shapes, read_nanogpt, write_nanogpt
-from orchestrator.checkpoint.progress import Progress
+from orchestrator.checkpoint.formats.huggingface import write_huggingface
+from orchestrator.checkpoint.formats.nanogpt import parameter_shapes, read_nanogpt, write_nanogpt
+from orchestrator.checkpoint.formats.progress import Progress
+from orchestrator.checkpoint.formats.stream import outline, stream
+from orchestrator.checkpoint.formats.torch_file import TorchFile
+from orchestrator.checkpoint.restore.init_from import read_start
 from orchestrator.checkpoint.snapshot import Snapshot, describe, tensors_equal
-from orchestrator.checkpoint.start import read_start
 from orchestrator.checkpoint.store import FORMAT_VERSION, Checkpoint, CheckpointStore
-from orchestrator.checkpoint.stream import outline, stream
-from orchestrator.checkpoint.torch_file import TorchFile
+from orchestrator.checkpoint.tensor_file import tensor_pieces, write_file
+from orchestrator.commands.export import ExportConfig, export
 from orchestrator.config import TrainConfig
 from orchestrator.errors import CheckpointError, DamagedError
-from orchestrator.export import ExportConfig, export
 
 SMALL = {"n_layer": 2, "n_head": 2, "n_embd": 8, "block_size": 4, "vocab_size": 11, "bias": True, "dropout": 0.0}
 LARGE = {**SMALL, "n_layer": 8, "n_embd": 512, "block_size": 1024, "vocab_size": 8192}  # 120 MB, 360 with the moments
@@ -63,9 +63,9 @@ def store(tmp_path: Path) -> CheckpointStore:
 # Does WORK to a small model, so that everything is imported, then to the large one; prints what that took on top.
 MEASURED = """
 import sys
-from orchestrator.checkpoint.start import read_start
+from orchestrator.checkpoint.restore.init_from import read_start
 from orchestrator.config import TrainConfig
-from orchestrator.export import ExportConfig, export
+from orchestrator.commands.export import ExportConfig, export
 from model import GPT
 
 def peak_bytes():

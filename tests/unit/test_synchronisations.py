@@ -21,9 +21,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from orchestrator import loop
 from orchestrator.config import TrainConfig
 from orchestrator.data.dataset import Dataset
+from orchestrator.distributed.device import resolve
+from orchestrator.distributed.world import World
 from orchestrator.loop import train
-from orchestrator.process import resolve
-from orchestrator.world import World
 
 ON_DEVICE = (torch.float32, torch.bfloat16, torch.float16)
 

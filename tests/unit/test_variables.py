@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from orchestrator import variables
+from orchestrator.cluster import variables
 from orchestrator.errors import ConfigError
 
 

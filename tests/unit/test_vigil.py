@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 
 from orchestrator.config import TrainConfig
-from orchestrator.recovery import vigil
-from orchestrator.recovery.vigil import Vigil
-from orchestrator.world import World
+from orchestrator.distributed.world import World
+from orchestrator.worker import torchrun as vigil
+from orchestrator.worker.torchrun import Vigil
 
 
 @pytest.fixture

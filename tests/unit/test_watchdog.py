@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from orchestrator.recovery.watchdog import Watchdog, be_outlasted, stacks
+from orchestrator.worker.watchdog import Watchdog, be_outlasted, stacks
 
 
 def test_silence_is_noticed_once() -> None:

@@ -5,8 +5,8 @@ import logging
 import pytest
 
 from orchestrator.config import TrainConfig
-from orchestrator.worker import on_what_is_given
-from orchestrator.worker_environment import DEFAULTS, passed_on, tell_what_is_passed_on, variables_of
+from orchestrator.worker.environment import DEFAULTS, passed_on, tell_what_is_passed_on, variables_of
+from orchestrator.worker.run import on_what_is_given
 
 
 def test_what_is_meant_for_the_processes_that_train_reaches_them() -> None:

@@ -1,0 +1,1 @@
+"""States as other programs write and read them, and how large files of tensors are streamed."""

@@ -1,0 +1,1 @@
+"""From storage, node memory or other programs' files to the live state."""

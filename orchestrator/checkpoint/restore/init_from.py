@@ -1,0 +1,271 @@
+"""What a new run starts from: init_from and out_dir, looked at before anything is started, read when it is.
+
+The driver calls `check_start`, those ranks that read call `read_start`. Knows nothing of ranks.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass, replace
+from typing import Any
+
+from fsspec.implementations.local import LocalFileSystem
+from torch import Tensor
+
+from orchestrator.checkpoint.formats.nanogpt import NO_LOSS
+from orchestrator.checkpoint.formats.sources import (
+    Kind,
+    Source,
+    find_source,
+    look_at,
+    read_source,
+    tokenizer_json,
+)
+from orchestrator.checkpoint.snapshot import Snapshot
+from orchestrator.checkpoint.store import CheckpointStore
+from orchestrator.config import GPT2_NAMES, TrainConfig
+from orchestrator.data.vocabulary import difference, is_padded
+from orchestrator.errors import CheckpointError, ConfigError, DataError, FinishedRunError
+from orchestrator.host.machine import seen_as
+
+logger = logging.getLogger(__name__)
+
+GPT2_VOCAB_SIZE = 50304  # 50257 rounded up to a multiple of 64 for speed, as nanoGPT does without a meta file
+_SHAPE_KEYS = ("n_layer", "n_head", "n_embd", "block_size", "bias", "vocab_size")
+_POSITIONS = "transformer.wpe.weight"
+_DIFFERENT_TOKENS = "Prepare the text again with the model's tokens, or begin with --init_from=scratch"
+
+
+@dataclass(frozen=True)
+class Start:
+    """Where a run will begin: GPTConfig's arguments, the iteration, and a line for the user."""
+
+    model_args: dict[str, Any]
+    iter_num: int
+    summary: str
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """What a dataset says of its tokens: how many (None: GPT-2's), and its tokenizer as JSON, None where unknown."""
+
+    size: int | None = None
+    tokenizer: dict[str, Any] | None = None
+
+
+def scratch_args(config: TrainConfig, vocab_size: int | None) -> dict[str, Any]:
+    """Return GPTConfig's arguments of a new model; vocab_size None is GPT-2's."""
+    args = {key: getattr(config, key) for key in ("n_layer", "n_head", "n_embd", "block_size", "bias", "dropout")}
+    return {**args, "vocab_size": vocab_size or GPT2_VOCAB_SIZE}
+
+
+def check_start(config: TrainConfig, store: CheckpointStore, data: Vocabulary | None) -> Start:
+    """Find out where the run will begin, before anything is started or overwritten; data is None where it is elsewhere.
+
+    Raises:
+        FinishedRunError: out_dir holds a run that has reached max_iters.
+        ConfigError: out_dir holds another model, or init_from does not fit the settings.
+        DataError: the dataset's tokens are not the model's.
+        CheckpointError: init_from or out_dir cannot be read.
+    """
+    saved = next(store.newest_first(), None)
+    if saved:
+        check_same_run(config, saved.state, data or Vocabulary(saved.state["model_args"]["vocab_size"]))
+        if saved.is_evaluated:
+            check_unfinished(config, saved.iter_num, saved.name)
+        return Start(saved.state["model_args"], saved.iter_num, f"continuing {saved.name} in {config.out_dir}")
+    store.check_not_lost()
+    if config.max_iters == 0 and not config.eval_only:
+        raise ConfigError("max_iters=0: a new run could take no step; to evaluate alone, give --eval_only=True")
+    if config.init_from == "scratch":
+        size = data.size if data else None
+        return Start(scratch_args(config, size), 0, "initializing a new model from scratch")
+    source = source_of(config)
+    model_only = config.init_weights_only or config.eval_only
+    found = _as_begun(config, look_at(source, model_only))
+    if config.init_from == "resume":
+        check_unfinished(config, found.iter_num, "ckpt.pt")
+    check_fits(config, source.where, found, data)
+    args = {**found.model_args, "block_size": config.block_size}
+    return Start(args, found.iter_num, f"initializing from {_told(source)}{_told_of(config, found)}")
+
+
+def check_unfinished(config: TrainConfig, iter_num: int, name: str) -> None:
+    """Check that a run has iterations to go.
+
+    Raises:
+        FinishedRunError: it has not, which is no mistake: the same command may be given again and again.
+    """
+    if iter_num >= config.max_iters and not config.eval_only:
+        raise FinishedRunError(
+            f"out_dir={config.out_dir} is finished: iteration {iter_num} of max_iters={config.max_iters} ({name}). "
+            "To go on, raise --max_iters; to begin anew, give another --out_dir"
+        )
+
+
+def told_finished(config: TrainConfig, store: CheckpointStore) -> str:
+    """Return what is said of a run that has nothing left to do, nothing where it has.
+
+    Raises:
+        ConfigError, CheckpointError: out_dir holds another run than the settings describe, or cannot be read.
+    """
+    try:
+        if saved := next(store.newest_first(), None):
+            check_same_run(config, saved.state, Vocabulary(saved.state["model_args"]["vocab_size"]))
+            if saved.is_evaluated:  # else its last evaluation was broken off, and is still to do
+                check_unfinished(config, saved.iter_num, saved.name)
+        elif config.init_from == "resume" and not config.init_weights_only:
+            check_unfinished(config, look_at(source_of(config), model_only=True).iter_num, "ckpt.pt")
+    except FinishedRunError as finished:
+        return str(finished)
+    return ""
+
+
+def check_same_run(config: TrainConfig, saved: dict[str, Any], data: Vocabulary) -> None:
+    """With init_from=resume the shape is the saved one, as in nanoGPT; otherwise settings must say the same.
+
+    Raises:
+        ConfigError: they do not.
+        DataError: the dataset's tokens are not those that the run has learned.
+    """
+    began, args = saved["config"], saved["model_args"]
+    remedy = "give the settings it was begun with, --init_from=resume, or another --out_dir"
+    if config.block_size != args["block_size"]:
+        raise ConfigError(
+            f"out_dir={config.out_dir} holds a model with block_size={args['block_size']}, asked for "
+            f"{config.block_size}: --block_size={args['block_size']}, or another --out_dir"
+        )
+    if config.init_weights_only and not began.get("init_weights_only"):
+        raise ConfigError(
+            f"out_dir={config.out_dir} holds a run, which goes on with all of its state; init_weights_only=True begins "
+            f"a new one: give --init_from={config.out_dir} and another --out_dir, or leave it out to go on"
+        )
+    if config.init_from != "resume":
+        _check_same_beginning(config, began, remedy)
+    if config.init_from == "scratch":
+        wanted = scratch_args(config, data.size)
+        differing = [f"{key}={args[key]}, asked for {wanted[key]}" for key in _SHAPE_KEYS if args[key] != wanted[key]]
+        if differing:
+            raise ConfigError(f"out_dir={config.out_dir} holds another model ({'; '.join(differing)}): {remedy}")
+    if why := difference(began.get("tokenizer"), data.tokenizer):
+        raise DataError(
+            f"dataset={config.dataset} has other tokens than the run in out_dir={config.out_dir} has learned: {why}. "
+            "Give the dataset that it was begun with, prepared as it was then, or another --out_dir"
+        )
+
+
+def _check_same_beginning(config: TrainConfig, began: dict[str, Any], remedy: str) -> None:
+    if began.get("init_from") not in (config.init_from, "resume"):
+        raise ConfigError(
+            f"out_dir={config.out_dir} holds a run that was begun with init_from={began.get('init_from')}, "
+            f"asked for init_from={config.init_from}: {remedy}"
+        )
+    before = began.get("init_checkpoint", "auto")
+    if began.get("init_from") == config.init_from and before != config.init_checkpoint:
+        raise ConfigError(
+            f"out_dir={config.out_dir} holds a run that was begun with init_checkpoint={before}, "
+            f"asked for init_checkpoint={config.init_checkpoint}: {remedy}"
+        )
+
+
+def check_fits(config: TrainConfig, where: str, found: Snapshot, data: Vocabulary | None) -> None:
+    """Check that a new run can begin with a state that was found elsewhere; where: what messages call that.
+
+    Raises:
+        ConfigError: it has fewer positions than block_size, or is past max_iters already.
+        DataError: its tokens are not the dataset's.
+    """
+    if config.block_size > found.model_args["block_size"]:
+        raise ConfigError(
+            f"block_size={config.block_size} is over the model's: {where} has {found.model_args['block_size']} "
+            f"positions. Give --block_size={found.model_args['block_size']} or less"
+        )
+    if found.iter_num >= config.max_iters and not config.eval_only:
+        raise ConfigError(
+            f"init_from={config.init_from} is at iteration {found.iter_num} and max_iters={config.max_iters}: a new "
+            "run could take no step. Raise --max_iters, or give --init_weights_only=True to begin at iteration 0"
+        )
+    if data:
+        _check_tokens(config, where, found, data)
+
+
+def _check_tokens(config: TrainConfig, where: str, found: Snapshot, data: Vocabulary) -> None:
+    tokenizer, size = tokenizer_json(found, config.data_dir), int(found.model_args["vocab_size"])
+    if why := difference(tokenizer, data.tokenizer):
+        raise DataError(f"{where} and dataset={config.dataset} have different vocabularies: {why}. {_DIFFERENT_TOKENS}")
+    if data.size and not (tokenizer and data.tokenizer) and not is_padded(size, data.size):
+        logger.warning(
+            "%s has vocab_size=%d, dataset=%s %d tokens, and nothing tells what they mean: where the model was made "
+            "for other tokens than the dataset's, it learns them anew",
+            where,
+            size,
+            config.dataset,
+            data.size,
+        )
+
+
+def source_of(config: TrainConfig) -> Source:
+    """Return what a run without checkpoints of its own starts from.
+
+    Raises:
+        CheckpointError: nothing is there; with init_from=resume, no ckpt.pt.
+    """
+    source = find_source(config, config.init_checkpoint, "init_checkpoint")
+    if config.init_from == "resume" and source.kind is not Kind.NANOGPT:
+        raise CheckpointError(
+            f"init_from=resume, but out_dir={config.out_dir} holds neither a checkpoint nor nanoGPT's ckpt.pt: "
+            "give the --out_dir of a run, or --init_from=scratch"
+        )
+    return source
+
+
+def origin_of(config: TrainConfig) -> str | None:
+    """Return a name for where a run's start lies, None where this node has none.
+
+    All who see the same have one name for it: the path or URL of what lies in storage, at the Hub or on a file server.
+    """
+    source = f"{config.out_dir.rstrip('/')}/ckpt.pt" if config.init_from == "resume" else config.init_from
+    protocol = source.partition("://")[0] if "://" in source else "file"
+    if source in GPT2_NAMES or protocol not in LocalFileSystem.protocol:
+        return source
+    return seen_as(LocalFileSystem._strip_protocol(source))
+
+
+def read_start(config: TrainConfig) -> Snapshot:
+    """Read the state that init_from names, cut to block_size if it has longer positions.
+
+    Raises:
+        CheckpointError, ConfigError: it is missing, damaged or too short for block_size.
+    """
+    source = source_of(config)
+    snapshot = _as_begun(config, read_source(source, model_only=config.init_weights_only or config.eval_only))
+    check_fits(config, source.where, snapshot, None)
+    return _crop(snapshot, config.block_size)
+
+
+def _as_begun(config: TrainConfig, found: Snapshot) -> Snapshot:
+    """Return the state with which a new run begins: what only the run meant that it comes from is left out."""
+    if not config.init_weights_only:
+        return replace(found, guard={}, val_loss=None)
+    return Snapshot(found.model, {}, (), found.model_args, 0, NO_LOSS, config=found.config)
+
+
+def _told(source: Source) -> str:
+    is_chosen = source.kind is Kind.RUN and source.which != "auto"
+    return f"{source.where} (checkpoint={source.which})" if is_chosen else source.where
+
+
+def _told_of(config: TrainConfig, found: Snapshot) -> str:
+    if config.init_weights_only:
+        return ", its weights alone"
+    return f", at iteration {found.iter_num}" if found.iter_num else ""
+
+
+def _crop(snapshot: Snapshot, block_size: int) -> Snapshot:
+    """Keep the first block_size positions, of the weights and of their moments (nanoGPT's crop_block_size)."""
+
+    def cut(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {name: x[:block_size].clone() if name.endswith(_POSITIONS) else x for name, x in tensors.items()}
+
+    args = {**snapshot.model_args, "block_size": block_size}
+    return replace(snapshot, model=cut(snapshot.model), optimizer=cut(snapshot.optimizer), model_args=args)

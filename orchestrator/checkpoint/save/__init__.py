@@ -1,0 +1,1 @@
+"""From the live state to node memory and storage, while training goes on."""

@@ -1,0 +1,332 @@
+"""The newest states in the memory of this node, which outlive every process on it (not the node).
+
+    <memory_dir>/nanogpt-orchestrator-<uid>/<run_id>/checkpoint_<iter_num>_<attempt>.0-of-2/state.json, *.safetensors
+                                                    /.slot-<random>/          a generation that is being written
+
+The ranks of a node share a state between them: what one of them holds is a share, a directory with the files and the
+format of a checkpoint in storage. It is renamed once it is whole, and a generation is whole when all its shares are
+here. Nothing of this waits for another process. Knows nothing of ranks beyond this node or of live models.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import logging
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import xxhash
+
+from orchestrator.checkpoint.save.mapping import mapped
+from orchestrator.checkpoint.store import Checkpoint, iter_num_of, parse_state, state_text
+from orchestrator.checkpoint.tensor_file import FileRecord, Layout
+from orchestrator.errors import CheckpointError
+
+logger = logging.getLogger(__name__)
+
+_SHARE = re.compile(r"(checkpoint_\d{8,}_\w+)\.(\d+)-of-(\d+)")
+_RUN_ID = re.compile(r"\w{1,64}")
+_SPARE_FRACTION = 0.1  # of the machine's memory stays free: Ray kills workers when 5% are left
+_LOCK = ".lock"
+
+
+class NodeMemory:
+    """The states of one run in the memory file system of this node.
+
+    Raises:
+        OSError: there is no such folder, or it cannot be written.
+        CheckpointError: it belongs to another user.
+    """
+
+    def __init__(self, memory_dir: str, run_id: str) -> None:
+        if not Path(memory_dir).is_dir():
+            raise CheckpointError(f"memory_dir={memory_dir} is no folder on this node")
+        self.path = run_path(memory_dir, run_id)
+        self.root = self.path.parent
+        _make_private(self.root)
+        self._lock = _entered(self.path)
+        self._alive: int | None = None
+        self._stood_in: list[int] = []  # locks, kept until this process ends
+        for path in self.path.glob(".slot-*"):  # half-written by a process that was killed; nobody else is this early
+            _delete(path)
+        self._older = {path.name for path in _listed(self.path)}
+        self.node_id = _written_once(self.root / ".node", os.urandom(8).hex())
+
+    def generations(self) -> dict[str, dict[int, Checkpoint]]:
+        """Return the states that are whole here: name -> share -> what it holds. Damaged shares are left out."""
+        return states_in(self.path)
+
+    def is_whole(self, name: str, shares: int) -> bool:
+        """Return whether all shares of a state are here; they may be damaged."""
+        return all(self.share_path(name, share, shares).exists() for share in range(shares))
+
+    def share_path(self, name: str, share: int, shares: int) -> Path:
+        """Return where a share of a state lies."""
+        return share_path(self.path, name, share, shares)
+
+    def holds_other_than(self, attempt: str) -> bool:
+        """Return whether states of earlier attempts are here."""
+        return any(True for _ in self._of_others(attempt))
+
+    def forget_other_than(self, attempt: str, keep: str = "") -> None:
+        """Delete the states of earlier attempts but one. What a process that was given up has open stays its own.
+
+        Those that came later stay: this may be the attempt that was given up, and comes back.
+        """
+        for path in self._of_others(attempt):
+            if not path.name.startswith(f"{keep}."):
+                _delete(path)
+
+    def _of_others(self, attempt: str) -> Iterator[Path]:
+        for path in _listed(self.path):
+            match = _SHARE.fullmatch(path.name)
+            if match and path.name in self._older and not match[1].endswith(f"_{attempt}"):
+                yield path
+
+    def sign_in(self, attempt: str, share: int) -> None:
+        """Show that the process that keeps this share is alive: the lock is held until it signs out or ends."""
+        for path in self.path.glob(".alive-*"):
+            if not path.name.startswith(f".alive-{attempt}-"):
+                path.unlink(missing_ok=True)
+        self._alive = _locked(self._alive_path(attempt, share), fcntl.LOCK_EX)
+
+    def sign_out(self) -> None:
+        """Let another process of this node write this share from now on."""
+        if self._alive is not None:
+            os.close(self._alive)
+            self._alive = None
+
+    def take_place_of(self, attempt: str, share: int) -> bool:
+        """Return whether the process that kept a share is gone, and this is the one that stands in for it."""
+        try:
+            self._stood_in.append(_locked(self._alive_path(attempt, share), fcntl.LOCK_EX | fcntl.LOCK_NB))
+        except OSError:
+            return False
+        return True
+
+    def has_newer(self, iter_num: int, attempt: str) -> bool:
+        """Return whether a share of a later state of this attempt is here."""
+        names = (match[1] for path in _listed(self.path) if (match := _SHARE.fullmatch(path.name)))
+        return any(name.endswith(f"_{attempt}") and iter_num_of(name) > iter_num for name in names)
+
+    def _alive_path(self, attempt: str, share: int) -> Path:
+        return self.path / f".alive-{attempt}-{share}"
+
+    def close(self, is_finished: bool) -> None:
+        """Let go of the run; when it is finished, the last to do so on this node deletes it."""
+        self.sign_out()
+        os.close(self._lock)
+        if is_finished:
+            _delete_unused(self.path)
+
+    def check_room(self, wanted_bytes: int) -> None:
+        """Check that this run can have so much here in all; where it cannot, what ended runs have left goes.
+
+        Raises:
+            CheckpointError: it does not fit, by the file system or by the machine's memory.
+        """
+        missing_bytes = wanted_bytes - self._room_bytes()
+        others = [path for path in _listed(self.root) if path.is_dir() and path != self.path]
+        if 0 < missing_bytes <= sum(map(_used_bytes, others)):  # else nothing is won
+            self._delete_ended_runs()
+        if (room_bytes := self._room_bytes()) < wanted_bytes:
+            raise CheckpointError(
+                f"two states are {wanted_bytes / 1e9:.2f} GB, and memory_dir={self.root.parent} has room for "
+                f"{room_bytes / 1e9:.2f} GB: enlarge it (docker run --shm-size, an emptyDir with medium: Memory in "
+                "Kubernetes), or give another --memory_dir"
+            )
+
+    def _room_bytes(self) -> int:
+        stat = os.statvfs(self.path)
+        free_bytes = max(0, min(stat.f_bavail * stat.f_frsize, spare_memory_bytes()))
+        return free_bytes + _used_bytes(self.path)
+
+    def _delete_ended_runs(self) -> None:
+        for path in _listed(self.root):
+            if path.is_dir() and path != self.path and _delete_unused(path):
+                logger.warning("node memory was needed: the states of the ended run %s were deleted there", path.name)
+
+
+class Slot:
+    """Room for one generation of this process's share: files that are mapped, written over and renamed.
+
+    layouts: of its files, by name.
+
+    Raises:
+        OSError: there is no room.
+    """
+
+    def __init__(self, memory: NodeMemory, layouts: dict[str, Layout]) -> None:
+        self._memory = memory
+        self._path = self._begun = memory.path / f".slot-{os.urandom(4).hex()}"
+        self.iter_num = -1  # of the generation that it holds whole, -1 for none
+        self.records: dict[str, FileRecord] = {}
+        self.layouts = layouts
+        self._path.mkdir(mode=0o700)
+        try:
+            self._maps = {file: mapped(self._path / file, layout.size_bytes) for file, layout in layouts.items()}
+        except OSError:
+            self.withdraw()
+            raise
+        for file, content in self._maps.items():
+            content[: len(layouts[file].header)] = layouts[file].header
+
+    def contents(self) -> dict[str, memoryview]:
+        """Return the bytes of every file."""
+        return {file: memoryview(content) for file, content in self._maps.items()}
+
+    def begin(self) -> dict[str, memoryview]:
+        """Withdraw the generation that was here and return where each tensor's bytes go."""
+        self.iter_num = -1
+        if self._path != self._begun:
+            self._path.rename(self._begun)
+            self._path = self._begun
+        contents = self.contents()
+        return {
+            name: contents[file][start:end]
+            for file, layout in self.layouts.items()
+            for name, (start, end) in layout.spans.items()
+        }
+
+    def seal(self, name: str, share: int, shares: int, state: dict[str, Any]) -> None:
+        """Checksum the files, describe them and give the directory the name of the generation that it holds now."""
+        for file, content in self._maps.items():
+            self.records[file] = FileRecord(len(content), xxhash.xxh3_128(content).hexdigest())
+        records = {file: record.to_json() for file, record in self.records.items()}
+        (self._path / "state.json").write_text(state_text({**state, "files": records}))
+        target = self._memory.share_path(name, share, shares)
+        _delete(target)  # of this attempt: the same state, before it was taken again
+        self._path.rename(target)
+        self._path, self.iter_num = target, int(state["iter_num"])
+
+    def withdraw(self) -> None:
+        """Delete the files."""
+        _delete(self._path)
+
+
+def run_path(memory_dir: str, run_id: str) -> Path:
+    """Return where a node keeps the states of a run.
+
+    Raises:
+        CheckpointError: run_id, which comes from storage, is no plain word.
+    """
+    if not _RUN_ID.fullmatch(run_id):
+        raise CheckpointError(f"run_id={run_id!r} in run.json is no id of a run")
+    return Path(memory_dir, f"nanogpt-orchestrator-{os.getuid()}", run_id)
+
+
+def share_path(folder: Path, name: str, share: int, shares: int) -> Path:
+    """Return where in a run's folder a share of a state lies."""
+    return folder / f"{name}.{share}-of-{shares}"
+
+
+def states_in(folder: Path) -> dict[str, dict[int, Checkpoint]]:
+    """Return the states that are whole in a run's folder: name -> share -> what it holds. Makes and changes nothing."""
+    found: dict[str, dict[int, Checkpoint]] = {}
+    shares_of: dict[str, int] = {}
+    for path in _listed(folder):
+        if not (match := _SHARE.fullmatch(path.name)):
+            continue
+        try:
+            state = parse_state((path / "state.json").read_bytes(), str(path / "state.json"))
+        except (OSError, CheckpointError) as error:
+            logger.warning("a state in node memory is passed over: %s", error)
+            continue
+        found.setdefault(match[1], {})[int(match[2])] = Checkpoint(match[1], state)
+        shares_of[match[1]] = int(match[3])
+    return {name: shares for name, shares in found.items() if len(shares) == shares_of[name]}
+
+
+def spare_memory_bytes() -> int:
+    """Return the memory that this machine, or the container it is, can give and stay well."""
+    fields = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
+    total, available = (int(fields[key].split()[0]) * 1024 for key in ("MemTotal", "MemAvailable"))
+    with suppress(OSError, ValueError):  # no limit, or none that is told this way
+        limit, used = (int(Path("/sys/fs/cgroup", name).read_text()) for name in ("memory.max", "memory.current"))
+        total, available = min(total, limit), min(available, limit - used)
+    return int(available - total * _SPARE_FRACTION)
+
+
+def _make_private(path: Path) -> None:
+    """Make a folder for this user alone: memory file systems are open to all users of a machine.
+
+    Raises:
+        CheckpointError: it is there, and another user's.
+    """
+    with suppress(FileExistsError):
+        path.mkdir(mode=0o700)
+    found = path.lstat()
+    if found.st_uid != os.getuid() or path.is_symlink() or found.st_mode & 0o022:
+        raise CheckpointError(f"{path} belongs to another user, or others may write to it: delete it")
+
+
+def _entered(path: Path) -> int:
+    """Make a run's folder where it is missing; return the lock that is shared by all that use it, until they end."""
+    while True:
+        _make_private(path)
+        with suppress(FileNotFoundError):  # somebody who needed the room has just deleted it
+            return _locked(path / _LOCK, fcntl.LOCK_SH)
+
+
+def _locked(path: Path, how: int) -> int:
+    """Return a lock.
+
+    Raises:
+        FileNotFoundError: it was deleted before it could be had.
+        OSError: somebody else has it, and how says not to wait.
+    """
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
+    try:
+        fcntl.flock(descriptor, how)
+        if not os.path.samestat(os.fstat(descriptor), path.stat()):
+            raise FileNotFoundError(errno.ENOENT, "deleted and made anew", str(path))
+    except OSError:
+        os.close(descriptor)
+        raise
+    return descriptor
+
+
+def _delete_unused(path: Path) -> bool:
+    """Delete a run's folder unless a process uses it; return whether it is gone."""
+    try:
+        lock = _locked(path / _LOCK, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    _delete(path)
+    os.close(lock)
+    return True
+
+
+def _written_once(path: Path, text: str) -> str:
+    """Return the content of a file, which is text if this is the process that makes it."""
+    scratch = path.with_name(f"{path.name}-{os.getpid()}")
+    scratch.write_text(text)
+    with suppress(FileExistsError):
+        os.link(scratch, path)
+    scratch.unlink()
+    return path.read_text()
+
+
+def _listed(path: Path) -> Iterator[Path]:
+    with suppress(FileNotFoundError):
+        yield from sorted(path.iterdir())
+
+
+def _used_bytes(folder: Path) -> int:
+    """Return the memory that a folder's files take, but for what another rank deletes at the same time."""
+    used_bytes = 0
+    for path, _, files in os.walk(folder):
+        for file in files:
+            with suppress(FileNotFoundError):
+                used_bytes += Path(path, file).stat().st_blocks * 512
+    return used_bytes
+
+
+def _delete(path: Path) -> None:
+    shutil.rmtree(path, ignore_errors=True)  # what is not there, or being deleted by another rank, is as good as gone

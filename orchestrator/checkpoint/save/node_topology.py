@@ -1,0 +1,68 @@
+"""Nodes: which ranks have a memory in common, and which part of a state each of them keeps there.
+
+Ranks that see the same folder are on one node, whatever their host names and addresses say.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+
+from orchestrator.checkpoint.save.node_memory import NodeMemory
+from orchestrator.checkpoint.save.ownership import Files, rank_of
+from orchestrator.distributed.world import World
+from orchestrator.errors import CheckpointError
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Nodes:
+    """The nodes of all ranks, and this rank's memory: None on all ranks if it is missing on one.
+
+    ids: of every rank's node, by rank; ranks: those on this rank's node.
+    """
+
+    memory: NodeMemory | None
+    ids: tuple[str, ...]
+    rank: int
+
+    @property
+    def ranks(self) -> tuple[int, ...]:
+        return tuple(rank for rank, node in enumerate(self.ids) if node == self.ids[self.rank])
+
+    @property
+    def share(self) -> int:
+        return self.ranks.index(self.rank)
+
+    @property
+    def shares(self) -> int:
+        return len(self.ranks)
+
+    def share_of(self, files: Files, share: int | None = None) -> Files:
+        """Return the files of a share of this node's memory; default: those that this rank keeps there.
+
+        Its own, which it uploads from there; those of ranks elsewhere are dealt out among the ranks of the node.
+        """
+        share = self.share if share is None else share
+        elsewhere = sorted({rank_of(file) for file in files} - set(self.ranks))
+        mine = {self.ranks[share], *elsewhere[share :: self.shares]}
+        return {file: tensors for file, tensors in files.items() if rank_of(file) in mine}
+
+
+def meet(world: World, memory_dir: str, run_id: str) -> Nodes:
+    """Open every node's memory; without a memory_dir, or where one node has none, go on without."""
+    memory, problem = None, ""
+    try:
+        memory = NodeMemory(memory_dir, run_id) if memory_dir else None
+    except (OSError, CheckpointError, AttributeError) as error:  # systems other than Linux lack some of it
+        problem = f"{type(error).__name__}: {error}"
+    ids = tuple(world.gather_json(memory.node_id if memory else None))
+    problems = [found for found in world.gather_json(problem) if found]
+    if problems and world.is_main:
+        logger.warning("no states are kept in node memory, training pauses for every checkpoint: %s", problems[0])
+    if None in ids:
+        if memory:
+            memory.close(is_finished=False)
+        return Nodes(None, tuple(str(rank) for rank in range(world.size)), world.rank)
+    return Nodes(memory, ids, world.rank)

@@ -1,0 +1,55 @@
+"""GPU check: before a group of workers makes its process group, each of them looks whether it can use its GPU.
+
+Without it NCCL fails inside Ray's own part of the start, which Ray takes for a failure of its controller.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import ray
+from ray.exceptions import RayTaskError
+from ray.train.v2._internal.execution.callback import WorkerGroupCallback
+
+from orchestrator.controller.attempts import Overseer
+
+_ANSWER_S = 120.0  # CUDA starts in seconds, and imports take some more where workers are cold
+
+
+def fault_of_worker() -> str:
+    """Return why this worker cannot use the GPUs that Ray gave it, "" where it can."""
+    from orchestrator.host.gpus import fault_here
+
+    return fault_here([str(each) for each in ray.get_gpu_ids()])
+
+
+def _answer(answer: Any) -> str:
+    try:
+        return str(ray.get(answer))
+    except RayTaskError as error:  # such as a PyTorch that cannot be imported
+        return f"nobody can tell: {str(error.cause).strip()}"
+
+
+class GpuCheck(WorkerGroupCallback):  # type: ignore[misc]
+    """One for all attempts. It stands behind Ray's own callbacks, which first tell workers which GPUs are there.
+
+    ask: what each worker is asked, which returns why it cannot use its GPU, "" where it can.
+    """
+
+    def __init__(self, overseer: Overseer, ask: Callable[[], str] = fault_of_worker) -> None:
+        self._overseer, self._ask = overseer, ask
+
+    def before_init_train_context(self, workers: list[Any]) -> dict[str, list[Any]]:
+        """Have all workers look, and refuse the group if one cannot use its GPU.
+
+        Raises:
+            ControllerError: as the overseer decides.
+        """
+        asked = {worker.execute_async(self._ask): rank for rank, worker in enumerate(workers)}
+        answered, mute = ray.wait(list(asked), num_returns=len(asked), timeout=_ANSWER_S)
+        told = {asked[answer]: _answer(answer) for answer in answered}
+        told |= {asked[answer]: f"CUDA did not answer within {_ANSWER_S:.0f} s" for answer in mute}
+        if faults := {rank: fault for rank, fault in sorted(told.items()) if fault}:
+            self._overseer.refuse(workers, faults)
+        return {}

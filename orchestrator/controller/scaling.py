@@ -1,0 +1,122 @@
+"""Elastic: how many workers can run now, counted on the nodes that live. For `num_workers=2-8`.
+
+Ray Train asks a policy before it starts a group and while one runs. Its own counts what the autoscaler has reserved for
+the run, which knows of a lost node 20 s late, and counts nodes that are about to be taken away. This one counts nodes
+that live and stay, less what other programs use on them. The class that it extends is not public: it stands here
+alone, a test pins what is relied on, and where the trainer (`trainer.py`) has changed, Ray's own policy is used.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from typing import Any
+
+import ray
+from ray._private.state import state as cluster
+from ray.train import ScalingConfig
+from ray.train.v2._internal.execution.scaling_policy import (
+    ElasticScalingPolicy,
+    FixedScalingPolicy,
+    NoopDecision,
+    ResizeDecision,
+    ScalingDecision,
+)
+
+from orchestrator.cluster.mailbox import note_on, tell_on
+from orchestrator.cluster.reachability import silent_nodes
+from orchestrator.cluster.room import Resources, room_for, used_by_others
+from orchestrator.controller.cordon import BENCH
+
+_ASK_AGAIN_S = 0.25  # while there are too few machines
+_TELL_EVERY_S = 30.0
+_TIMES_THE_COST = 20.0  # a group runs for so many restarts' time before it is restarted to grow: at most 5% is lost
+_AT_LEAST_S = 10.0
+
+
+class Quiet:
+    """Of a policy that asks no autoscaler for machines: before Ray's in the order of its classes."""
+
+    def _send_resource_request(self) -> None:
+        pass
+
+    _maybe_send_resource_request = _cancel_resource_request = _send_resource_request
+
+
+class FixedPolicy(Quiet, FixedScalingPolicy):  # type: ignore[misc]
+    """Always as many; what asks an autoscaler for them is the group's own request for places."""
+
+
+class LivePolicy(ElasticScalingPolicy):  # type: ignore[misc]
+    """As many workers as there is room for on nodes that live; more, while some run, only where that pays."""
+
+    def __init__(self, scaling_config: ScalingConfig, board: Any) -> None:
+        super().__init__(scaling_config)
+        self._board = board
+        self._used_by_others: dict[str, Resources] | None = None
+        self._decided_s: float | None = None
+        self._cost_s = 0.0  # of the last start of a group
+        self._told_s = -math.inf  # while too few machines were there
+
+    def make_decision_for_non_running_worker_group(self) -> ScalingDecision:
+        self._maybe_send_resource_request()
+        each = self.scaling_config._resources_per_worker_not_none
+        if self._used_by_others is None:
+            self._used_by_others = used_by_others(ray.nodes(), cluster.available_resources_per_node(), {}, each)
+        room = self._room()
+        if room < self.scaling_config.min_workers:
+            self._tell_of_waiting(room)
+            time.sleep(_ASK_AGAIN_S)  # the controller asks again at once, and would do nothing else
+            return NoopDecision()
+        self._told_s = -math.inf
+        self._decided_s = time.monotonic()
+        return ResizeDecision(num_workers=room, resources_per_worker=each)
+
+    def make_decision_for_running_worker_group(
+        self,
+        worker_group_state: Any,
+        worker_group_status: Any,  # noqa: ARG002
+    ) -> ScalingDecision:
+        self._maybe_send_resource_request()
+        now_s = time.monotonic()
+        if self._decided_s is not None:  # it has just begun
+            self._cost_s, self._decided_s = now_s - self._decided_s, None
+            self._latest_monitor_time = now_s
+        if now_s - self._latest_monitor_time < max(_AT_LEAST_S, _TIMES_THE_COST * self._cost_s):
+            return NoopDecision()
+        self._latest_monitor_time = now_s
+        each = self.scaling_config._resources_per_worker_not_none
+        ours: dict[str, int] = {}
+        for worker in worker_group_state.workers:
+            ours[worker.metadata.node_id] = ours.get(worker.metadata.node_id, 0) + 1
+        self._used_by_others = used_by_others(ray.nodes(), cluster.available_resources_per_node(), ours, each)
+        room = self._room()
+        if room <= worker_group_state.num_workers:  # a group that is well is never made smaller
+            return NoopDecision()
+        was = worker_group_state.num_workers
+        note_on(self._board, f"room for {room} workers: going on with them instead of {was}")
+        self._decided_s = time.monotonic()
+        return ResizeDecision(num_workers=room, resources_per_worker=each)
+
+    def _room(self) -> int:
+        each = self.scaling_config._resources_per_worker_not_none
+        nodes = ray.nodes()
+        leaving = silent_nodes(nodes) | set(cluster.get_draining_nodes())
+
+        def room_without(kept_off: set[str]) -> int:
+            return room_for(each, nodes, leaving | kept_off, self._used_by_others or {})
+
+        room = room_without(BENCH.kept_off(int(self.scaling_config.min_workers), room_without))
+        return min(room, int(self.scaling_config.max_workers))
+
+    def _tell_of_waiting(self, room: int) -> None:
+        now_s = time.monotonic()
+        if now_s - self._told_s >= _TELL_EVERY_S:
+            self._told_s = now_s
+            least = self.scaling_config.min_workers
+            tell_on(self._board, "attempt_waiting", room=room, least=least)
+            note_on(self._board, f"waiting for machines: there is room for {room} of at least {least} workers")
+
+
+class QuietLivePolicy(Quiet, LivePolicy):
+    """The same where there is no autoscaler to hear."""

@@ -1,0 +1,144 @@
+"""This process before training starts: its device, number format, threads, and its place among the others.
+
+Knows no Ray. A plain process and `torchrun` get their World here; a Ray worker brings its own (`worker.py`).
+"""
+
+from __future__ import annotations
+
+import gc
+import importlib.metadata
+import logging
+import os
+import platform
+from dataclasses import replace
+from importlib.util import find_spec
+from itertools import groupby
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from orchestrator.config import TrainConfig
+from orchestrator.distributed.world import World
+from orchestrator.host.compile_cache import keep_compiled
+
+logger = logging.getLogger(__name__)
+
+_CUBLAS, _CUBLAS_DETERMINISTIC = "CUBLAS_WORKSPACE_CONFIG", (":4096:8", ":16:8")
+
+
+def agree_to_compile(config: TrainConfig, world: World) -> TrainConfig:
+    """Return the config with compile=False where the compiler does not work on every rank: all run alike."""
+    if not config.compile:
+        return config
+    faults = world.gather_json(compiler_fault(world.device))
+    found = next(((rank, fault) for rank, fault in enumerate(faults) if fault), None)
+    if found and world.is_main:
+        rank, fault = found
+        where = f" on rank {rank}'s node" if world.size > 1 else ""
+        logger.warning("compile=True, but the compiler does not work%s (%s): the model runs uncompiled", where, fault)
+    return replace(config, compile=found is None)
+
+
+def compiler_fault(device: torch.device) -> str | None:
+    """Compile a small function for a device; return why that fails, None where it works.
+
+    PyTorch looks for a C++ compiler, headers and, on GPUs, Triton's parts only when it compiles. What it has compiled
+    for this function on this machine before is taken from its cache.
+    """
+    keep_compiled()
+    try:
+        torch.compile(_compiled_for_trial)(torch.ones(2**14, device=device))
+    except Exception as error:  # whatever a broken tool makes of it
+        text = str(error).strip().partition("\n")[0] or type(error).__name__
+        return text.removeprefix("InvalidCxxCompiler: ")[:300]
+    return None
+
+
+def _compiled_for_trial(x: torch.Tensor) -> torch.Tensor:
+    return (x.sin() + 1).sum()
+
+
+def pin(config: TrainConfig) -> None:
+    """Fix what decides the bits of a sum: kernels and number of threads."""
+    if config.deterministic and os.environ.get(_CUBLAS) not in _CUBLAS_DETERMINISTIC:
+        if _CUBLAS in os.environ:
+            logger.warning("%s=%s allows other bits: it is %s", _CUBLAS, os.environ[_CUBLAS], _CUBLAS_DETERMINISTIC[0])
+        os.environ[_CUBLAS] = _CUBLAS_DETERMINISTIC[0]  # PyTorch refuses to multiply without it
+    # With warn_only, attention on a GPU only warns and goes on with sums in any order; on a CPU nothing needs it.
+    torch.use_deterministic_algorithms(config.deterministic, warn_only=config.device == "cpu")
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # for debugging only, and slow
+    torch.set_num_threads(max(1, int(config.cpus_per_worker)))
+    torch.backends.cuda.matmul.allow_tf32 = True
+    torch.backends.cudnn.allow_tf32 = True
+    if config.compile:
+        pin_compiler(config.deterministic)
+
+
+def pin_compiler(deterministic: bool) -> None:
+    """Have the compiler choose kernels without measuring them: what is quicker here need not be on the next node."""
+    from torch._inductor import config as compiler  # slow to import
+
+    if hasattr(compiler, "deterministic"):  # newer than the oldest PyTorch that runs this
+        compiler.deterministic = deterministic
+
+
+def free_memory(config: TrainConfig, device: torch.device) -> None:
+    """Free what a model that is given up has left: beside the next one there may be no room for it."""
+    if config.compile:
+        torch._dynamo.reset()
+    gc.collect()  # DDP and the compiler leave cycles, which nothing else frees in time
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
+def environment(config: TrainConfig, world: World, data: dict[str, Any]) -> dict[str, Any]:
+    """Return what else decides the bits, to be stored with every checkpoint; data: as of `change_of_data`.
+
+    Call it on all ranks.
+    """
+    on_gpu = world.device.type == "cuda"
+    return {
+        "world_size": world.size,
+        **data,
+        "torch": torch.__version__,
+        "device_name": torch.cuda.get_device_name(world.device) if on_gpu else platform.machine(),
+        "dtype": config.dtype,
+        "compile": config.compile,
+        "threads": torch.get_num_threads(),
+        **(_gpu_libraries() if on_gpu else {}),
+        **({"nodes": _nodes(world)} if on_gpu and config.backend == "nccl" and world.size > 2 else {}),
+    }
+
+
+def _gpu_libraries() -> dict[str, Any]:
+    """Return the versions of what computes on a GPU."""
+    nccl: tuple[Any, ...] = torch.cuda.nccl.version() if dist.is_nccl_available() else ()  # type: ignore[no-untyped-call]
+    found = {
+        "cuda": torch.version.cuda,
+        "cudnn": torch.backends.cudnn.version(),  # type: ignore[no-untyped-call]
+        "nccl": ".".join(map(str, nccl)),
+        "triton": importlib.metadata.version("triton") if find_spec("triton") else "",
+    }
+    return {name: version for name, version in found.items() if version}
+
+
+def _nodes(world: World) -> str:
+    """Return which ranks are on which nodes: NCCL chooses by that, and by their wiring, in which order it adds up."""
+    found = groupby(world.gather_json(platform.node()))
+    return ", ".join(f"{name} x{len(list(ranks))}" for name, ranks in found)
+
+
+def change_of_data(before: dict[str, Any], now: dict[str, Any]) -> str:
+    """Return in which way a dataset has become another one, "" if it has not.
+
+    before, now: {data: its fingerprint, train_tokens, val_tokens: how many}; older runs know the fingerprint alone.
+    """
+    if before.get("data", now["data"]) == now["data"]:
+        return ""
+    counts = []
+    for split in ("train", "val"):
+        had, has = before.get(f"{split}_tokens"), now[f"{split}_tokens"]
+        if had not in (None, has):
+            counts.append(f"{split}.bin had {had:,} tokens, now {has:,}")
+    return ", ".join(counts) or "as many tokens, but others"

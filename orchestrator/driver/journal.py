@@ -1,0 +1,114 @@
+"""What happens to a driver's attempts: kept in events.jsonl in the run's folder, and summed up.
+
+On an object store, where metrics are uploaded now and then, what an attempt has told last may be gone with its rank 0.
+The driver has heard it, and keeps it once the next attempt begins: what is there already is the same, line by line.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import sys
+import time
+from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from orchestrator.config import TrainConfig
+from orchestrator.driver.lease import Lease
+from orchestrator.storage.options import storage_options_of
+from orchestrator.telemetry.goodput import Ledger, summary_of
+from orchestrator.telemetry.metrics import MetricsLog
+
+logger = logging.getLogger(__name__)
+
+_FLUSH_S = 5.0  # on an object store
+_UNSURE_S = 60.0  # metrics of so long before its end may not have been uploaded by an attempt
+_RECENT = 10_000  # records
+
+
+class Events:
+    """One driver's; without a log (an evaluation writes nothing) they are only summed up.
+
+    metrics: where to keep the last metrics of an attempt that ended, where it may not have done so itself.
+    """
+
+    def __init__(self, log: MetricsLog | None, metrics: MetricsLog | None = None) -> None:
+        self._log, self._metrics, self.ledger = log, metrics, Ledger()
+        self._recent: deque[dict[str, Any]] = deque(maxlen=_RECENT)  # of this attempt
+        self._waiting: list[dict[str, Any]] | None = []  # until the run may write to its folder
+
+    @property
+    def has_begun(self) -> bool:
+        """Whether anything may be written: a run that is refused leaves its folder as it was."""
+        return self._waiting is None
+
+    def begin(self) -> None:
+        """Write what was told so far, and from now on at once."""
+        waiting, self._waiting = self._waiting or [], None
+        for event in waiting:
+            self._write(event)
+
+    def tell(self, kind: str, **values: Any) -> None:
+        """Keep an event."""
+        event = {"kind": kind, "iter": 0, "time": time.time(), **values}
+        self.ledger.add(event)
+        if self._waiting is None:
+            self._write(event)
+        else:
+            self._waiting.append(event)
+
+    def heard(self, record: dict[str, Any]) -> None:
+        """Sum up what a worker has told, which keeps its metrics itself."""
+        if "time" not in record:  # a line for people
+            return
+        self.ledger.add(record)
+        if record["kind"] == "begin":
+            self.keep_metrics()
+        self._recent.append(record)
+
+    def keep_metrics(self) -> None:
+        """Keep what an attempt that has ended told last."""
+        if self._metrics and self._recent:
+            since_s = self._recent[-1]["time"] - _UNSURE_S
+            for record in self._recent:
+                if record["time"] >= since_s:
+                    self._metrics.write(record)
+            self._metrics.flush()
+        self._recent.clear()
+
+    def close(self) -> None:
+        """Store what is left."""
+        for log in (self._log, self._metrics):
+            if log:
+                log.close()
+
+    def _write(self, event: dict[str, Any]) -> None:
+        if self._log:
+            self._log.write(event)
+
+
+@contextmanager
+def events_of(config: TrainConfig, lease: Lease | None) -> Iterator[Events]:
+    """Lend a driver its events, from its start to its end, and say then where the time went."""
+    if lease is None:
+        yield Events(None)
+        return
+    options = storage_options_of(config)
+    where: dict[str, Any] = {"out_dir": config.out_dir, "attempt": lease.start_id, "storage_options": options}
+    log = MetricsLog(**where, stem="events", flush_interval_s=_FLUSH_S)
+    metrics = None if log.is_local else MetricsLog(**where, flush_interval_s=math.inf)  # all at once, by `keep_metrics`
+    events = Events(log, metrics)
+    events.tell("driver_started", start_id=lease.start_id)
+    try:
+        yield events
+    finally:
+        if events.has_begun:
+            error = sys.exception()
+            if error:
+                events.keep_metrics()
+            events.tell("driver_ended", outcome=type(error).__name__ if error else "finished")
+            events.close()
+        if events.ledger.attempts:
+            logger.info("%s", summary_of(events.ledger))

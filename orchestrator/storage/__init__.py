@@ -1,0 +1,1 @@
+"""Any storage that fsspec knows: places, files, retries. Knows neither tensors nor ranks."""

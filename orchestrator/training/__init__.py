@@ -1,0 +1,1 @@
+"""The parts of the loop: what loop.py names. Knows no Ray."""

@@ -1,0 +1,127 @@
+"""A plain process, or one of those that `torchrun` started, as its own driver: signals, errors, lines. Knows no Ray.
+
+python -m orchestrator.loop configs/quickstart.py
+torchrun --nproc_per_node=2 -m orchestrator.loop configs/quickstart.py
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch.distributed as dist
+
+from orchestrator.checkpoint.restore.init_from import told_finished
+from orchestrator.checkpoint.store import CheckpointStore
+from orchestrator.config import TrainConfig, check, parse
+from orchestrator.distributed.device import resolve
+from orchestrator.distributed.join import plain_world
+from orchestrator.errors import FinishedRunError, StorageError, UserError
+from orchestrator.loop import train
+from orchestrator.storage.options import storage_options_of
+from orchestrator.telemetry.display import quiet, until_nobody_reads
+from orchestrator.telemetry.emit import open_telemetry
+from orchestrator.telemetry.format import print_record, stopped_line
+from orchestrator.training.attempt import GO_ON, STOP, Outcome
+from orchestrator.training.lr_schedule import tell_doubts
+from orchestrator.worker import environment as worker_environment
+from orchestrator.worker.torchrun import Vigil
+from orchestrator.worker.watchdog import be_outlasted
+
+PROGRAM = "python -m orchestrator.loop"
+_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Train, and return the exit code: 0 when it is finished, 130 when it was stopped, 2 for a user's mistake, 1 where
+    storage fails."""
+    is_main = os.environ.get("RANK", "0") == "0"
+    logging.basicConfig(format="%(message)s", stream=sys.stderr)
+    if "RANK" in os.environ:
+        for name, value in worker_environment.DEFAULTS.items():  # before CUDA and NCCL start
+            os.environ.setdefault(name, value)
+    for name in ("orchestrator", "model"):
+        logging.getLogger(name).setLevel(logging.INFO if is_main else logging.WARNING)
+    try:
+        config = check(parse(TrainConfig, sys.argv[1:] if argv is None else argv, PROGRAM))
+        if is_main:
+            tell_doubts(config)
+        outcome = _train(resolve(config))
+    except FinishedRunError as finished:
+        if is_main:
+            print(finished)
+        return 0
+    except UserError as error:  # the same on all ranks, so that one line is enough
+        if is_main:
+            print(f"error: {error}", file=sys.stderr)
+        return 2
+    except StorageError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+    if outcome.stopped and is_main:
+        text = stopped_line(outcome.iter_num, config.max_iters, config.out_dir, eval_only=config.eval_only)
+        _show({"kind": "note", "text": text})
+    return 130 if outcome.stopped else 0
+
+
+def _show(record: dict[str, Any]) -> None:
+    """Print a record's line; where nobody reads any more, as when Ctrl-C has ended a `| tee`, training goes on."""
+    with until_nobody_reads():
+        print_record(record)
+
+
+def _train(config: TrainConfig) -> Outcome:
+    world = plain_world(config)
+    store = CheckpointStore(config.out_dir, storage_options_of(config))
+    finished = world.broadcast_json(world.together(lambda: told_finished(config, store) if world.is_main else ""))
+    if finished:
+        raise FinishedRunError(finished)
+    be_outlasted()
+    with _stop_asked() as asked, open_telemetry(config, world, _show) as tell, Vigil(config, world) as vigil:
+
+        def should_stop() -> int:
+            vigil.beat()
+            return STOP if asked else GO_ON
+
+        return train(config, world, tell, should_stop=should_stop, began=vigil.guard)
+
+
+@contextmanager
+def _stop_asked() -> Iterator[list[int]]:
+    """Lend the list of the signals that asked to stop: the loop finishes its iteration, saves and leaves.
+
+    A second Ctrl-C interrupts at once; not under torchrun, which passes on the one that we have had from the terminal.
+    """
+    asked: list[int] = []
+    is_under_torchrun = "RANK" in os.environ
+
+    def on_signal(number: int, _frame: Any) -> None:
+        if asked and number == signal.SIGINT and not is_under_torchrun:
+            raise KeyboardInterrupt
+        if number == signal.SIGHUP:  # the terminal may be gone
+            quiet()
+        if not asked and os.environ.get("RANK", "0") == "0":
+            _show({"kind": "note", "text": "stopping: the iteration is finished and saved"})
+        asked.append(number)
+
+    heard = [number for number in _SIGNALS if signal.getsignal(number) != signal.SIG_IGN]  # as nohup ignores SIGHUP
+    before = {number: signal.signal(number, on_signal) for number in heard}
+    try:
+        yield asked
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
