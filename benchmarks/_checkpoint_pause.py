@@ -23,7 +23,7 @@ from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from torch.distributed.checkpoint.state_dict_saver import AsyncSaveResponse, async_save
 
 from benchmarks._checkpoint_state import Size, new_state, settings, torch_save
-from orchestrator.checkpoint.save.policy import Rhythm
+from orchestrator.checkpoint.save.policy import SaveIntervals
 from orchestrator.checkpoint.save.saver import Saver
 from orchestrator.checkpoint.state import TrainState
 from orchestrator.checkpoint.store import CheckpointStore
@@ -81,8 +81,8 @@ class Saving:
         config = settings(size, str(out_dir), str(memory_dir))
         store = CheckpointStore(config.out_dir)
         nodes = join_run(config, self._world, store)
-        self._saver = Saver(training.state, self._world, store, nodes, {}, Rhythm(_NEVER, keep=1))
-        self._vote = self._world.vote([0, *self._saver.ballot()])
+        self._saver = Saver(training.state, self._world, store, nodes, {}, SaveIntervals(_NEVER, keep=1))
+        self._vote = self._world.agree([0, *self._saver.request()])
         self._news: list[dict[str, Any]] = []
         self.interval = 1  # between states in node memory, as the Saver has chosen it
         self._is_copying = False
@@ -96,13 +96,13 @@ class Saving:
 
         def before() -> None:
             _, *answers = self._vote.result()
-            self._saver.heard(answers)
+            self._saver.apply(answers)
             if is_offered:
                 self._saver.offer(self._training.state, None)
-            self._news += self._saver.news()
-            ballot = self._saver.ballot()
-            self._vote = self._world.vote([0, *ballot])
-            self._is_copying, self.interval = bool(ballot[0]), ballot[3]
+            self._news += self._saver.take_events()
+            request = self._saver.request()
+            self._vote = self._world.agree([0, *request])
+            self._is_copying, self.interval = bool(request[0]), request[3]
 
         return self._training.step(before, self._saver.join)
 

@@ -23,9 +23,9 @@ import torch
 import torch.distributed as dist
 
 from benchmarks._checkpoint_state import Size, digest, model_args, new_state, settings, torch_load
-from orchestrator.checkpoint.restore.restore import begin
-from orchestrator.checkpoint.save.node_topology import meet
-from orchestrator.checkpoint.save.policy import Rhythm
+from orchestrator.checkpoint.restore.restore import restore_or_initialize
+from orchestrator.checkpoint.save.node_topology import open_node_memory
+from orchestrator.checkpoint.save.policy import SaveIntervals
 from orchestrator.checkpoint.save.saver import Saver
 from orchestrator.checkpoint.state import TrainState
 from orchestrator.checkpoint.store import CheckpointStore
@@ -136,7 +136,7 @@ def open_saver(member: Member, out_dir: str, memory_dir: str) -> None:
     config = settings(member.size, out_dir, memory_dir)
     store = CheckpointStore(out_dir)
     nodes = join_run(config, world, store)
-    member.savers[out_dir] = Saver(member.state, world, store, nodes, {}, Rhythm(1, 1, 1))
+    member.savers[out_dir] = Saver(member.state, world, store, nodes, {}, SaveIntervals(1, 1, 1))
 
 
 def save(member: Member, out_dir: str, is_synced: bool = True) -> float:
@@ -163,9 +163,9 @@ def _take_turns(member: Member, saver: Saver) -> bool:
     is_announced = False
     deadline_s = time.monotonic() + _LONGEST_S
     while time.monotonic() < deadline_s:
-        _, *answers = member.world.vote([0, *saver.ballot()]).result()
-        saver.heard(answers)
-        for record in saver.news():
+        _, *answers = member.world.agree([0, *saver.request()]).result()
+        saver.apply(answers)
+        for record in saver.take_events():
             if record["kind"] == "checkpoint_failed":
                 raise RuntimeError(f"the checkpoint failed: {record['why']}")
             is_announced |= record["kind"] == "checkpoint"
@@ -184,10 +184,10 @@ def restore(member: Member, out_dir: str, expected: str, memory_dir: str = "") -
     config = settings(member.size, out_dir, memory_dir)
     store = CheckpointStore(out_dir)
     # Who joins a run takes it over from those that write there.
-    nodes = join_run(config, member.world, store) if memory_dir else meet(member.world, "", "")
+    nodes = join_run(config, member.world, store) if memory_dir else open_node_memory(member.world, "", "")
     dist.barrier()
     began_s = time.perf_counter()
-    found = begin(config, member.world, store, nodes, model_args(member.size))
+    found = restore_or_initialize(config, member.world, store, nodes, model_args(member.size))
     total_s = time.perf_counter() - began_s
     peak_bytes = _status_bytes(os.getpid(), "VmHWM")
     if not found.resumed_from or digest(found) != expected:

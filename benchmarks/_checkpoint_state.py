@@ -16,7 +16,7 @@ import torch
 import xxhash
 
 from model import GPT, GPTConfig
-from orchestrator.checkpoint.state import TrainState, capture, make_slots
+from orchestrator.checkpoint.state import TrainState, allocate_moments, capture
 from orchestrator.checkpoint.tensor_file import bytes_of
 from orchestrator.config import TrainConfig
 
@@ -67,7 +67,7 @@ def new_state(size: Size) -> TrainState:
     torch.manual_seed(config.seed)
     model = GPT(GPTConfig(**model_args(size)))
     optimizer = model.configure_optimizers(config.weight_decay, 1e-4, (config.beta1, config.beta2), "cpu")
-    make_slots(optimizer)
+    allocate_moments(optimizer)
     for parameter, slots in optimizer.state.items():
         slots["step"].fill_(1.0)
         slots["exp_avg"].copy_(parameter.detach())

@@ -22,7 +22,7 @@ from benchmarks._gpu_runs import TINY_VOCAB_SIZE, settings, write_tokens
 from benchmarks._gpu_watch import StopError, in_steps
 from benchmarks.train_step import PlainGPT
 from model import GPT, GPTConfig
-from model.generation import Choice, choose
+from model.generation import SamplingPolicy, choose
 from orchestrator.distributed.join import plain_world
 
 SIDES = ("nanogpt", "strict", "nondeterministic")
@@ -232,7 +232,7 @@ def sampling(setting: Setting, report: Report) -> None:
         idx = prompts
         for _ in range(new):
             logits = model(idx)[0][:, -1]
-            idx = torch.cat((idx, choose(logits, Choice(0.8, 200), None)), dim=1)
+            idx = torch.cat((idx, choose(logits, SamplingPolicy(0.8, 200), None)), dim=1)
         idx.tolist()
 
     def rate(name: str, draw: Callable[[Tensor], None], prompts: Tensor) -> float:

@@ -72,8 +72,8 @@ def worker_with(strike: Strike | None, timed: str | None = None) -> Callable[[di
         from benchmarks.goodput import Timed
         from orchestrator import loop
         from orchestrator.checkpoint.save.saver import Saver
-        from orchestrator.cluster.mailbox import Poster
-        from orchestrator.distributed.world import Vote, World
+        from orchestrator.cluster.mailbox import MailboxClient
+        from orchestrator.distributed.world import Agreement, World
         from orchestrator.training import lr_schedule
         from orchestrator.training.guard import Guard
         from orchestrator.worker.run import run_worker
@@ -91,11 +91,11 @@ def worker_with(strike: Strike | None, timed: str | None = None) -> Callable[[di
             return run_worker(job)
         watch = Timed(timed)
         watch.wrap(World, "vote")
-        watch.wrap(Vote, "result")
-        watch.wrap(Saver, "ballot", "heard", "offer", "news", "join")
+        watch.wrap(Agreement, "result")
+        watch.wrap(Saver, "request", "apply", "offer", "take_events", "join")
         watch.wrap(Guard, "judge", "note")
         watch.wrap(Watchdog, "beat")
-        watch.wrap(Poster, "post", "should_stop")
+        watch.wrap(MailboxClient, "post", "should_stop")
         try:
             return run_worker(job)
         finally:

@@ -18,7 +18,7 @@ from model import GPT, GPTConfig
 from orchestrator.checkpoint.restore.init_from import GPT2_VOCAB_SIZE
 from orchestrator.config import TrainConfig
 from orchestrator.data.dataset import open_dataset
-from orchestrator.training.attempt import sampling_of
+from orchestrator.training.attempt import batch_order
 
 
 def train_func(job: dict[str, Any]) -> None:
@@ -26,7 +26,7 @@ def train_func(job: dict[str, Any]) -> None:
     config, fault = TrainConfig(**job["config"]), job["fault"]
     torch.set_num_threads(1)
     rank, size = ray.train.get_context().get_world_rank(), ray.train.get_context().get_world_size()
-    data = open_dataset(config.data_dir, config.dataset, sampling_of(config))
+    data = open_dataset(config.data_dir, config.dataset, batch_order(config))
     torch.manual_seed(config.seed)
     shape = {key: getattr(config, key) for key in ("n_layer", "n_head", "n_embd", "block_size", "dropout", "bias")}
     raw = GPT(GPTConfig(**shape, vocab_size=data.vocab_size or GPT2_VOCAB_SIZE))

@@ -5,7 +5,7 @@
                 the same for both sides by what was computed: iterations that count, times the median iteration, over
                 all time. It is lower than goodput where iterations are slowed down by processes that start beside them
     overhead    of an undisturbed run's iterations of about 100 ms, the part that is spent on votes, the guard, the
-                watchdog, the board and the saver, on rank 0 of two
+                watchdog, the mailbox and the saver, on rank 0 of two
 
 Measured on two cores, ten minutes, nine kills: goodput 0.968, ours_work 0.85 (after every kill new spares import torch
 for ten seconds, on the cores that train), plain_work 0.75, overhead 0.009 to 0.010 at 135 ms.

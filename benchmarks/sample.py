@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from model import GPT, GPTConfig, huggingface_config, to_huggingface
-from model.generation import Choice, Reader, choose, is_clear
+from model.generation import Reader, SamplingPolicy, choose, is_clear
 
 SIZES = {
     "124M": GPTConfig(1024, 50257, 12, 12, 768, activation="gelu_tanh"),
@@ -147,7 +147,7 @@ def phases_ms(model: GPT, idx: Tensor, n_tokens: int) -> dict[str, float]:
 
     The blocks' linear layers and the head are timed by themselves: they read all weights once.
     """
-    reader, choice = Reader(model, idx.size(0), idx.size(1) + n_tokens), Choice(temperature=0)
+    reader, choice = Reader(model, idx.size(0), idx.size(1) + n_tokens), SamplingPolicy(temperature=0)
     marks: dict[str, list[float]] = {"step": [], "is_clear": [], "choose": [], "linear": [], "head": [], "reread": []}
     linears = [m for block in model.transformer.h for m in block.modules() if isinstance(m, torch.nn.Linear)]
     inputs = [torch.randn(idx.size(0), 1, m.in_features, dtype=m.weight.dtype) for m in linears]

@@ -109,8 +109,8 @@ def ours(folder: str, rank: int = 0, world_size: int = 1, meeting: str = "") -> 
     """Start as a rank of a run does; out_dir is empty, and node memory is not used."""
     import torch.distributed as dist
 
-    from orchestrator.checkpoint.restore.restore import begin
-    from orchestrator.checkpoint.save.node_topology import Nodes
+    from orchestrator.checkpoint.restore.restore import restore_or_initialize
+    from orchestrator.checkpoint.save.node_topology import NodeTopology
     from orchestrator.checkpoint.store import CheckpointStore
     from orchestrator.config import TrainConfig
     from orchestrator.distributed.world import World
@@ -119,8 +119,12 @@ def ours(folder: str, rank: int = 0, world_size: int = 1, meeting: str = "") -> 
         dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=world_size)
     config = TrainConfig(init_from=folder, out_dir=f"{folder}/run", device="cpu", dtype="float32")
     before_bytes, began_s = _memory("VmRSS"), time.perf_counter()
-    begin(
-        config, World(rank, world_size), CheckpointStore(config.out_dir), Nodes(None, ("here",) * world_size, rank), {}
+    restore_or_initialize(
+        config,
+        World(rank, world_size),
+        CheckpointStore(config.out_dir),
+        NodeTopology(None, ("here",) * world_size, rank),
+        {},
     )
     found = {"seconds": time.perf_counter() - began_s, "peak_bytes": float(_memory("VmHWM") - before_bytes)}
     if rank:

@@ -34,7 +34,7 @@ class NotFiniteError(ArithmeticError):
 
 
 @dataclass(frozen=True)
-class Choice:
+class SamplingPolicy:
     """How the next token is chosen from the logits.
 
     temperature: below 1 sharper, above 1 flatter, 0 always the likeliest token.
@@ -65,7 +65,7 @@ class Choice:
 
 @torch.no_grad()
 def stream(
-    model: GPT, idx: Tensor, max_new_tokens: int, choice: Choice, generator: Generators, end: int | None
+    model: GPT, idx: Tensor, max_new_tokens: int, choice: SamplingPolicy, generator: Generators, end: int | None
 ) -> Iterator[Tensor]:
     """Yield one next token for each row of (B, T) token ids, as (B, 1), at most max_new_tokens times.
 
@@ -132,7 +132,7 @@ def is_clear(logits: Tensor) -> bool:
     return bool((best - second > share * logits.abs().amax(dim=-1)).all())
 
 
-def choose(logits: Tensor, choice: Choice, generator: Generators) -> Tensor:
+def choose(logits: Tensor, choice: SamplingPolicy, generator: Generators) -> Tensor:
     """Choose one token id per row, (B, V) -> (B, 1).
 
     Source: top-p is nucleus sampling, https://arxiv.org/abs/1904.09751

@@ -22,7 +22,7 @@ from torch.utils.checkpoint import checkpoint
 from model import generation as sampling
 from model.cache import KVCache, LayerCache
 from model.config import GPTConfig
-from model.generation import Choice, Generators
+from model.generation import Generators, SamplingPolicy
 from model.linear import Linear
 from model.pretrained import read_pretrained
 
@@ -241,7 +241,7 @@ class GPT(nn.Module):
         With temperature 0 the tokens are those of a model that reads the whole text again for each; only where two
         tokens are as likely as each other, up to rounding, this one does so too. Beyond block_size it always does.
 
-        temperature, top_k, top_p: see `Choice`.
+        temperature, top_k, top_p: see `SamplingPolicy`.
         generator: the source of randomness, or one for each row; PyTorch's global one by default.
         end: the token at which a text ends. When every row has drawn it, no more come; until then a row goes on.
 
@@ -250,7 +250,7 @@ class GPT(nn.Module):
         """
         if idx.dim() != 2 or idx.size(1) == 0:
             raise ValueError(f"idx must be (B, T) token ids with T at least 1, got shape {tuple(idx.shape)}")
-        return sampling.stream(self, idx, max_new_tokens, Choice(temperature, top_k, top_p), generator, end)
+        return sampling.stream(self, idx, max_new_tokens, SamplingPolicy(temperature, top_k, top_p), generator, end)
 
     def crop_block_size(self, block_size: int) -> None:
         """Shorten the context, for instance of a pretrained GPT-2, to block_size positions.

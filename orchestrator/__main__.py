@@ -19,7 +19,7 @@ from orchestrator import __version__
 from orchestrator.config import TrainConfig, check, parse
 from orchestrator.driver.resubmit import LOST
 from orchestrator.errors import ConfigError, FinishedRunError, UserError, nearest
-from orchestrator.storage.options import StorageSettings, public
+from orchestrator.storage.options import StorageSettings, redacted
 from orchestrator.storage.paths import with_paths
 
 C = TypeVar("C")
@@ -148,7 +148,7 @@ def _next_steps(config: StorageSettings, source: str = "") -> str:
   {program} export {model} --format=hf --to=exported"""
     out_dir = shlex.join([f"--out_dir={config.out_dir}"])
     if config.storage_options:
-        out_dir += f" --storage_options={public(config)['storage_options']}"
+        out_dir += f" --storage_options={redacted(config)['storage_options']}"
     return f"""next:
   {program} sample {out_dir}
   {program} inspect {out_dir}

@@ -24,7 +24,7 @@ class DamagedError(CheckpointError):
     """The checkpoint that is read is not whole: an older one may be. What was made of it is of no use."""
 
 
-class UnreadableError(CheckpointError):
+class StorageUnavailableError(CheckpointError):
     """Storage that did not answer, or not to the end: no sign of damage, and it may pass."""
 
 
@@ -32,7 +32,7 @@ class StorageError(Exception):
     """Storage failed where the run cannot go on without it: no mistake of the user's, a restart may help."""
 
 
-class GoneBackError(Exception):
+class RolledBackError(Exception):
     """A stretch of training was undone, on all ranks alike: the next attempt begins before it."""
 
 

@@ -24,9 +24,9 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from orchestrator.checkpoint.formats.run_tokenizer import keep_tokenizer
-from orchestrator.checkpoint.orphans import clear_leftovers
+from orchestrator.checkpoint.orphans import delete_orphans
 from orchestrator.checkpoint.restore.init_from import scratch_args
-from orchestrator.checkpoint.restore.restore import begin
+from orchestrator.checkpoint.restore.restore import restore_or_initialize
 from orchestrator.checkpoint.rollbacks import (
     Rollback,
     data_iter,
@@ -34,8 +34,8 @@ from orchestrator.checkpoint.rollbacks import (
     read_rollbacks,
     write_rollbacks,
 )
-from orchestrator.checkpoint.save.node_topology import Nodes, meet
-from orchestrator.checkpoint.save.policy import Rhythm
+from orchestrator.checkpoint.save.node_topology import NodeTopology, open_node_memory
+from orchestrator.checkpoint.save.policy import SaveIntervals
 from orchestrator.checkpoint.save.saver import Saver
 from orchestrator.checkpoint.state import TrainState
 from orchestrator.checkpoint.store import CheckpointStore
@@ -46,14 +46,20 @@ from orchestrator.data.tokenizers import Tokenizer
 from orchestrator.distributed.device import agree_on_dtype
 from orchestrator.distributed.gradients import wrap
 from orchestrator.distributed.join import new_attempt
-from orchestrator.distributed.numerics import agree_to_compile, change_of_data, environment, free_memory, pin
+from orchestrator.distributed.numerics import (
+    agree_to_compile,
+    change_of_data,
+    environment,
+    free_memory,
+    make_deterministic,
+)
 from orchestrator.distributed.world import World
-from orchestrator.errors import DataError, GoneBackError
-from orchestrator.storage.options import public, storage_options_of
-from orchestrator.storage.retry import patiently
+from orchestrator.errors import DataError, RolledBackError
+from orchestrator.storage.options import redacted, storage_options_of
+from orchestrator.storage.retry import with_retries
 from orchestrator.telemetry.flops import Flops
 from orchestrator.telemetry.stopwatch import Stopwatch
-from orchestrator.training.attempt import GO_ON, LEAVE, Outcome, sampling_of
+from orchestrator.training.attempt import Outcome, StopRequest, batch_order
 from orchestrator.training.guard import Guard
 from orchestrator.training.lr_schedule import learning_rate
 
@@ -80,15 +86,15 @@ def train(
     world: World,
     tell: Callable[[Record], None] = lambda _record: None,
     committed: Callable[[Record], None] = lambda _record: None,
-    should_stop: Callable[[], int] = lambda: GO_ON,
+    should_stop: Callable[[], int] = lambda: StopRequest.NONE,
     began: Callable[[Saver], None] = lambda _saver: None,
 ) -> Outcome:
     """Train from the newest state in out_dir, or from init_from, to max_iters; config is resolved for this machine.
 
     tell: receives a record of every evaluation, checkpoint and logged iteration, on rank 0.
     committed: receives, on all ranks, the record of a checkpoint that is announced in storage.
-    should_stop: if it answers STOP, or LEAVE (a machine is taken away), on any rank, all save and leave after the
-        iteration; in an evaluation, which is broken off, after the batch.
+    should_stop: if it answers StopRequest.STOP or PREEMPTED on any rank, all save and leave after the iteration; in an
+        evaluation, which is broken off, after the batch.
     began: receives what can rescue the state, before the first iteration.
 
     Raises:
@@ -96,7 +102,7 @@ def train(
     """
     config = agree_to_compile(agree_on_dtype(config, world), world)
     while True:
-        with suppress(GoneBackError):  # on all ranks alike; behind this, no error holds on to the old state
+        with suppress(RolledBackError):  # on all ranks alike; behind this, no error holds on to the old state
             return train_on(config, world, tell, committed, should_stop, began)
         free_memory(config, world.device)
         world = replace(world, attempt=world.broadcast_json(new_attempt()))
@@ -115,25 +121,27 @@ def train_on(
     Raises:
         GoneBackError: on all ranks alike; the next call begins before that stretch, with other data.
     """
-    pin(config)
+    make_deterministic(config)
 
     # the data: a batch is a pure function of (seed, split, iter_num, micro_step), so there is no loader state
-    data = world.together(lambda: open_dataset(config.data_dir, config.dataset, sampling_of(config)))
+    data = world.collectively(lambda: open_dataset(config.data_dir, config.dataset, batch_order(config)))
     store = CheckpointStore(config.out_dir, storage_options_of(config))
 
     # the state: the newest that is whole in a node's memory or in storage, or what init_from names
     rollbacks = read_rollbacks(store, world)
     nodes = join_run(config, world, store, rollbacks)
     tokenizer = data.tokenizer.to_json() if data.tokenizer else None
-    state = begin(config, world, store, nodes, scratch_args(config, data.vocab_size), rollbacks, tokenizer)
-    world.together(lambda: data.check_fits(state.model.config.vocab_size))
+    state = restore_or_initialize(
+        config, world, store, nodes, scratch_args(config, data.vocab_size), rollbacks, tokenizer
+    )
+    world.collectively(lambda: data.check_fits(state.model.config.vocab_size))
     data = go_on(data, state.config, data_iter(state.iter_num, rollbacks), world)
-    state.config = public(config) | carried(data)
+    state.config = redacted(config) | carried(data)
     began_at = state.iter_num
     counts = {f"{split}_tokens": len(tokens) for split, tokens in data.files.splits.items()}
     surroundings = environment(config, world, {"data": data.fingerprint(), **counts})
-    world.together(lambda: check_surroundings(surroundings, world, state))
-    world.together(lambda: keep(data.tokenizer, config, world, store))
+    world.collectively(lambda: warn_if_numerics_changed(surroundings, world, state))
+    world.collectively(lambda: keep(data.tokenizer, config, world, store))
 
     def say(kind: str, **values: Any) -> None:
         if world.is_main:
@@ -144,17 +152,19 @@ def train_on(
         tell_changes(state.config, state.resumed_from.checkpoint.state["config"])
 
     # what keeps the state safe while training goes on
-    rhythm = Rhythm(config.iters_per_checkpoint, config.snapshot_interval, config.keep_checkpoints)
-    saver = Saver(state, world, store, nodes, surroundings, rhythm)
+    intervals = SaveIntervals(config.iters_per_checkpoint, config.snapshot_interval, config.keep_checkpoints)
+    saver = Saver(state, world, store, nodes, surroundings, intervals)
     began(saver)
     guard = Guard(config, world, state, rollbacks)
 
     def go_back(rollback: Rollback) -> None:
         say("rollback", **asdict(rollback))
         undone = [*rollbacks, rollback]
-        world.together(lambda: patiently(lambda: write_rollbacks(store, undone), store) if world.is_main else None)
+        world.collectively(
+            lambda: with_retries(lambda: write_rollbacks(store, undone), store) if world.is_main else None
+        )
         saver.close(is_finished=False)
-        raise GoneBackError(rollback.why)
+        raise RolledBackError(rollback.why)
 
     # the model as it is called: compiled, and wrapped where gradients are averaged over ranks
     net: nn.Module = torch.compile(state.model) if config.compile else state.model  # type: ignore[assignment]
@@ -169,13 +179,13 @@ def train_on(
 
     if not config.eval_only:
         X, Y = batch(state.iter_num, micro_steps[0])  # the very first
-    vote = world.vote([0, *saver.ballot()])
+    agreement = world.agree([0, *saver.request()])
     flops = Flops(world.device)
     watch = Stopwatch()
-    with saver.rescuing():
+    with saver.rescue_on_failure():
         while True:
-            stopping, *answers = vote.result()
-            saver.heard(answers)
+            stopping, *answers = agreement.result()
+            saver.apply(answers)
             done = state.iter_num >= config.max_iters
 
             # evaluate the loss on both splits; a state that was resumed may have been through this
@@ -199,20 +209,20 @@ def train_on(
             # keep the state in node memory and in storage as they are due; it is copied while the next step runs
             if not config.eval_only:
                 saver.offer(state, state.val_loss, is_last=bool(done or stopping))
-            for record in saver.news():
+            for record in saver.take_events():
                 say(**record)
                 if record["kind"] == "checkpoint":
                     committed(record)
             if done or stopping or config.eval_only:
                 is_complete = (done or config.eval_only) and state.is_evaluated
-                is_preempted = stopping == LEAVE and not is_complete
+                is_preempted = stopping == StopRequest.PREEMPTED and not is_complete
                 if not config.eval_only:
                     say("steps", **watch.window(saver.paused_s))
                 saver.close(is_finished=not is_preempted)
                 return Outcome(state.iter_num, state.best_val_loss, bool(stopping and not is_complete), is_preempted)
 
             t0 = time.perf_counter()
-            vote = world.vote([should_stop(), *saver.ballot()])  # answered while the step runs
+            agreement = world.agree([should_stop(), *saver.request()])  # answered while the step runs
             lr = learning_rate(config, state.iter_num)
             for group in state.optimizer.param_groups:
                 group["lr"] = lr
@@ -241,7 +251,7 @@ def train_on(
             verdict = guard.judge(*numbers)
 
             # step, and flush the gradients; those in DDP's buckets stay there, or they would exist twice
-            with saver.changing():  # once what was offered is copied
+            with saver.state_changing():  # once what was offered is copied
                 if verdict.is_good:
                     state.scaler.step(state.optimizer)
                     state.scaler.update()
@@ -266,19 +276,21 @@ def train_on(
                 say("step", iter=it, loss=loss_value, lr=lr, dt_s=dt, **flops.told(), tokens_per_s=tokens_per_s)
 
 
-def join_run(config: TrainConfig, world: World, store: CheckpointStore, rollbacks: Sequence[Rollback] = ()) -> Nodes:
+def join_run(
+    config: TrainConfig, world: World, store: CheckpointStore, rollbacks: Sequence[Rollback] = ()
+) -> NodeTopology:
     """Make this attempt the one that writes to out_dir, and open what the nodes keep in memory of the run."""
     if config.eval_only:  # it writes nothing
-        return meet(world, "", "")
+        return open_node_memory(world, "", "")
 
     def join() -> str:
-        store.take_over(world.attempt)
-        clear_leftovers(store)
+        store.fence(world.attempt)
+        delete_orphans(store)
         delete_undone(store, rollbacks)
         return store.identify()
 
-    run_id = world.together(lambda: patiently(join, store) if world.is_main else "")
-    return meet(world, config.memory_dir, world.broadcast_json(run_id))
+    run_id = world.collectively(lambda: with_retries(join, store) if world.is_main else "")
+    return open_node_memory(world, config.memory_dir, world.broadcast_json(run_id))
 
 
 def go_on(data: Dataset, before: dict[str, Any], iter_num: int, world: World) -> Dataset:
@@ -300,10 +312,10 @@ def carried(data: Dataset) -> Record:
 def keep(tokenizer: Tokenizer | None, config: TrainConfig, world: World, store: CheckpointStore) -> None:
     """Put a tokenizer's file into out_dir, so that the run can be sampled wherever it is."""
     if world.is_main and not config.eval_only:
-        patiently(lambda: keep_tokenizer(store, tokenizer), store)
+        with_retries(lambda: keep_tokenizer(store, tokenizer), store)
 
 
-def check_surroundings(now: Record, world: World, state: TrainState) -> None:
+def warn_if_numerics_changed(now: Record, world: World, state: TrainState) -> None:
     """Compare what decides the bits with the other ranks and with the checkpoint that was resumed.
 
     Raises:
@@ -367,8 +379,8 @@ def evaluate(
     data: Dataset,
     config: TrainConfig,
     world: World,
-    should_stop: Callable[[], int] = lambda: GO_ON,
-    stopping: int = GO_ON,
+    should_stop: Callable[[], int] = lambda: StopRequest.NONE,
+    stopping: int = StopRequest.NONE,
 ) -> tuple[dict[str, float], int]:
     """Return the mean loss per split over eval_iters batches, shared out to all ranks, and whether to go on.
 
@@ -378,14 +390,14 @@ def evaluate(
     """
     net.eval()
     means = {}
-    vote = world.vote([stopping])
+    agreement = world.agree([stopping])
     for split in ("train", "val"):
         mine: list[Tensor] = []  # they stay on the device until all are there: no batch waits for the one before
         for first in range(0, config.eval_iters, world.size):
-            if (stopping := vote.result()[0]) != GO_ON:
+            if (stopping := agreement.result()[0]) != StopRequest.NONE:
                 net.train()
                 return {}, stopping
-            vote = world.vote([should_stop()])  # answered while the batches are computed
+            agreement = world.agree([should_stop()])  # answered while the batches are computed
             if (k := first + world.rank) < config.eval_iters:
                 X, Y = to_device(data.batch(split, 0, k, evaluation=True), world.device)
                 with autocast(config):
@@ -396,7 +408,7 @@ def evaluate(
             losses[world.rank :: world.size] = torch.stack(mine).cpu().double()
         means[split] = world.sum(losses).mean().item()
     net.train()
-    return means, vote.result()[0]
+    return means, agreement.result()[0]
 
 
 def perplexity(val_loss: float, data: Dataset) -> dict[str, float]:

@@ -18,7 +18,7 @@ logger = logging.getLogger(__name__)
 _TEMPORARY = re.compile(r"\.(run\.json|attempt\.json)\.[0-9a-f]+\.tmp|\.writable(-\d+)?")
 
 
-def clear_leftovers(store: CheckpointStore) -> None:
+def delete_orphans(store: CheckpointStore) -> None:
     """Delete them, at the beginning of an attempt: a late writer of an earlier one then fails. Never raises."""
     try:
         _abort_uploads(store)

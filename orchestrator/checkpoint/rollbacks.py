@@ -16,7 +16,7 @@ from typing import Any
 
 from orchestrator.checkpoint.store import CheckpointStore
 from orchestrator.distributed.world import World
-from orchestrator.storage.retry import patiently_read
+from orchestrator.storage.retry import read_with_retries
 
 logger = logging.getLogger(__name__)
 
@@ -42,7 +42,7 @@ def read_rollbacks(store: CheckpointStore, world: World) -> list[Rollback]:
     def read() -> list[dict[str, Any]]:
         return list(store.read_json(_FILE).get("rollbacks", []))
 
-    found = world.together(lambda: patiently_read(read, store) if world.is_main else [])
+    found = world.collectively(lambda: read_with_retries(read, store) if world.is_main else [])
     return [Rollback(**entry) for entry in world.broadcast_json(found)]
 
 

@@ -15,7 +15,7 @@ from orchestrator.checkpoint.snapshot import ParamGroup, Snapshot
 from orchestrator.checkpoint.store import Checkpoint
 from orchestrator.checkpoint.tensor_file import bytes_of
 
-_MOMENTS = ("exp_avg", "exp_avg_sq")
+MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 @dataclass(frozen=True)
@@ -95,7 +95,7 @@ def capture(state: TrainState, val_loss: float | None = None, scaler: dict[str, 
     optimizer: dict[str, Tensor] = {}
     if state.optimizer.state:  # in the model's order, whatever the optimizer's own: equal states are equal files
         slots_of = state.optimizer.state
-        optimizer = {f"{moment}.{names[p]}": slots_of[p][moment] for moment in _MOMENTS for p in names}
+        optimizer = {f"{moment}.{names[p]}": slots_of[p][moment] for moment in MOMENTS for p in names}
         optimizer["step"] = next(iter(slots_of.values()))["step"]  # the same for all: every parameter is in every step
     groups = tuple(
         ParamGroup(
@@ -126,18 +126,18 @@ def forecast(state: TrainState) -> Snapshot:
     found = capture(state)
     if found.optimizer:
         return found
-    moments = {f"{moment}.{name}": tensor for moment in _MOMENTS for name, tensor in found.model.items()}
+    moments = {f"{moment}.{name}": tensor for moment in MOMENTS for name, tensor in found.model.items()}
     return replace(found, optimizer={**moments, "step": torch.zeros((), dtype=torch.float32)})
 
 
-def make_slots(optimizer: torch.optim.Optimizer) -> None:
+def allocate_moments(optimizer: torch.optim.Optimizer) -> None:
     """Give every parameter its AdamW slots, as the first step would; what is in them has to be filled in."""
     for group in optimizer.param_groups:
         on_device = group.get("fused") or group.get("capturable")
         for parameter in group["params"]:
             slots = optimizer.state[parameter]
             slots["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device if on_device else "cpu")
-            for moment in _MOMENTS:
+            for moment in MOMENTS:
                 slots[moment] = torch.empty_like(parameter, memory_format=torch.preserve_format)
 
 

@@ -25,11 +25,11 @@ from torch import Tensor
 
 from orchestrator.checkpoint.snapshot import Snapshot, undescribe
 from orchestrator.checkpoint.tensor_file import FileRecord, read_tensors
-from orchestrator.errors import CheckpointError, UnreadableError, nearest
+from orchestrator.errors import CheckpointError, StorageUnavailableError, nearest
 from orchestrator.storage.folders import delete_folder
 from orchestrator.storage.options import read_again
 from orchestrator.storage.reasons import has_expired, is_refused, lacks_bucket, reason_of
-from orchestrator.storage.transfer import check_place, delivered, is_there, locate, renewed
+from orchestrator.storage.transfer import atomic_write, check_place, is_there, locate, renewed
 
 logger = logging.getLogger(__name__)
 
@@ -156,7 +156,7 @@ class CheckpointStore:
                 return []
             is_late = isinstance(error, FSTimeoutError)
             reason = f"no answer in {_FIRST_ANSWER_S:g} s" if is_late else reason_of(error)
-            raise UnreadableError(
+            raise StorageUnavailableError(
                 f"{self.key}={self.out_dir} cannot be read: {reason}; "
                 "check the address, the network and the credentials"
             ) from error
@@ -182,7 +182,7 @@ class CheckpointStore:
         except (FileNotFoundError, NotADirectoryError):
             return None
         except Exception as error:  # every storage has exceptions of its own
-            raise UnreadableError(f"{path} cannot be read: {reason_of(error)}") from error
+            raise StorageUnavailableError(f"{path} cannot be read: {reason_of(error)}") from error
 
     def newest_first(self) -> Iterator[Checkpoint]:
         """Yield the committed checkpoints; one with a damaged state.json is passed over with a warning."""
@@ -279,7 +279,7 @@ class CheckpointStore:
         """Return the id of the run in this folder: a copy of it is another run, though its run.json is equal."""
         return f"{run_id}_{xxhash.xxh3_64(self.root.rstrip('/').encode()).hexdigest()}"
 
-    def take_over(self, attempt: str) -> None:
+    def fence(self, attempt: str) -> None:
         """Make this attempt the one that may announce checkpoints.
 
         Raises:
@@ -287,17 +287,17 @@ class CheckpointStore:
         """
         self.write_json(_ATTEMPT_FILE, {"attempt": attempt}, is_lasting=False)  # after a power cut nobody is late
 
-    def is_taken_over(self, attempt: str) -> bool:
+    def is_fenced(self, attempt: str) -> bool:
         """Return whether a later attempt writes here: this one was cut off, and given up by the others."""
         return bool(self.read_json(_ATTEMPT_FILE).get("attempt", attempt) != attempt)
 
     def write_json(self, name: str, value: dict[str, Any], *, is_lasting: bool = True) -> None:
-        """Write a JSON file whole or not at all; is_lasting: see `delivered`."""
+        """Write a JSON file whole or not at all; is_lasting: see `atomic_write`."""
         self._write_text(name, json.dumps(value, indent=1, allow_nan=False), is_lasting=is_lasting)
 
     def _write_text(self, name: str, text: str, *, is_lasting: bool = True) -> None:
         url = f"{self.out_dir.rstrip('/')}/{name}"
-        with delivered(url, self.storage_options, is_lasting=is_lasting) as file:
+        with atomic_write(url, self.storage_options, is_lasting=is_lasting) as file:
             file.write_text(text)
 
     def read_json(self, name: str) -> dict[str, Any]:

@@ -26,7 +26,7 @@ from fsspec import AbstractFileSystem
 from fsspec.implementations.local import LocalFileSystem
 from torch import Tensor
 
-from orchestrator.errors import CheckpointError, UnreadableError
+from orchestrator.errors import CheckpointError, StorageUnavailableError
 from orchestrator.storage.reasons import reason_of
 
 _DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F64": torch.float64, "I64": torch.int64}
@@ -251,7 +251,7 @@ def stream_tensors(
     except CheckpointError:
         raise
     except Exception as error:  # every storage library has exceptions of its own
-        raise UnreadableError(f"{path} cannot be read: {reason_of(error)}") from error
+        raise StorageUnavailableError(f"{path} cannot be read: {reason_of(error)}") from error
 
 
 def read_tensors(fs: AbstractFileSystem, path: str, record: FileRecord) -> dict[str, Tensor]:

@@ -1,4 +1,4 @@
-"""Board: where the workers of a run post what the driver shows, and where it answers that they should stop.
+"""Mailbox: where the workers of a run post what the driver shows, and where it answers that they should stop.
 
 One small actor beside the driver. Posting never fails a run: what is lost here is only display, the metrics are in the
 run's folder. Nor does training wait for it: a call of Ray's takes milliseconds, so a thread makes them.
@@ -23,7 +23,7 @@ _ANSWER_S = 5.0
 _KEPT_RECORDS = 10_000
 
 
-class _Board:
+class _Mailbox:
     def __init__(self) -> None:
         self._records: deque[Record] = deque()
         self._gone = 0  # so many were before these
@@ -49,22 +49,22 @@ class _Board:
             self._gone += 1
 
 
-def open_board() -> Any:
-    """Start the board on this driver's node."""
+def open_mailbox() -> Any:
+    """Start the mailbox on this driver's node."""
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    return ray.remote(_Board).options(num_cpus=0, scheduling_strategy=here).remote()
+    return ray.remote(_Mailbox).options(num_cpus=0, scheduling_strategy=here).remote()
 
 
-class Listener:
-    """The driver's side of the board. What was posted stays there until it has arrived: answers may come late."""
+class MailboxReader:
+    """The driver's side of the mailbox. What was posted stays there until it has arrived: answers may come late."""
 
-    def __init__(self, board: Any) -> None:
-        self._board, self._heard, self._is_lost = board, 0, False
+    def __init__(self, mailbox: Any) -> None:
+        self._mailbox, self._heard, self._is_lost = mailbox, 0, False
 
     def take(self, stop: bool) -> list[Record]:
         """Return what was posted since the last call; stop tells the workers to save and leave."""
         try:
-            gone, records = ray.get(self._board.take.remote(stop, self._heard), timeout=2 * _ANSWER_S)
+            gone, records = ray.get(self._mailbox.take.remote(stop, self._heard), timeout=2 * _ANSWER_S)
         except ray.exceptions.GetTimeoutError:
             return []
         except ray.exceptions.RayError as error:
@@ -78,26 +78,26 @@ class Listener:
         return list(new)
 
 
-def note_on(board: Any, text: str, level: str = "INFO") -> None:
+def note_on(mailbox: Any, text: str, level: str = "INFO") -> None:
     """Post a line for the user."""
-    board.post.remote([{"kind": "note", "level": level, "text": text}])
+    mailbox.post.remote([{"kind": "note", "level": level, "text": text}])
 
 
-def tell_on(board: Any, kind: str, **values: Any) -> None:
+def tell_on(mailbox: Any, kind: str, **values: Any) -> None:
     """Post an event, which the driver keeps."""
-    board.post.remote([{"event": {"kind": kind, "time": time.time(), **values}}])
+    mailbox.post.remote([{"event": {"kind": kind, "time": time.time(), **values}}])
 
 
-class Poster:
-    """A worker's side of the board: a thread of its own hands over what is waiting and takes the answer."""
+class MailboxClient:
+    """A worker's side of the mailbox: a thread of its own hands over what is waiting and takes the answer."""
 
-    def __init__(self, board: Any) -> None:
-        self._board = board
+    def __init__(self, mailbox: Any) -> None:
+        self._mailbox = mailbox
         self._waiting: deque[Record] = deque(maxlen=_KEPT_RECORDS)
         self._sending = threading.Lock()  # what is taken first arrives first
         self._closed = threading.Event()
         self._stopping = False
-        self._thread = threading.Thread(target=self._exchange, name="poster", daemon=True)
+        self._thread = threading.Thread(target=self._exchange, name="mailbox", daemon=True)
         self._thread.start()
 
     def post(self, record: Record) -> None:
@@ -115,7 +115,7 @@ class Poster:
     def first(self, key: str, value: Any) -> Any:
         """Return the value of a key that this run's first attempt gave; without an answer, the one given."""
         try:
-            return ray.get(self._board.first.remote(key, value), timeout=_ANSWER_S)
+            return ray.get(self._mailbox.first.remote(key, value), timeout=_ANSWER_S)
         except ray.exceptions.RayError:
             return value
 
@@ -131,8 +131,8 @@ class Poster:
             try:
                 self._stopping = bool(ray.get(self._send(), timeout=_ANSWER_S))
             except ray.exceptions.RayError:
-                logger.debug("the board does not answer", exc_info=True)
+                logger.debug("the mailbox does not answer", exc_info=True)
 
     def _send(self) -> Any:
         with self._sending:
-            return self._board.post.remote([self._waiting.popleft() for _ in range(len(self._waiting))])
+            return self._mailbox.post.remote([self._waiting.popleft() for _ in range(len(self._waiting))])

@@ -18,7 +18,7 @@ _AT_ONCE = 32  # connections
 _SILENCE_S = 5.0  # after which a node whose workers seem to run is given up
 
 
-def silent_nodes(nodes: list[dict[str, Any]], answer_s: float = _ANSWER_S) -> set[str]:
+def unreachable_nodes(nodes: list[dict[str, Any]], answer_s: float = _ANSWER_S) -> set[str]:
     """Return the ids of nodes that Ray takes for alive, and that do not answer; nodes: as ray.nodes() lists them."""
     alive = [node for node in nodes if node["Alive"]]
     if not alive:
@@ -39,7 +39,7 @@ def answers_at(host: str, port: int, answer_s: float = _ANSWER_S) -> bool:
     return True
 
 
-class Lookout:
+class ReachabilityMonitor:
     """A thread that looks whether the nodes of a group answer; on_silence is told, once each, of those that do not."""
 
     def __init__(
@@ -62,7 +62,7 @@ class Lookout:
         since_s: dict[str, float] = {}
         told: set[str] = set()
         while not self._closed.wait(self._every_s):
-            silent = silent_nodes(self._nodes)
+            silent = unreachable_nodes(self._nodes)
             since_s = {node: since_s.get(node, time.monotonic()) for node in silent}
             for node, began_s in since_s.items():
                 if time.monotonic() - began_s >= self._silence_s - _ANSWER_S and node not in told:

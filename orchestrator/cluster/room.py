@@ -22,16 +22,18 @@ logger = logging.getLogger(__name__)
 Resources = dict[str, float]
 
 
-def room_for(each: Resources, nodes: list[dict[str, Any]], leaving: set[str], used: dict[str, Resources]) -> int:
+def workers_that_fit(
+    each: Resources, nodes: list[dict[str, Any]], leaving: set[str], used: dict[str, Resources]
+) -> int:
     """Return how many workers fit; nodes: as ray.nodes() lists them; leaving, used: by node id."""
     return sum(
-        fit(each, node["Resources"], used.get(node["NodeID"], {}))
+        fit_on_node(each, node["Resources"], used.get(node["NodeID"], {}))
         for node in nodes
         if node["Alive"] and node["NodeID"] not in leaving
     )
 
 
-def fit(each: Resources, total: Resources, used: Resources) -> int:
+def fit_on_node(each: Resources, total: Resources, used: Resources) -> int:
     """Return how many workers that need `each` fit into a node's total, less what is used of it."""
     wanted = {kind: amount for kind, amount in each.items() if amount > 0}
     free = (total.get(kind, 0.0) - used.get(kind, 0.0) for kind in wanted)
@@ -141,7 +143,7 @@ def _wait_for_autoscaler(config: TrainConfig, each: dict[str, float], stop: thre
 
 
 def _room(each: dict[str, float]) -> int:
-    return room_for(each, ray.nodes(), set(), {})
+    return workers_that_fit(each, ray.nodes(), set(), {})
 
 
 def _too_much(config: TrainConfig, gpus: float, room: int) -> str:

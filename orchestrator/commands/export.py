@@ -26,7 +26,7 @@ from orchestrator.checkpoint.snapshot import Snapshot
 from orchestrator.data.tokenizers import Tokenizer
 from orchestrator.errors import ConfigError, DataError, nearest
 from orchestrator.storage.options import storage_options_of
-from orchestrator.storage.transfer import exists, fetched
+from orchestrator.storage.transfer import exists, local_copy
 
 logger = logging.getLogger(__name__)
 
@@ -133,6 +133,6 @@ def _tokenizer_files(source: Source) -> dict[str, bytes]:
     for name in _TOKENIZER_FILES:
         url = f"{source.where.rstrip('/')}/{name}"
         if exists(url, source.options):
-            with fetched(url, source.options) as file:
+            with local_copy(url, source.options) as file:
                 found[name] = file.read_bytes()
     return found

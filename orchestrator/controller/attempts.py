@@ -1,4 +1,4 @@
-"""Overseer: sits in Ray Train's controller and sees every attempt begin and end.
+"""AttemptMonitor: sits in Ray Train's controller and sees every attempt begin and end.
 
     a worker fails -> the survivors put their state into node memory -> the cause is found and charged to its budget
                    -> Ray ends the group and starts the next one, or the run is given up
@@ -25,13 +25,13 @@ from ray.train.v2._internal.exceptions import WorkerGroupStartupFailedError, Wor
 from ray.train.v2._internal.execution.callback import ControllerCallback, WorkerGroupCallback
 
 from orchestrator.cluster.mailbox import note_on, tell_on
-from orchestrator.cluster.reachability import Lookout, silent_nodes
-from orchestrator.cluster.room import room_for, used_by_others
+from orchestrator.cluster.reachability import ReachabilityMonitor, unreachable_nodes
+from orchestrator.cluster.room import used_by_others, workers_that_fit
 from orchestrator.controller import spares
-from orchestrator.controller.budgets import Budgets, GivenUpError, explain
-from orchestrator.controller.cordon import BENCH
+from orchestrator.controller.budgets import Budgets, RunAbandonedError, root_cause
+from orchestrator.controller.cordon import CORDON
 from orchestrator.errors import ConfigError
-from orchestrator.worker.failure import AttemptFailedError, Cause, Ending, ending_of
+from orchestrator.worker.failure import AttemptFailedError, Cause, WorkerFailure, classify
 
 logger = logging.getLogger(__name__)
 
@@ -45,15 +45,15 @@ _GPU_REMEDY = (
 )
 
 
-class Overseer(WorkerGroupCallback, ControllerCallback):  # type: ignore[misc]
-    """One for all attempts of a driver; board: where it tells of them. each: what a worker needs (None: no spares).
+class AttemptMonitor(WorkerGroupCallback, ControllerCallback):  # type: ignore[misc]
+    """One for all attempts of a driver; mailbox: where it tells of them. each: what a worker needs (None: no spares).
 
     is_new: nothing of this run was trained before, so that a GPU that cannot be used is a mistake, and no loss.
     """
 
-    def __init__(self, board: Any, budgets: Budgets, each: dict[str, float] | None, is_new: bool = False) -> None:
-        self._board, self._budgets, self._each, self._is_new = board, budgets, each, is_new
-        self._lookout: Lookout | None = None
+    def __init__(self, mailbox: Any, budgets: Budgets, each: dict[str, float] | None, is_new: bool = False) -> None:
+        self._mailbox, self._budgets, self._each, self._is_new = mailbox, budgets, each, is_new
+        self._reachability: ReachabilityMonitor | None = None
         self._group: Any = None
         self._number = 0
         self._is_over = True  # of this attempt: it has ended by itself, and what could be rescued is
@@ -64,7 +64,7 @@ class Overseer(WorkerGroupCallback, ControllerCallback):  # type: ignore[misc]
         self._back_off_s = 0.0
 
     def on_controller_start_worker_group(self, *, scaling_config: Any, num_workers: int) -> dict[str, str] | None:
-        silent = silent_nodes(ray.nodes())  # Ray takes them for alive, and would place workers there
+        silent = unreachable_nodes(ray.nodes())  # Ray takes them for alive, and would place workers there
         kept_off = self._kept_off(num_workers, scaling_config._resources_per_worker_not_none, silent)
         if kept_off:
             names = [node["NodeManagerHostname"] for node in ray.nodes() if node["NodeID"] in kept_off]
@@ -101,11 +101,11 @@ class Overseer(WorkerGroupCallback, ControllerCallback):  # type: ignore[misc]
         if self._number == 1 and (self._is_new or len(faults) == len(workers)):
             raise ControllerError(ConfigError(f"{text}. {_GPU_REMEDY}"))
         self._put_on_bench(workers, list(faults))
-        ending = Ending(rank, Cause.GPU_FAULT, text, self._iter)
+        ending = WorkerFailure(rank, Cause.GPU_FAULT, text, self._iter)
         self._tell("failure", cause=str(ending.cause), ranks=list(faults), node=node, text=text)
         try:
             self._charge(ending, node)
-        except GivenUpError as given_up:
+        except RunAbandonedError as given_up:
             raise ControllerError(given_up) from None
         self._tell("attempt_ended")
         raise ControllerError(WorkerGroupStartupFailedError(text))
@@ -114,7 +114,9 @@ class Overseer(WorkerGroupCallback, ControllerCallback):  # type: ignore[misc]
         self._group, self._is_over, self._is_placing = worker_group, False, False
         self._tell("attempt_placed", num_workers=len(worker_group.get_workers()))
         used = {worker.metadata.node_id for worker in worker_group.get_workers()}
-        self._lookout = Lookout([node for node in ray.nodes() if node["NodeID"] in used], self._give_up_node)
+        self._reachability = ReachabilityMonitor(
+            [node for node in ray.nodes() if node["NodeID"] in used], self._give_up_node
+        )
 
     def after_worker_group_training_start(self, worker_group: Any) -> None:
         self._tell("attempt_running", num_workers=len(worker_group.get_workers()))
@@ -133,14 +135,14 @@ class Overseer(WorkerGroupCallback, ControllerCallback):  # type: ignore[misc]
         try:
             errors = {rank: status.error for rank, status in worker_group_status.worker_statuses.items()}
             self._failed({rank: error for rank, error in errors.items() if error})
-        except GivenUpError as given_up:
+        except RunAbandonedError as given_up:
             raise ControllerError(given_up) from None
         except Exception:
             logger.exception("the end of an attempt could not be examined; it is restarted")
 
     def before_worker_group_shutdown(self, worker_group: Any) -> None:  # noqa: ARG002
-        if self._lookout:
-            self._lookout.close()
+        if self._reachability:
+            self._reachability.close()
         if self._is_over:
             return
         self._is_over = True  # Ray ends a group that is well: another number of workers can run now
@@ -166,7 +168,7 @@ class Overseer(WorkerGroupCallback, ControllerCallback):  # type: ignore[misc]
 
     def _failed(self, errors: dict[int, Exception]) -> None:
         seen_s = time.time()
-        silent = silent_nodes(ray.nodes())
+        silent = unreachable_nodes(ray.nodes())
         workers = self._group.get_workers()
         gone = {rank for rank, worker in enumerate(workers) if worker.metadata.node_id in silent}
         for rank in gone:
@@ -174,8 +176,8 @@ class Overseer(WorkerGroupCallback, ControllerCallback):  # type: ignore[misc]
         endings = [self._ending(rank, error) for rank, error in errors.items()]
         saved, deaths = self._rescue(lost=set(errors) | gone, by_themselves=endings)
         endings += [self._ending(rank, error) for rank, error in deaths.items()]  # perhaps what the others tell of
-        endings += [Ending(rank, Cause.NODE_LOST, "its node does not answer", self._iter) for rank in gone]
-        first = explain(endings)
+        endings += [WorkerFailure(rank, Cause.NODE_LOST, "its node does not answer", self._iter) for rank in gone]
+        first = root_cause(endings)
         node = workers[first.rank].metadata.hostname
         self._tell(
             "failure",
@@ -193,44 +195,44 @@ class Overseer(WorkerGroupCallback, ControllerCallback):  # type: ignore[misc]
     def _put_on_bench(self, workers: list[Any], ranks: list[int]) -> None:
         """Keep workers off the nodes of these ranks."""
         for rank in ranks:
-            BENCH.put(workers[rank].metadata.node_id)
+            CORDON.put(workers[rank].metadata.node_id)
         self._see_others(workers)
 
     def _see_others(self, workers: list[Any]) -> None:
         """Note what other programs use, while it is known what this group does."""
-        if BENCH.has_any():
+        if CORDON.has_any():
             ours = Counter(worker.metadata.node_id for worker in workers)
             free = cluster.available_resources_per_node()
             self._used_by_others = used_by_others(ray.nodes(), free, ours, self._needs)
 
     def _kept_off(self, num_workers: int, each: dict[str, float], silent: set[str]) -> set[str]:
         """Return the nodes whose GPUs have failed, as far as others have room for a group that is about to start."""
-        if not BENCH.has_any():
+        if not CORDON.has_any():
             return set()
         nodes, leaving = ray.nodes(), silent | set(cluster.get_draining_nodes())
-        return BENCH.kept_off(
-            num_workers, lambda without: room_for(each, nodes, leaving | without, self._used_by_others)
+        return CORDON.kept_off(
+            num_workers, lambda without: workers_that_fit(each, nodes, leaving | without, self._used_by_others)
         )
 
-    def _charge(self, ending: Ending, node: str) -> None:
+    def _charge(self, ending: WorkerFailure, node: str) -> None:
         self._back_off_s = self._budgets.charge(ending, self._iter)
         spent, limit = self._budgets.spent[ending.cause], self._budgets.limit_of(ending.cause)
         of = "" if limit < 0 else f" of {limit}"
         where = f"rank {ending.rank} on {node}"
         self._note("WARNING", f"attempt lost ({ending.cause}, {spent}{of}): {where}: {ending.text}")
 
-    def _ending(self, rank: int, error: Exception) -> Ending:
+    def _ending(self, rank: int, error: Exception) -> WorkerFailure:
         error = getattr(error, "_base_exc", error)  # of the train function, with its traceback as text
         if isinstance(error, AttemptFailedError):
-            return Ending.from_json(error.ending)
+            return WorkerFailure.from_json(error.ending)
         if isinstance(error, WorkerHealthCheckFailedError):
             error = error.health_check_failure
         text = _in_short(str(error))
         if isinstance(error, OutOfMemoryError):  # Ray's memory monitor has ended the process
-            return Ending(rank, Cause.OUT_OF_MEMORY, text, self._iter)
+            return WorkerFailure(rank, Cause.OUT_OF_MEMORY, text, self._iter)
         if isinstance(error, RayActorError):
-            return Ending(rank, self._cause_of_death(rank, error, text), text, self._iter)
-        return ending_of(error, rank, self._iter)
+            return WorkerFailure(rank, self._cause_of_death(rank, error, text), text, self._iter)
+        return classify(error, rank, self._iter)
 
     def _cause_of_death(self, rank: int, error: RayActorError, text: str) -> Cause:
         if error.preempted:
@@ -239,7 +241,9 @@ class Overseer(WorkerGroupCallback, ControllerCallback):  # type: ignore[misc]
         lives = any(node["Alive"] for node in ray.nodes() if node["NodeID"] == node_id)
         return Cause.WORKER_LOST if lives and "node died" not in text else Cause.NODE_LOST
 
-    def _rescue(self, lost: set[int], by_themselves: list[Ending]) -> tuple[dict[str, Any], dict[int, Exception]]:
+    def _rescue(
+        self, lost: set[int], by_themselves: list[WorkerFailure]
+    ) -> tuple[dict[str, Any], dict[int, Exception]]:
         """Have the workers that live put their state into node memory, and wait for that; return what came of it.
 
         by_themselves: the ends of those that are lost; some have put their state there before.
@@ -268,10 +272,10 @@ class Overseer(WorkerGroupCallback, ControllerCallback):  # type: ignore[misc]
         return saved, deaths
 
     def _tell(self, kind: str, **values: Any) -> None:
-        tell_on(self._board, kind, **{"number": self._number, **values})
+        tell_on(self._mailbox, kind, **{"number": self._number, **values})
 
     def _note(self, level: str, text: str) -> None:
-        note_on(self._board, text, level)
+        note_on(self._mailbox, text, level)
 
 
 def _wait_for_places(num_workers: int, each: dict[str, float]) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 
-from orchestrator.worker.failure import Cause, Ending
+from orchestrator.worker.failure import Cause, WorkerFailure
 
 _LIMITS = {
     Cause.OUT_OF_MEMORY: 3,
@@ -19,11 +19,11 @@ _LIMITS = {
 _FIRST_BACK_OFF_S, _LONGEST_BACK_OFF_S = 1.0, 60.0
 
 
-class GivenUpError(Exception):
+class RunAbandonedError(Exception):
     """The run is not restarted any more; the message says why and what to do."""
 
 
-def explain(endings: Iterable[Ending]) -> Ending:
+def root_cause(endings: Iterable[WorkerFailure]) -> WorkerFailure:
     """Return the ending that explains the others: by its cause, then the lowest rank's."""
     order = list(Cause)
     first = min(endings, key=lambda ending: (order.index(ending.cause), ending.rank))
@@ -48,7 +48,7 @@ class Budgets:
     at_iter: dict[Cause, int] = field(default_factory=dict)
     last_bug: tuple[str, int | None] | None = None
 
-    def charge(self, ending: Ending, iter_num: int | None) -> float:
+    def charge(self, ending: WorkerFailure, iter_num: int | None) -> float:
         """Charge an ending to its cause's budget; iter_num: how far training has come. Return the seconds to wait.
 
         Raises:
@@ -59,7 +59,7 @@ class Budgets:
             # who cannot tell, for its GPU answers no more, was as far as the others
             bug = (ending.text, ending.iter_num if ending.iter_num is not None else iter_num)
             if bug == self.last_bug:
-                raise GivenUpError(
+                raise RunAbandonedError(
                     f"the same error at the same iteration ({bug[1]}), twice: it would come again. "
                     f"Rank {ending.rank}:\n{ending.traceback}"
                 )
@@ -70,7 +70,7 @@ class Budgets:
         self.spent[cause] += 1
         limit = self.limit_of(cause)
         if 0 <= limit < self.spent[cause]:
-            raise GivenUpError(
+            raise RunAbandonedError(
                 f"{cause}: {self.spent[cause]} times within {self.refill_iters} iterations, and the budget is "
                 f"{limit} (--{'max_preemptions' if cause is Cause.PREEMPTED else 'max_failures'}). The last one, on "
                 f"rank {ending.rank}: {ending.text}\n{ending.traceback}".rstrip()

@@ -11,7 +11,7 @@ from collections.abc import Callable
 _LONGEST_S = 1800.0
 
 
-class Bench:
+class Cordon:
     """Node ids, each until it has sat there for longest_s; clock: seconds that only grow."""
 
     def __init__(self, longest_s: float = _LONGEST_S, clock: Callable[[], float] = time.monotonic) -> None:
@@ -40,4 +40,4 @@ class Bench:
         return set(sitting)
 
 
-BENCH = Bench()  # of this process: where it is the controller's, what the overseer puts there the policy of sizes sees
+CORDON = Cordon()  # of the controller's process: its attempts add to it, its scaling policy reads it

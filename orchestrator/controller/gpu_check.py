@@ -12,7 +12,7 @@ import ray
 from ray.exceptions import RayTaskError
 from ray.train.v2._internal.execution.callback import WorkerGroupCallback
 
-from orchestrator.controller.attempts import Overseer
+from orchestrator.controller.attempts import AttemptMonitor
 
 _ANSWER_S = 120.0  # CUDA starts in seconds, and imports take some more where workers are cold
 
@@ -37,19 +37,19 @@ class GpuCheck(WorkerGroupCallback):  # type: ignore[misc]
     ask: what each worker is asked, which returns why it cannot use its GPU, "" where it can.
     """
 
-    def __init__(self, overseer: Overseer, ask: Callable[[], str] = fault_of_worker) -> None:
-        self._overseer, self._ask = overseer, ask
+    def __init__(self, monitor: AttemptMonitor, ask: Callable[[], str] = fault_of_worker) -> None:
+        self._monitor, self._ask = monitor, ask
 
     def before_init_train_context(self, workers: list[Any]) -> dict[str, list[Any]]:
         """Have all workers look, and refuse the group if one cannot use its GPU.
 
         Raises:
-            ControllerError: as the overseer decides.
+            ControllerError: as the monitor decides.
         """
         asked = {worker.execute_async(self._ask): rank for rank, worker in enumerate(workers)}
         answered, mute = ray.wait(list(asked), num_returns=len(asked), timeout=_ANSWER_S)
         told = {asked[answer]: _answer(answer) for answer in answered}
         told |= {asked[answer]: f"CUDA did not answer within {_ANSWER_S:.0f} s" for answer in mute}
         if faults := {rank: fault for rank, fault in sorted(told.items()) if fault}:
-            self._overseer.refuse(workers, faults)
+            self._monitor.refuse(workers, faults)
         return {}

@@ -24,9 +24,9 @@ from ray.train.v2._internal.execution.scaling_policy import (
 )
 
 from orchestrator.cluster.mailbox import note_on, tell_on
-from orchestrator.cluster.reachability import silent_nodes
-from orchestrator.cluster.room import Resources, room_for, used_by_others
-from orchestrator.controller.cordon import BENCH
+from orchestrator.cluster.reachability import unreachable_nodes
+from orchestrator.cluster.room import Resources, used_by_others, workers_that_fit
+from orchestrator.controller.cordon import CORDON
 
 _ASK_AGAIN_S = 0.25  # while there are too few machines
 _TELL_EVERY_S = 30.0
@@ -34,7 +34,7 @@ _TIMES_THE_COST = 20.0  # a group runs for so many restarts' time before it is r
 _AT_LEAST_S = 10.0
 
 
-class Quiet:
+class WithoutAutoscaler:
     """Of a policy that asks no autoscaler for machines: before Ray's in the order of its classes."""
 
     def _send_resource_request(self) -> None:
@@ -43,16 +43,16 @@ class Quiet:
     _maybe_send_resource_request = _cancel_resource_request = _send_resource_request
 
 
-class FixedPolicy(Quiet, FixedScalingPolicy):  # type: ignore[misc]
+class FixedPolicy(WithoutAutoscaler, FixedScalingPolicy):  # type: ignore[misc]
     """Always as many; what asks an autoscaler for them is the group's own request for places."""
 
 
-class LivePolicy(ElasticScalingPolicy):  # type: ignore[misc]
+class LiveNodesPolicy(ElasticScalingPolicy):  # type: ignore[misc]
     """As many workers as there is room for on nodes that live; more, while some run, only where that pays."""
 
-    def __init__(self, scaling_config: ScalingConfig, board: Any) -> None:
+    def __init__(self, scaling_config: ScalingConfig, mailbox: Any) -> None:
         super().__init__(scaling_config)
-        self._board = board
+        self._mailbox = mailbox
         self._used_by_others: dict[str, Resources] | None = None
         self._decided_s: float | None = None
         self._cost_s = 0.0  # of the last start of a group
@@ -94,19 +94,19 @@ class LivePolicy(ElasticScalingPolicy):  # type: ignore[misc]
         if room <= worker_group_state.num_workers:  # a group that is well is never made smaller
             return NoopDecision()
         was = worker_group_state.num_workers
-        note_on(self._board, f"room for {room} workers: going on with them instead of {was}")
+        note_on(self._mailbox, f"room for {room} workers: going on with them instead of {was}")
         self._decided_s = time.monotonic()
         return ResizeDecision(num_workers=room, resources_per_worker=each)
 
     def _room(self) -> int:
         each = self.scaling_config._resources_per_worker_not_none
         nodes = ray.nodes()
-        leaving = silent_nodes(nodes) | set(cluster.get_draining_nodes())
+        leaving = unreachable_nodes(nodes) | set(cluster.get_draining_nodes())
 
         def room_without(kept_off: set[str]) -> int:
-            return room_for(each, nodes, leaving | kept_off, self._used_by_others or {})
+            return workers_that_fit(each, nodes, leaving | kept_off, self._used_by_others or {})
 
-        room = room_without(BENCH.kept_off(int(self.scaling_config.min_workers), room_without))
+        room = room_without(CORDON.kept_off(int(self.scaling_config.min_workers), room_without))
         return min(room, int(self.scaling_config.max_workers))
 
     def _tell_of_waiting(self, room: int) -> None:
@@ -114,9 +114,9 @@ class LivePolicy(ElasticScalingPolicy):  # type: ignore[misc]
         if now_s - self._told_s >= _TELL_EVERY_S:
             self._told_s = now_s
             least = self.scaling_config.min_workers
-            tell_on(self._board, "attempt_waiting", room=room, least=least)
-            note_on(self._board, f"waiting for machines: there is room for {room} of at least {least} workers")
+            tell_on(self._mailbox, "attempt_waiting", room=room, least=least)
+            note_on(self._mailbox, f"waiting for machines: there is room for {room} of at least {least} workers")
 
 
-class QuietLivePolicy(Quiet, LivePolicy):
+class UnscaledLiveNodesPolicy(WithoutAutoscaler, LiveNodesPolicy):
     """The same where there is no autoscaler to hear."""

@@ -32,7 +32,7 @@ from ray.train.v2._internal.constants import (
     get_env_vars_to_propagate,
 )
 
-from orchestrator.cluster.room import fit
+from orchestrator.cluster.room import fit_on_node
 from orchestrator.worker.environment import variables_of
 
 logger = logging.getLogger(__name__)
@@ -93,7 +93,7 @@ def prestart(worker_group: Any, each: dict[str, float]) -> None:
 
 def first_places(num_workers: int, nodes: list[dict[str, Any]], each: dict[str, float]) -> dict[str, int]:
     """Return how many of a run's first workers each node will have; nothing where Ray has a choice."""
-    room = {node["NodeID"]: fit(each, node["Resources"], {}) for node in nodes if node["Alive"]}
+    room = {node["NodeID"]: fit_on_node(each, node["Resources"], {}) for node in nodes if node["Alive"]}
     used = {node_id: min(count, num_workers) for node_id, count in room.items() if count}
     return used if len(used) == 1 or sum(used.values()) <= num_workers else {}
 
@@ -117,7 +117,7 @@ def wanted(used: dict[str, int], nodes: list[dict[str, Any]], each: dict[str, fl
     """
     most = max(used.values())
     free = {
-        node["NodeID"]: min(most, fit(each, node["Resources"], {}))
+        node["NodeID"]: min(most, fit_on_node(each, node["Resources"], {}))
         for node in nodes
         if node["Alive"] and node["NodeID"] not in used
     }

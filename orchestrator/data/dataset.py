@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from orchestrator.data.order import Sampling, Split, Stream, offsets
+from orchestrator.data.order import BatchOrder, Split, Stream, offsets
 from orchestrator.data.token_files import TokenFiles, open_token_files
 from orchestrator.data.tokenizers import GPT2Tokenizer, Tokenizer
 from orchestrator.errors import DataError
@@ -27,7 +27,7 @@ class Dataset:
     """Token files and the way in which blocks are drawn from them."""
 
     files: TokenFiles
-    sampling: Sampling
+    sampling: BatchOrder
 
     @property
     def vocab_size(self) -> int | None:
@@ -81,7 +81,7 @@ class Dataset:
         return _int64(block[:, :-1]), _int64(block[:, 1:])
 
 
-def open_dataset(data_dir: str | Path, name: str, sampling: Sampling) -> Dataset:
+def open_dataset(data_dir: str | Path, name: str, sampling: BatchOrder) -> Dataset:
     """Open the dataset folder `data_dir/name` for drawing batches.
 
     Raises:

@@ -26,7 +26,7 @@ _NUMBERS = ("seed", "batch_size", "block_size", "gradient_accumulation_steps")
 
 
 @dataclass(frozen=True)
-class Sampling:
+class BatchOrder:
     """How blocks are drawn; the defaults are nanoGPT's.
 
     batch_size: sequences in one micro-step.
@@ -45,7 +45,7 @@ class Sampling:
 
 
 def offsets(
-    sampling: Sampling, n_tokens: int, split: Split, iter_num: int, micro_step: int, stream: Stream = "train"
+    sampling: BatchOrder, n_tokens: int, split: Split, iter_num: int, micro_step: int, stream: Stream = "train"
 ) -> NDArray[np.int64]:
     """Return the start offsets (B,) in tokens of one micro-step's sequences.
 
@@ -64,13 +64,13 @@ def offsets(
     return _epoch_offsets(sampling, n_tokens, split, iter_num, micro_step)
 
 
-def sequences_before(sampling: Sampling, iter_num: int) -> int:
+def sequences_before(sampling: BatchOrder, iter_num: int) -> int:
     """Return how many sequences of the epochs come before an iteration's."""
     iteration, sequence = sampling.began if iter_num >= sampling.began[0] else (0, 0)
     return sequence + (iter_num - iteration) * sampling.gradient_accumulation_steps * sampling.batch_size
 
 
-def going_on(sampling: Sampling, before: Mapping[str, Any], iter_num: int) -> tuple[Sampling, str]:
+def going_on(sampling: BatchOrder, before: Mapping[str, Any], iter_num: int) -> tuple[BatchOrder, str]:
     """Return the sampling that goes on at an iteration where other settings have left off, and what is to be said.
 
     before: the settings that the state was made with, and `began` as "epoch_began" if it was another than (0, 0).
@@ -102,7 +102,7 @@ def _began(before: Mapping[str, Any]) -> tuple[int, int]:
     return 0, 0
 
 
-def _per_iteration(sampling: Sampling) -> int:
+def _per_iteration(sampling: BatchOrder) -> int:
     return sampling.batch_size * sampling.gradient_accumulation_steps
 
 
@@ -126,7 +126,7 @@ def permute(index: NDArray[Any], size: int, seed: int, split: Split, epoch: NDAr
 
 
 def _random_offsets(
-    sampling: Sampling, n_tokens: int, split: Split, iter_num: int, micro_step: int, stream: Stream
+    sampling: BatchOrder, n_tokens: int, split: Split, iter_num: int, micro_step: int, stream: Stream
 ) -> NDArray[np.int64]:
     raw = _philox(sampling.seed, split, stream, iter_num, micro_step).random_raw(sampling.batch_size)
     # 64 random bits modulo the range: the bias, below range / 2**64, is far under what any run could observe.
@@ -134,7 +134,7 @@ def _random_offsets(
 
 
 def _epoch_offsets(
-    sampling: Sampling, n_tokens: int, split: Split, iter_num: int, micro_step: int
+    sampling: BatchOrder, n_tokens: int, split: Split, iter_num: int, micro_step: int
 ) -> NDArray[np.int64]:
     n_blocks = (n_tokens - 1) // sampling.block_size
     first = sequences_before(sampling, iter_num) + micro_step * sampling.batch_size

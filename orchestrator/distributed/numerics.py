@@ -59,7 +59,7 @@ def _compiled_for_trial(x: torch.Tensor) -> torch.Tensor:
     return (x.sin() + 1).sum()
 
 
-def pin(config: TrainConfig) -> None:
+def make_deterministic(config: TrainConfig) -> None:
     """Fix what decides the bits of a sum: kernels and number of threads."""
     if config.deterministic and os.environ.get(_CUBLAS) not in _CUBLAS_DETERMINISTIC:
         if _CUBLAS in os.environ:
@@ -72,10 +72,10 @@ def pin(config: TrainConfig) -> None:
     torch.backends.cuda.matmul.allow_tf32 = True
     torch.backends.cudnn.allow_tf32 = True
     if config.compile:
-        pin_compiler(config.deterministic)
+        make_compiler_deterministic(config.deterministic)
 
 
-def pin_compiler(deterministic: bool) -> None:
+def make_compiler_deterministic(deterministic: bool) -> None:
     """Have the compiler choose kernels without measuring them: what is quicker here need not be on the next node."""
     from torch._inductor import config as compiler  # slow to import
 

@@ -25,7 +25,7 @@ _BUCKET_BYTES = 32 * 2**20
 _LARGE_BYTES = 2**20
 
 
-class Vote:
+class Agreement:
     """An all-reduce on its way: the highest answer of all ranks to each of several questions."""
 
     def __init__(self, answers: Tensor, work: dist.Work | None) -> None:
@@ -76,7 +76,7 @@ class World:
             for tensor, part in zip(bucket, torch.split(flat, [tensor.numel() for tensor in bucket]), strict=True):
                 tensor.detach().copy_(part.view_as(tensor))
 
-    def spread(self, tensors: list[Tensor], sources: list[int]) -> None:
+    def broadcast_from_each(self, tensors: list[Tensor], sources: list[int]) -> None:
         """Overwrite tensors on every rank with those of its source; sources: by rank, a source is its own."""
         parts = {source: [rank for rank, its in enumerate(sources) if its == source] for source in sorted(set(sources))}
         source = sources[self.rank]
@@ -117,7 +117,7 @@ class World:
         dist.all_gather(parts, padded, group=self.group)
         return [json.loads(bytes(part[:size].numpy())) for part, size in zip(parts, sizes, strict=True)]
 
-    def together(self, call: Callable[[], T]) -> T:
+    def collectively(self, call: Callable[[], T]) -> T:
         """Return call()'s value, unless it is a user's mistake on any rank: then raise that one on all ranks.
 
         Raises:
@@ -140,13 +140,13 @@ class World:
             dist.all_reduce(tensor, group=self.group)
         return tensor
 
-    def vote(self, answers: list[int]) -> Vote:
+    def agree(self, answers: list[int]) -> Agreement:
         """Ask all ranks, without waiting for them."""
         mine = torch.tensor(answers, dtype=torch.int64)
         work = dist.all_reduce(mine, dist.ReduceOp.MAX, self.group, async_op=True) if self.size > 1 else None
-        return Vote(mine, work)
+        return Agreement(mine, work)
 
-    def beside(self) -> World:
+    def side_group(self) -> World:
         """Return the same ranks with a process group of their own in host memory, for one other thread.
 
         It waits as long as it takes: uploads differ in length by more than a training step may.

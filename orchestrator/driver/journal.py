@@ -28,7 +28,7 @@ _UNSURE_S = 60.0  # metrics of so long before its end may not have been uploaded
 _RECENT = 10_000  # records
 
 
-class Events:
+class Journal:
     """One driver's; without a log (an evaluation writes nothing) they are only summed up.
 
     metrics: where to keep the last metrics of an attempt that ended, where it may not have done so itself.
@@ -59,7 +59,7 @@ class Events:
         else:
             self._waiting.append(event)
 
-    def heard(self, record: dict[str, Any]) -> None:
+    def observe(self, record: dict[str, Any]) -> None:
         """Sum up what a worker has told, which keeps its metrics itself."""
         if "time" not in record:  # a line for people
             return
@@ -90,16 +90,16 @@ class Events:
 
 
 @contextmanager
-def events_of(config: TrainConfig, lease: Lease | None) -> Iterator[Events]:
+def open_journal(config: TrainConfig, lease: Lease | None) -> Iterator[Journal]:
     """Lend a driver its events, from its start to its end, and say then where the time went."""
     if lease is None:
-        yield Events(None)
+        yield Journal(None)
         return
     options = storage_options_of(config)
     where: dict[str, Any] = {"out_dir": config.out_dir, "attempt": lease.start_id, "storage_options": options}
     log = MetricsLog(**where, stem="events", flush_interval_s=_FLUSH_S)
     metrics = None if log.is_local else MetricsLog(**where, flush_interval_s=math.inf)  # all at once, by `keep_metrics`
-    events = Events(log, metrics)
+    events = Journal(log, metrics)
     events.tell("driver_started", start_id=lease.start_id)
     try:
         yield events

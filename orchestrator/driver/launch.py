@@ -29,22 +29,22 @@ from ray.train import CheckpointConfig, FailureConfig, LoggingConfig, RunConfig,
 
 from orchestrator.checkpoint.store import CheckpointStore
 from orchestrator.cluster.join import SIGNALS, ClusterLostError, StoppedError, cluster_of, first_line
-from orchestrator.cluster.mailbox import Listener, open_board
+from orchestrator.cluster.mailbox import MailboxReader, open_mailbox
 from orchestrator.cluster.room import wait_for_room
 from orchestrator.config import TrainConfig
 from orchestrator.controller import spares
-from orchestrator.controller.attempts import Overseer
-from orchestrator.controller.budgets import Budgets, GivenUpError
+from orchestrator.controller.attempts import AttemptMonitor
+from orchestrator.controller.budgets import Budgets, RunAbandonedError
 from orchestrator.controller.gpu_check import GpuCheck
 from orchestrator.distributed.join import process_group_backend
 from orchestrator.driver import preflight
-from orchestrator.driver.journal import Events, events_of
+from orchestrator.driver.journal import Journal, open_journal
 from orchestrator.driver.lease import Lease
 from orchestrator.driver.preflight import Plan
 from orchestrator.driver.registry import REGISTRY_FILE, storage_for_ray
 from orchestrator.driver.trainer import TorchGroup, Trainer
 from orchestrator.errors import UserError
-from orchestrator.storage.options import public
+from orchestrator.storage.options import redacted
 from orchestrator.telemetry.display import Display, quiet
 from orchestrator.telemetry.format import stopped_line
 from orchestrator.training.attempt import Outcome
@@ -97,7 +97,7 @@ def run(plan: Plan, worker: Callable[[dict[str, Any]], dict[str, Any]] = run_wor
     lease = None if config.eval_only else Lease(plan.store)  # an evaluation disturbs nobody
     if lease:
         lease.wait_until_free()
-    with _signals() as stop, lease.held() if lease else nullcontext(), events_of(config, lease) as events:
+    with _signals() as stop, lease.held() if lease else nullcontext(), open_journal(config, lease) as events:
         times, is_first = 0, True
         while True:
             began_s = time.monotonic()
@@ -121,7 +121,7 @@ def _train_on_ray(
     worker: Callable[..., Any],
     stop: threading.Event,
     lease: Lease | None,
-    events: Events,
+    events: Journal,
     is_first: bool,
 ) -> dict[str, Any]:
     """Train on a cluster until the run ends or Ray's controller of it is lost; return what rank 0 returned."""
@@ -139,13 +139,13 @@ def _train_on_ray(
         logger.info("%s", plan.start.summary)
         if is_first:
             tell_what_is_passed_on(os.environ)
-        job = {**job_of(config), **ids, "cwd": str(Path.cwd()), "board": open_board()}
+        job = {**job_of(config), **ids, "cwd": str(Path.cwd()), "mailbox": open_mailbox()}
         each = {"CPU": config.cpus_per_worker} | ({"GPU": gpus_per_worker} if gpus_per_worker else {})
         is_new = not may_wait and plan.start.iter_num == 0
         trainer = _trainer(config, plan.store, each, worker, job, leaves_cluster, is_new)
         if config.warm_spares:
             spares.prestart_first(config.max_workers, each)
-        return _fit(trainer, job["board"], config, stop, lease, events)
+        return _fit(trainer, job["mailbox"], config, stop, lease, events)
 
 
 @contextmanager
@@ -187,7 +187,7 @@ def _prepare_out_dir(config: TrainConfig, store: CheckpointStore, lease: Lease |
         return {key: before.get(key) for key in ("run_id", "start_id")}
     lease.confirm()
     ids = {"run_id": before.get("run_id") or uuid.uuid4().hex, "start_id": lease.start_id}
-    store.write_json("run.json", {**ids, "config": public(config), "ray": ray.__version__})
+    store.write_json("run.json", {**ids, "config": redacted(config), "ray": ray.__version__})
     store.delete_file(REGISTRY_FILE)  # it may name what is gone, and Ray would not start then
     return ids
 
@@ -202,7 +202,7 @@ def _trainer(
     is_new: bool,
 ) -> Trainer:
     budgets = Budgets(config.max_failures, config.max_preemptions, config.iters_per_checkpoint)
-    overseer = Overseer(job["board"], budgets, each if config.warm_spares else None, is_new)
+    monitor = AttemptMonitor(job["mailbox"], budgets, each if config.warm_spares else None, is_new)
     needs_gpus = "GPU" in each and config.device != "cpu"
     parent, _, name = store.root.rstrip("/").rpartition("/")
     if config.eval_only:  # it reads no registry: that one may be another driver's, and names what is gone
@@ -211,7 +211,7 @@ def _trainer(
         os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "10")
     return Trainer(
         worker,
-        board=job["board"],
+        mailbox=job["mailbox"],
         leaves_cluster=leaves_cluster,
         train_loop_config=job,
         torch_config=TorchGroup(
@@ -227,12 +227,12 @@ def _trainer(
             name=name,
             storage_path=parent or "/",
             storage_filesystem=storage_for_ray(store.fs),
-            # Ray restarts without end; what is worth a restart is the overseer's to decide
+            # Ray restarts without end; what is worth a restart is the monitor's to decide
             failure_config=FailureConfig(max_failures=-1, max_preemption_failures=-1, controller_failure_limit=-1),
             checkpoint_config=CheckpointConfig(),  # what is kept is decided where it is written (CheckpointStore.prune)
             worker_runtime_env=spares.runtime_env(config.warm_spares),
             logging_config=LoggingConfig(log_level="WARNING"),
-            callbacks=[overseer, GpuCheck(overseer)] if needs_gpus else [overseer],
+            callbacks=[monitor, GpuCheck(monitor)] if needs_gpus else [monitor],
         ),
     )
 
@@ -246,12 +246,12 @@ def _backend(config: TrainConfig, each: dict[str, float]) -> str:
 
 
 def _fit(
-    trainer: Trainer, board: Any, config: TrainConfig, stop: threading.Event, lease: Lease | None, events: Events
+    trainer: Trainer, mailbox: Any, config: TrainConfig, stop: threading.Event, lease: Lease | None, events: Journal
 ) -> dict[str, Any]:
     """Run Ray's fit in a thread and show what the workers post; return what rank 0 returned.
 
     Raises:
-        UserError: the overseer has found a mistake that only workers show.
+        UserError: the monitor has found a mistake that only workers show.
         ControllerLostError: fit failed for a reason that is not the run's.
         RunFailedError: the run is given up, or another driver has taken over. Then the workers end with this driver's
             part of the cluster, at once; where the caller had joined it before, they leave after their iteration.
@@ -267,7 +267,7 @@ def _fit(
 
     thread = threading.Thread(target=fit, name="fit", daemon=True)
     thread.start()
-    told, listener = False, Listener(board)
+    told, listener = False, MailboxReader(mailbox)
     with _ended_with_us(thread), Display(config.max_iters) as display:
         while thread.is_alive():
             thread.join(timeout=0.2)
@@ -282,7 +282,7 @@ def _fit(
     if lease and lease.check():  # whatever has become of the workers since
         raise RunFailedError(lease.cut_off)
     why = getattr(ended.get("error"), "controller_failure", None)
-    if isinstance(why, GivenUpError):
+    if isinstance(why, RunAbandonedError):
         raise RunFailedError(f"the run is given up: {why}")
     if isinstance(why, UserError):
         raise why
@@ -309,12 +309,12 @@ def _ended_with_us(fit: threading.Thread) -> Iterator[None]:
         raise
 
 
-def _pass_on(records: list[dict[str, Any]], display: Display, events: Events) -> None:
-    """Show what the workers posted, and keep what the overseer has told."""
+def _pass_on(records: list[dict[str, Any]], display: Display, events: Journal) -> None:
+    """Show what the workers posted, and keep what the monitor has told."""
     for record in records:
         if "event" not in record:
             display.show(record)
-            events.heard(record)
+            events.observe(record)
         else:
             events.tell(**record["event"])
 

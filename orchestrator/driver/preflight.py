@@ -11,14 +11,14 @@ from pathlib import Path
 
 from fsspec.implementations.local import LocalFileSystem
 
-from orchestrator.checkpoint.restore.init_from import Start, Vocabulary, check_start
+from orchestrator.checkpoint.restore.init_from import StartingPoint, Vocabulary, check_start
 from orchestrator.checkpoint.store import CheckpointStore
 from orchestrator.config import TrainConfig, check
 from orchestrator.data.dataset import Dataset, open_dataset
 from orchestrator.errors import ConfigError, DataError
 from orchestrator.storage.folders import check_writable
 from orchestrator.storage.options import storage_options_of
-from orchestrator.training.attempt import sampling_of
+from orchestrator.training.attempt import batch_order
 from orchestrator.training.lr_schedule import tell_doubts
 
 _JOB_FILES = "working_dir_files"  # where Ray unpacks the --working-dir of a job
@@ -34,7 +34,7 @@ class Plan:
 
     config: TrainConfig
     store: CheckpointStore
-    start: Start
+    start: StartingPoint
     no_data: DataError | None
 
 
@@ -96,7 +96,7 @@ def _refuse_job_files(setting: str, path: str, remedy: str) -> None:
 
 def _open_data(config: TrainConfig) -> tuple[Dataset | None, DataError | None]:
     try:
-        return open_dataset(config.data_dir, config.dataset, sampling_of(config)), None
+        return open_dataset(config.data_dir, config.dataset, batch_order(config)), None
     except DataError as error:
         return None, error
 

@@ -10,7 +10,7 @@ Each of them takes a second or two of a core, just when the workers start. And t
 
     a group's end     no worker leaves its process group in order. With NCCL, leaving waits for the collectives under
                       way, and one whose peer is gone never ends: Ray would wait 35 s, and kill the workers after all
-    the overseer      comes before Ray's own callbacks: when a group ends that is well, it has the state rescued first
+    the monitor      comes before Ray's own callbacks: when a group ends that is well, it has the state rescued first
 
 What is overridden here is not public: a test pins it, and where Ray has changed it, Ray's parts run.
 """
@@ -25,8 +25,8 @@ from ray.train.v2._internal.callbacks.datasets import DatasetsCallback
 from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
 
 from orchestrator.cluster import autoscaler
-from orchestrator.controller.attempts import Overseer
-from orchestrator.controller.scaling import FixedPolicy, LivePolicy, QuietLivePolicy
+from orchestrator.controller.attempts import AttemptMonitor
+from orchestrator.controller.scaling import FixedPolicy, LiveNodesPolicy, UnscaledLiveNodesPolicy
 
 
 class _EndingAtOnce(_TorchBackend):  # type: ignore[misc]
@@ -45,20 +45,22 @@ class TorchGroup(TorchConfig):  # type: ignore[misc]
 class Trainer(TorchTrainer):  # type: ignore[misc]
     """A TorchTrainer whose number of workers, where that is a range, follows the nodes that live.
 
-    board: where it is told that there are too few machines, or more than before.
+    mailbox: where it is told that there are too few machines, or more than before.
     leaves_cluster: the driver does, when Ray's controller is lost.
     """
 
-    def __init__(self, *args: Any, board: Any, leaves_cluster: bool, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, mailbox: Any, leaves_cluster: bool, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self._board = board
+        self._mailbox = mailbox
         self._left_out = (DatasetsCallback, *((PlacementGroupCleanerCallback,) if leaves_cluster else ()))
 
     def _initialize_and_run_controller(self, **kwargs: Any) -> Any:
         if not self.scaling_config.elasticity_enabled:
             policy = FixedPolicy(self.scaling_config)
         else:
-            policy = (LivePolicy if autoscaler.version() else QuietLivePolicy)(self.scaling_config, self._board)
+            policy = (LiveNodesPolicy if autoscaler.version() else UnscaledLiveNodesPolicy)(
+                self.scaling_config, self._mailbox
+            )
         callbacks = [each for each in kwargs["callbacks"] if not isinstance(each, self._left_out)]
-        callbacks.sort(key=lambda each: not isinstance(each, Overseer))
+        callbacks.sort(key=lambda each: not isinstance(each, AttemptMonitor))
         return super()._initialize_and_run_controller(**{**kwargs, "scaling_policy": policy, "callbacks": callbacks})

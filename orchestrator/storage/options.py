@@ -1,7 +1,7 @@
 """The setting `storage_options`: what fsspec is told of out_dir's storage, secrets among it, and where that may go.
 
 Nothing that is stored, logged or raised has the value of options that were given inline: a run's configuration is
-written down by `public` only. Knows neither torch nor Ray.
+written down by `redacted` only. Knows neither torch nor Ray.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class StorageSettings(Protocol):
 
 
 @dataclasses.dataclass(frozen=True)
-class Hidden:
+class Secret:
     """A text that is passed on, and not shown by what prints or stores whatever it is given."""
 
     text: str = dataclasses.field(repr=False)
@@ -64,7 +64,7 @@ def read_again(options: dict[str, Any] | None) -> dict[str, Any] | None:
         return options
 
 
-def public(config: Any) -> dict[str, Any]:
+def redacted(config: Any) -> dict[str, Any]:
     """Return a settings object as a dictionary that may be stored and shown: of storage_options, a file's path only."""
     values = dataclasses.asdict(config)
     if values["storage_options"].strip() and not is_options_file(values["storage_options"].strip()):

@@ -12,7 +12,7 @@ from typing import Any, Protocol, TypeVar
 import tenacity
 from fsspec.implementations.local import LocalFileSystem
 
-from orchestrator.errors import CheckpointError, UnreadableError
+from orchestrator.errors import CheckpointError, StorageUnavailableError
 from orchestrator.storage.reasons import has_expired, is_refused, reason_of
 
 logger = logging.getLogger(__name__)
@@ -35,7 +35,7 @@ class Reconnectable(Protocol):
         """Open a new connection; error: what has failed."""
 
 
-def patiently(
+def with_retries(
     call: Callable[[], T],
     store: Reconnectable,
     may_pass: Callable[[BaseException], bool] | None = None,
@@ -84,13 +84,13 @@ def patiently(
     return retry(call)
 
 
-def patiently_read(call: Callable[[], T], store: Reconnectable) -> T:
+def read_with_retries(call: Callable[[], T], store: Reconnectable) -> T:
     """Return call()'s value; where storage does not answer, ask again for a while: an older state costs more.
 
     Raises:
         UnreadableError: it has not answered for READ_AGAIN_FOR_S.
     """
-    return patiently(call, store, lambda error: isinstance(error, UnreadableError), READ_AGAIN_FOR_S)
+    return with_retries(call, store, lambda error: isinstance(error, StorageUnavailableError), READ_AGAIN_FOR_S)
 
 
 def is_transient(error: BaseException) -> bool:

@@ -64,7 +64,7 @@ def is_there(fs: Any, path: str) -> bool:
 
 
 @contextmanager
-def fetched(url: str, storage_options: dict[str, Any] | None = None) -> Iterator[Path]:
+def local_copy(url: str, storage_options: dict[str, Any] | None = None) -> Iterator[Path]:
     """Lend a file as one on this machine: itself where it is local, else a copy that is deleted afterwards.
 
     Raises:
@@ -88,7 +88,7 @@ def fetched(url: str, storage_options: dict[str, Any] | None = None) -> Iterator
 
 
 @contextmanager
-def delivered(url: str, storage_options: dict[str, Any] | None = None, *, is_lasting: bool = True) -> Iterator[Path]:
+def atomic_write(url: str, storage_options: dict[str, Any] | None = None, *, is_lasting: bool = True) -> Iterator[Path]:
     """Lend a scratch file to write, and put it in its place once the block ends without an error.
 
     Local: a temporary name beside it, then a rename. Object stores, which cannot rename: one put, checked by size.

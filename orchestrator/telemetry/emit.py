@@ -10,7 +10,7 @@ from typing import Any
 
 from orchestrator.config import TrainConfig
 from orchestrator.distributed.world import World
-from orchestrator.storage.options import public, storage_options_of
+from orchestrator.storage.options import redacted, storage_options_of
 from orchestrator.telemetry.sinks import Sinks, open_sinks
 
 Record = dict[str, Any]
@@ -25,7 +25,7 @@ def open_telemetry(
     Raises:
         ConfigError: on all ranks, if W&B or TensorBoard is asked for and not installed.
     """
-    sinks = world.together(lambda: _open(config, world) if world.is_main else Sinks([]))
+    sinks = world.collectively(lambda: _open(config, world) if world.is_main else Sinks([]))
 
     def tell(record: Record) -> None:
         stamped = {**record, "attempt": world.attempt, "time": time.time()}
@@ -46,7 +46,7 @@ def _open(config: TrainConfig, world: World) -> Sinks:
         wandb_project=config.wandb_project,
         wandb_run_name=config.wandb_run_name,
         tensorboard_log=config.tensorboard_log,
-        config=public(config),
+        config=redacted(config),
         storage_options=storage_options_of(config),
     )
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from enum import IntEnum
 
 from orchestrator.config import TrainConfig
-from orchestrator.data.order import Sampling
+from orchestrator.data.order import BatchOrder
 
 
 @dataclass(frozen=True)
@@ -18,11 +19,16 @@ class Outcome:
     preempted: bool = False
 
 
-GO_ON, STOP, LEAVE = range(3)  # answers to whether the loop goes on; the highest of all ranks' counts
+class StopRequest(IntEnum):
+    """Whether the loop goes on. The highest of all ranks' requests counts."""
+
+    NONE = 0
+    STOP = 1
+    PREEMPTED = 2  # the machine of a rank is taken away
 
 
-def sampling_of(config: TrainConfig) -> Sampling:
+def batch_order(config: TrainConfig) -> BatchOrder:
     """Return how batches are drawn under this config."""
-    return Sampling(
+    return BatchOrder(
         config.seed, config.batch_size, config.block_size, config.gradient_accumulation_steps, config.sampling
     )

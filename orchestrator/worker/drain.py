@@ -16,7 +16,7 @@ from ray._raylet import GcsClient  # type: ignore[attr-defined]
 from ray.core.generated.autoscaler_pb2 import DrainNodeReason
 from ray.train.v2._internal.execution.context import get_train_context
 
-from orchestrator.cluster.room import fit
+from orchestrator.cluster.room import fit_on_node
 from orchestrator.worker.notices import Notice
 
 logger = logging.getLogger(__name__)
@@ -56,4 +56,4 @@ def _room_elsewhere() -> int:
     here = ray.get_runtime_context().get_node_id()
     each = ray.get_runtime_context().get_assigned_resources()
     free = cluster.available_resources_per_node()
-    return sum(fit(each, resources, {}) for node_id, resources in free.items() if node_id != here)
+    return sum(fit_on_node(each, resources, {}) for node_id, resources in free.items() if node_id != here)

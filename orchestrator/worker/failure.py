@@ -14,7 +14,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from orchestrator.errors import StorageError, UnreadableError
+from orchestrator.errors import StorageError, StorageUnavailableError
 
 
 class Cause(StrEnum):
@@ -61,7 +61,7 @@ _OF_A_PROGRAM = (
 
 
 @dataclass(frozen=True)
-class Ending:
+class WorkerFailure:
     """How one rank ended: the cause, in words, and the iteration that it was in (None: not known).
 
     reached_at_s: where the state of that iteration is safe, when it was completed (seconds since 1970).
@@ -78,7 +78,7 @@ class Ending:
         return asdict(self)
 
     @classmethod
-    def from_json(cls, value: dict[str, Any]) -> Ending:
+    def from_json(cls, value: dict[str, Any]) -> WorkerFailure:
         return cls(**{**value, "cause": Cause(value["cause"])})
 
 
@@ -93,17 +93,17 @@ class AttemptFailedError(Exception):
         return f"{self.ending['cause']}: {self.ending['text']}\n{self.ending['traceback']}".strip()
 
 
-def ending_of(error: BaseException, rank: int, iter_num: int | None, reached_at_s: float | None = None) -> Ending:
+def classify(error: BaseException, rank: int, iter_num: int | None, reached_at_s: float | None = None) -> WorkerFailure:
     """Return what an exception in the training loop means."""
     text = f"{type(error).__name__}: {str(error).strip()[:500]}"
     trace = "".join(traceback.format_exception(error))
-    return Ending(rank, _cause_of(error), text, iter_num, trace, reached_at_s)
+    return WorkerFailure(rank, _cause_of(error), text, iter_num, trace, reached_at_s)
 
 
 def _cause_of(error: BaseException) -> Cause:
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
         return Cause.OUT_OF_MEMORY
-    if isinstance(error, (StorageError, UnreadableError)):
+    if isinstance(error, (StorageError, StorageUnavailableError)):
         return Cause.STORAGE
     if isinstance(error, RuntimeError) and (cause := _cause_on_gpu(error)):
         return cause

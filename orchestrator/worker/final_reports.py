@@ -13,14 +13,14 @@ from collections.abc import Callable
 from ray.train.v2._internal.exceptions import UserExceptionWithTraceback
 from ray.train.v2._internal.execution.context import get_train_context
 
-from orchestrator.worker.failure import AttemptFailedError, Ending
+from orchestrator.worker.failure import AttemptFailedError, WorkerFailure
 
 
-def last_words() -> Callable[[Ending], None]:
+def failure_reporter() -> Callable[[WorkerFailure], None]:
     """Return what any thread of this worker calls to fail it; to be called by the one that trains."""
     queue = get_train_context().execution_context.training_thread_runner.get_exception_queue()
 
-    def say(ending: Ending) -> None:
+    def say(ending: WorkerFailure) -> None:
         queue.put(UserExceptionWithTraceback(AttemptFailedError(ending.to_json()), traceback_str=ending.text))
 
     return say

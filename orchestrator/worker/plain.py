@@ -27,10 +27,10 @@ from orchestrator.storage.options import storage_options_of
 from orchestrator.telemetry.display import quiet, until_nobody_reads
 from orchestrator.telemetry.emit import open_telemetry
 from orchestrator.telemetry.format import print_record, stopped_line
-from orchestrator.training.attempt import GO_ON, STOP, Outcome
+from orchestrator.training.attempt import Outcome, StopRequest
 from orchestrator.training.lr_schedule import tell_doubts
 from orchestrator.worker import environment as worker_environment
-from orchestrator.worker.torchrun import Vigil
+from orchestrator.worker.torchrun import PeerLossGuard
 from orchestrator.worker.watchdog import be_outlasted
 
 PROGRAM = "python -m orchestrator.loop"
@@ -83,15 +83,15 @@ def _show(record: dict[str, Any]) -> None:
 def _train(config: TrainConfig) -> Outcome:
     world = plain_world(config)
     store = CheckpointStore(config.out_dir, storage_options_of(config))
-    finished = world.broadcast_json(world.together(lambda: told_finished(config, store) if world.is_main else ""))
+    finished = world.broadcast_json(world.collectively(lambda: told_finished(config, store) if world.is_main else ""))
     if finished:
         raise FinishedRunError(finished)
     be_outlasted()
-    with _stop_asked() as asked, open_telemetry(config, world, _show) as tell, Vigil(config, world) as vigil:
+    with _stop_asked() as asked, open_telemetry(config, world, _show) as tell, PeerLossGuard(config, world) as vigil:
 
         def should_stop() -> int:
             vigil.beat()
-            return STOP if asked else GO_ON
+            return StopRequest.STOP if asked else StopRequest.NONE
 
         return train(config, world, tell, should_stop=should_stop, began=vigil.guard)
 

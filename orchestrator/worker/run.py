@@ -20,22 +20,22 @@ from ray.train import Checkpoint, CheckpointUploadMode
 
 from orchestrator.checkpoint.save.saver import Saver
 from orchestrator.checkpoint.store import CheckpointStore
-from orchestrator.cluster.mailbox import Poster
+from orchestrator.cluster.mailbox import MailboxClient
 from orchestrator.config import TrainConfig
 from orchestrator.distributed.device import local_device, resolve
 from orchestrator.distributed.join import new_attempt
 from orchestrator.distributed.numerics import change_of_data
 from orchestrator.distributed.world import World
-from orchestrator.errors import CheckpointError, DataError, UnreadableError, UserError
+from orchestrator.errors import CheckpointError, DataError, StorageUnavailableError, UserError
 from orchestrator.host.gpus import wait_until_free
 from orchestrator.loop import train
-from orchestrator.storage.options import Hidden, public, storage_options_of
-from orchestrator.storage.retry import patiently_read
+from orchestrator.storage.options import Secret, redacted, storage_options_of
+from orchestrator.storage.retry import read_with_retries
 from orchestrator.telemetry.emit import PostingHandler, open_telemetry
-from orchestrator.training.attempt import GO_ON, LEAVE, STOP
+from orchestrator.training.attempt import StopRequest
 from orchestrator.worker.drain import leave, notice
-from orchestrator.worker.failure import AttemptFailedError, Cause, Ending, ending_of
-from orchestrator.worker.final_reports import last_words
+from orchestrator.worker.failure import AttemptFailedError, Cause, WorkerFailure, classify
+from orchestrator.worker.final_reports import failure_reporter
 from orchestrator.worker.notices import Watcher, cloud_here
 from orchestrator.worker.stack_file import keep_stacks, stack_file
 from orchestrator.worker.watchdog import Watchdog, be_outlasted, stacks
@@ -45,47 +45,49 @@ _PEER_LOST_S = 0.5  # in which the controller notices whose process is gone; of 
 
 
 def run_worker(job: dict[str, Any]) -> dict[str, Any]:
-    """Train as one rank of the group that Ray has set up; job is {config, run_id, start_id, cwd, board}.
+    """Train as one rank of the group that Ray has set up; job is {config, run_id, start_id, cwd, mailbox}.
 
     Returns how it ended: Outcome's fields, or {"error": ...} for a user's mistake, which no restart would mend.
     """
     with suppress(FileNotFoundError):
         os.chdir(job["cwd"])  # relative paths mean on every node what they mean for the driver
-    poster = Poster(job["board"])
-    _posters[:] = [poster]
-    _log_through(poster)
+    mailbox = MailboxClient(job["mailbox"])
+    _mailboxes[:] = [mailbox]
+    _log_through(mailbox)
     config = resolve(on_what_is_given(config_of(job), ray.get_gpu_ids()))
     world = _world(config)
     watcher: Watcher | None = None
-    watchdog = Watchdog(config.hang_timeout_s, partial(_hangs, config, world, last_words()))
+    watchdog = Watchdog(config.hang_timeout_s, partial(_hangs, config, world, failure_reporter()))
 
     def should_stop() -> int:
         watchdog.beat(_savers[-1].changed_at_s if _savers else 0.0)
-        if poster.should_stop():
-            return STOP
-        return LEAVE if notice() else GO_ON
+        if mailbox.should_stop():
+            return StopRequest.STOP
+        return StopRequest.PREEMPTED if notice() else StopRequest.NONE
 
     def begin(saver: Saver) -> None:
         _savers[:] = [saver]
-        first = poster.first("surroundings", saver.environment)
-        world.together(lambda: _check_same_data(config, first, saver.environment))
+        first = mailbox.first("surroundings", saver.environment)
+        world.collectively(lambda: _check_same_data(config, first, saver.environment))
 
     try:
-        watcher = world.together(_watch_cloud)
-        world.together(lambda: _check_shared(config, job))
-        with open_telemetry(config, world, poster.post) as tell:
+        watcher = world.collectively(_watch_cloud)
+        world.collectively(lambda: _check_shared(config, job))
+        with open_telemetry(config, world, mailbox.post) as tell:
             outcome = train(config, world, tell, _register, should_stop, begin)
         if outcome.preempted:
             text = notice() or "another rank's machine is taken away"
             now_s = time.time()
-            raise AttemptFailedError(Ending(world.rank, Cause.PREEMPTED, text, outcome.iter_num, "", now_s).to_json())
+            raise AttemptFailedError(
+                WorkerFailure(world.rank, Cause.PREEMPTED, text, outcome.iter_num, "", now_s).to_json()
+            )
         return asdict(outcome)
     except AttemptFailedError:
         raise
     except Exception as error:
-        if isinstance(error, UserError) and not isinstance(error, UnreadableError):
+        if isinstance(error, UserError) and not isinstance(error, StorageUnavailableError):
             return {"error": str(error)}
-        ending = ending_of(error, world.rank, *_rescue())
+        ending = classify(error, world.rank, *_rescue())
         if ending.cause is Cause.PEER_LOST:  # who is gone is for the controller to see, and it ends this process then
             time.sleep(_PEER_LOST_S)
         raise AttemptFailedError(ending.to_json()) from None
@@ -93,7 +95,7 @@ def run_worker(job: dict[str, Any]) -> dict[str, Any]:
         if watcher:
             watcher.close()
         watchdog.close()
-        poster.close()
+        mailbox.close()
 
 
 def _watch_cloud() -> Watcher | None:
@@ -103,7 +105,7 @@ def _watch_cloud() -> Watcher | None:
     return Watcher(cloud, partial(leave, workers_here=context.get_local_world_size())) if cloud else None
 
 
-_posters: list[Poster] = []  # of this process: one
+_mailboxes: list[MailboxClient] = []  # of this process: one
 _savers: list[Saver] = []  # one, once training has begun
 _rescuing: list[threading.Thread] = []
 
@@ -117,8 +119,8 @@ def begin_rescue() -> None:
 def end_rescue() -> tuple[int | None, float | None]:
     """Wait until that is done; return the iteration that is safe and when it was completed (seconds since 1970)."""
     _rescuing[-1].join()
-    for poster in _posters:
-        poster.hurry()
+    for mailbox in _mailboxes:
+        mailbox.hurry()
     return _rescue()
 
 
@@ -127,7 +129,7 @@ def _rescue(**options: float) -> tuple[int | None, float | None]:
     return (None, None) if iter_num is None else (iter_num, _savers[-1].changed_at_s)
 
 
-def _hangs(config: TrainConfig, world: World, say: Callable[[Ending], None], silence_s: float) -> bool:
+def _hangs(config: TrainConfig, world: World, say: Callable[[WorkerFailure], None], silence_s: float) -> bool:
     """Fail this attempt: training has stood still for too long. Its state and the stacks of its threads are kept."""
     if _savers and _savers[-1].is_finishing:  # an upload is waited for, which has limits of its own
         return False
@@ -135,14 +137,14 @@ def _hangs(config: TrainConfig, world: World, say: Callable[[Ending], None], sil
     text = f"no progress for {silence_s:.0f} s; the stacks are in {stack_file(world)} in out_dir"
     reached = _rescue(stand_in_s=0.5)  # for whatever stands still has done so for long
     keep_stacks(config, world, found)
-    say(Ending(world.rank, Cause.HANG, text, reached[0], "", reached[1]))
+    say(WorkerFailure(world.rank, Cause.HANG, text, reached[0], "", reached[1]))
     time.sleep(_ENDED_S)  # the controller ends this process, in which one thread stands still
     os._exit(1)
 
 
 def job_of(config: TrainConfig) -> dict[str, Any]:
     """Return a config as part of a job. Ray keeps and shows what a job holds: the options, secrets too, are hidden."""
-    return {"config": public(config), "storage_options": Hidden(config.storage_options)}
+    return {"config": redacted(config), "storage_options": Secret(config.storage_options)}
 
 
 def config_of(job: dict[str, Any]) -> TrainConfig:
@@ -166,7 +168,7 @@ def _world(config: TrainConfig) -> World:
     return replace(world, attempt=world.broadcast_json(new_attempt()))
 
 
-def _log_through(poster: Poster) -> None:
+def _log_through(mailbox: MailboxClient) -> None:
     """Send rank 0's log lines to the driver's display; of the other ranks only warnings are shown, by Ray."""
     logging.getLogger().setLevel(logging.WARNING)  # some of Ray Train's loggers are named by file, so not the next one
     logging.getLogger("ray.train").setLevel(logging.WARNING)
@@ -174,7 +176,7 @@ def _log_through(poster: Poster) -> None:
         log = logging.getLogger(name)
         if ray.train.get_context().get_world_rank() == 0:
             log.setLevel(logging.INFO)
-            log.handlers = [PostingHandler(poster.post)]
+            log.handlers = [PostingHandler(mailbox.post)]
             log.propagate = False
         else:
             log.setLevel(logging.WARNING)
@@ -188,7 +190,7 @@ def _check_shared(config: TrainConfig, job: dict[str, Any]) -> None:
     """
     store = CheckpointStore(config.out_dir, storage_options_of(config))
     key = "run_id" if config.eval_only else "start_id"  # another driver may begin anew while a run is evaluated
-    if patiently_read(lambda: store.read_json("run.json"), store).get(key) != job[key]:
+    if read_with_retries(lambda: store.read_json("run.json"), store).get(key) != job[key]:
         raise CheckpointError(
             f"out_dir={config.out_dir} is not the driver's on node {os.uname().nodename}: it must be a folder that all "
             "nodes share (NFS) or a URL (s3://bucket/run)"

@@ -2,7 +2,7 @@
 
 With NCCL a collective whose peer is gone never returns, in C, where no signal is heard. torchrun ends the processes of
 a group that has lost one: SIGTERM, and SIGKILL half a minute later. In between a thread puts the state into node
-memory, from which the same command goes on. Under Ray the overseer sees to that.
+memory, from which the same command goes on. Under Ray the monitor sees to that.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from orchestrator.worker.watchdog import Watchdog, stacks
 _ITERATION_S = 20.0  # in which a process that is asked to stop comes to the end of its iteration, or is taken for stuck
 
 
-class Vigil:
+class PeerLossGuard:
     """Of a process among several; one that is alone waits for nobody, and is never ended here, however slow it is."""
 
     def __init__(self, config: TrainConfig, world: World) -> None:
@@ -35,7 +35,7 @@ class Vigil:
         self._watchdog = Watchdog(config.hang_timeout_s, self._hangs) if world.size > 1 else None
         self._signals: socket.socket | None = None  # numbers are written here even while the main thread hears nothing
 
-    def __enter__(self) -> Vigil:
+    def __enter__(self) -> PeerLossGuard:
         if self._watchdog:
             heard, self._signals = socket.socketpair()
             self._signals.setblocking(False)

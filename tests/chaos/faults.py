@@ -88,7 +88,7 @@ def arm(fault: Fault) -> None:
     from orchestrator.checkpoint.restore import read_once as reading
     from orchestrator.checkpoint.save import async_copy as copying
     from orchestrator.checkpoint.save import upload as durable
-    from orchestrator.checkpoint.save.node_memory import Slot
+    from orchestrator.checkpoint.save.node_memory import SnapshotBuffer
     from orchestrator.checkpoint.save.saver import Saver
     from orchestrator.checkpoint.store import CheckpointStore
     from orchestrator.distributed import gradients
@@ -142,9 +142,9 @@ def arm(fault: Fault) -> None:
     wrap(CheckpointStore, "commit", lambda _store, name, *_: _iter_of(name), before="commit", after="committed")
     wrap(gradients, "average", lambda *_: step["iter_num"], after="reduce")
     wrap(loop, "warm_up", lambda *_: fault.iter_num, before="warm_up")
-    wrap(World, "vote", lambda *_: step["iter_num"] + 1, after="all_reduce")
+    wrap(World, "agree", lambda *_: step["iter_num"] + 1, after="all_reduce")
     wrap(reading, "stream_tensors", lambda *_: fault.iter_num, before="restore")
-    wrap(Slot, "seal", lambda _slot, name, *_: _iter_of(name), before="seal", after="sealed")
+    wrap(SnapshotBuffer, "publish", lambda _slot, name, *_: _iter_of(name), before="seal", after="sealed")
 
     copied = {"tensors": 0, "of": 0, "iter_num": -1}
     original_copy, original_to_memory = copying._copy_in_host_memory, Saver._to_memory

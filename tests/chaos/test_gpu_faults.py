@@ -174,7 +174,7 @@ def test_a_node_that_turns_out_to_be_unfit_later_is_left_and_the_run_goes_on(
     )
     actor = placeholder.remote()
     ray.get(actor.__ray_ready__.remote())
-    monkeypatch.setattr(launching, "GpuCheck", lambda overseer: GpuCheck(overseer, ask=why_unfit))
+    monkeypatch.setattr(launching, "GpuCheck", lambda monitor: GpuCheck(monitor, ask=why_unfit))
     config = replace(settings(tiny), device="cuda", backend="gloo")
     fault = GpuBrokenAndAnotherFree("forward", 33, 1, tmp_path / "fired")
     launch(config, noting_places(tmp_path / "places", fault))

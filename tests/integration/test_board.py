@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import ray
 
-from orchestrator.cluster.mailbox import Listener, Poster, open_board
+from orchestrator.cluster.mailbox import MailboxClient, MailboxReader, open_mailbox
 from tests.chaos.clusters import small_cluster
 
 pytestmark = pytest.mark.filterwarnings("default")  # Ray and its parts warn of themselves
@@ -23,22 +23,22 @@ def cluster() -> Iterator[None]:
 
 
 def test_records_arrive_in_order_and_the_wish_to_stop_comes_back() -> None:
-    board = open_board()
-    poster, listener = Poster(board), Listener(board)
+    mailbox = open_mailbox()
+    mailbox, listener = MailboxClient(mailbox), MailboxReader(mailbox)
     told = [{"iter": it} for it in range(100)]
     for record in told[:50]:
-        poster.post(record)
-    poster.hurry()
+        mailbox.post(record)
+    mailbox.hurry()
     for record in told[50:]:
-        poster.post(record)
+        mailbox.post(record)
     taken = listener.take(stop=False)
-    assert not poster.should_stop()
+    assert not mailbox.should_stop()
     taken += listener.take(stop=True)
     deadline_s = time.monotonic() + 60
-    while not poster.should_stop():
+    while not mailbox.should_stop():
         assert time.monotonic() < deadline_s
         time.sleep(0.05)
-    poster.close()
+    mailbox.close()
     while len(taken) < len(told):  # a take may come to nothing on a busy machine, and loses nothing
         assert time.monotonic() < deadline_s
         taken += listener.take(stop=True)
@@ -47,12 +47,12 @@ def test_records_arrive_in_order_and_the_wish_to_stop_comes_back() -> None:
 
 
 def test_an_answer_that_is_lost_loses_no_record() -> None:
-    board = open_board()
-    ray.get(board.post.remote([{"iter": it} for it in range(5)]))
-    ray.get(board.take.remote(False, 0))  # as of a driver that has waited long enough
-    listener = Listener(board)
+    mailbox = open_mailbox()
+    ray.get(mailbox.post.remote([{"iter": it} for it in range(5)]))
+    ray.get(mailbox.take.remote(False, 0))  # as of a driver that has waited long enough
+    listener = MailboxReader(mailbox)
     assert listener.take(stop=False) == [{"iter": it} for it in range(5)]
-    ray.get(board.post.remote([{"iter": 5}]))
+    ray.get(mailbox.post.remote([{"iter": 5}]))
     assert listener.take(stop=False) == [{"iter": 5}]
 
 
@@ -63,17 +63,17 @@ class Silent:
 
 
 def test_training_does_not_wait_for_a_board_that_does_not_answer() -> None:
-    board = ray.remote(Silent).options(num_cpus=0).remote()
-    poster = Poster(board)
+    mailbox = ray.remote(Silent).options(num_cpus=0).remote()
+    mailbox = MailboxClient(mailbox)
     longest_s = 0.0
     deadline_s = time.monotonic() + 3
     while time.monotonic() < deadline_s:  # some posts are under way by then
         began_s = time.monotonic()
-        poster.post({"iter": 0})
-        assert not poster.should_stop()
+        mailbox.post({"iter": 0})
+        assert not mailbox.should_stop()
         longest_s = max(longest_s, time.monotonic() - began_s)
         time.sleep(0.01)
-    ray.kill(board)  # so that what it was asked ends, and the poster's thread does before the cluster
-    poster.close()
-    assert not [thread for thread in threading.enumerate() if thread.name == "poster"]
-    assert longest_s < 4  # the poster itself waits for an answer for five seconds
+    ray.kill(mailbox)  # so that what it was asked ends, and the mailbox's thread does before the cluster
+    mailbox.close()
+    assert not [thread for thread in threading.enumerate() if thread.name == "mailbox"]
+    assert longest_s < 4  # the mailbox itself waits for an answer for five seconds

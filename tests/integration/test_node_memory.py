@@ -25,7 +25,7 @@ from orchestrator.checkpoint.tensor_file import FileRecord, read_tensors
 from orchestrator.config import TrainConfig
 from orchestrator.distributed.device import resolve
 from orchestrator.distributed.world import World
-from orchestrator.errors import ConfigError, UnreadableError
+from orchestrator.errors import ConfigError, StorageUnavailableError
 from orchestrator.telemetry.metrics import read_metrics
 from tests import ranks
 from tests.chaos.blackout import Standstill, blackout, struck
@@ -250,7 +250,7 @@ def break_off_first_readings(rank: int) -> None:
             yield name, tensor
         if is_first:
             os.write(1, f"\nrank {rank} is broken off in {path}\n".encode())
-            raise UnreadableError(f"{path} cannot be read: broken off")
+            raise StorageUnavailableError(f"{path} cannot be read: broken off")
 
     reading.stream_tensors = breaking
 

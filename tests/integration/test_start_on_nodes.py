@@ -18,7 +18,7 @@ import torch
 from orchestrator.checkpoint.formats.huggingface import write_huggingface
 from orchestrator.checkpoint.formats.nanogpt import write_nanogpt
 from orchestrator.checkpoint.restore import restore
-from orchestrator.checkpoint.restore.init_from import origin_of
+from orchestrator.checkpoint.restore.init_from import source_identity
 from orchestrator.checkpoint.snapshot import Snapshot, tensors_equal
 from orchestrator.config import TrainConfig
 from orchestrator.distributed.world import World
@@ -32,7 +32,7 @@ WEIGHTS = "weights"  # a relative path: every node has a folder of its own to fi
 def enter_node(folder: str, layout: str, rank: int) -> None:
     """Stand in the folder of this rank's node, and note down whether it reads, and from whom every rank has it."""
     os.chdir(Path(folder, layout[rank]))
-    read, spread = restore.read_start, World.spread
+    read, spread = restore.read_initial_state, World.broadcast_from_each
 
     def noted_read(config: TrainConfig) -> Any:
         Path(folder, f"read-{rank}").touch()
@@ -42,7 +42,7 @@ def enter_node(folder: str, layout: str, rank: int) -> None:
         Path(folder, f"sources-{rank}").write_text(json.dumps(sources))
         spread(world, tensors, sources)
 
-    restore.read_start, World.spread = noted_read, noted_spread  # type: ignore[method-assign]
+    restore.read_initial_state, World.broadcast_from_each = noted_read, noted_spread  # type: ignore[method-assign]
 
 
 @dataclass(frozen=True)
@@ -194,15 +194,15 @@ def test_what_all_see_is_told_from_what_a_node_has(
 ) -> None:
     Path(memory_dir, "ckpt.pt").touch()
     config = replace(tiny, init_from=memory_dir)
-    on_disk = origin_of(config)
+    on_disk = source_identity(config)
     assert on_disk
-    assert origin_of(replace(config, init_from=f"file://{memory_dir}")) == on_disk
+    assert source_identity(replace(config, init_from=f"file://{memory_dir}")) == on_disk
     there, resumed = replace(config, init_from=f"{memory_dir}/ckpt.pt"), replace(config, init_from="resume")
-    assert origin_of(there) == origin_of(replace(resumed, out_dir=f"{memory_dir}/")) != on_disk
-    assert origin_of(replace(config, init_from=f"{memory_dir}/absent")) is None
+    assert source_identity(there) == source_identity(replace(resumed, out_dir=f"{memory_dir}/")) != on_disk
+    assert source_identity(replace(config, init_from=f"{memory_dir}/absent")) is None
     for shared in ("gpt2-xl", "s3://bucket/gpt2"):
-        assert origin_of(replace(config, init_from=shared)) == shared
+        assert source_identity(replace(config, init_from=shared)) == shared
     mounts = psutil.disk_partitions(all=True)
     served = next(mount for mount in mounts if mount.mountpoint == "/")._replace(mountpoint=memory_dir, fstype="nfs4")
     monkeypatch.setattr(psutil, "disk_partitions", lambda **_: [*mounts, served])
-    assert origin_of(config) == memory_dir
+    assert source_identity(config) == memory_dir

@@ -25,9 +25,9 @@ import pytest
 from fsspec.implementations.local import LocalFileSystem
 from s3fs import S3FileSystem
 
-from orchestrator.checkpoint.orphans import clear_leftovers
+from orchestrator.checkpoint.orphans import delete_orphans
 from orchestrator.checkpoint.save import upload as durable
-from orchestrator.checkpoint.save.node_memory import Slot
+from orchestrator.checkpoint.save.node_memory import SnapshotBuffer
 from orchestrator.checkpoint.snapshot import Snapshot, tensors_equal
 from orchestrator.checkpoint.store import CheckpointStore
 from orchestrator.checkpoint.tensor_file import write_file
@@ -490,7 +490,7 @@ def test_unfinished_uploads_are_taken_back_however_many_an_answer_lists(
         return pages[-1]
 
     monkeypatch.setattr(store.fs, "call_s3", two_at_a_time)
-    clear_leftovers(store)
+    delete_orphans(store)
     assert [len(page["Uploads"]) for page in pages] == [2, 2, 1]
     monkeypatch.undo()
     assert not store.fs.call_s3("list_multipart_uploads", Bucket=bucket, Prefix=folder).get("Uploads")
@@ -498,7 +498,7 @@ def test_unfinished_uploads_are_taken_back_however_many_an_answer_lists(
 
 def test_leftovers_that_cannot_be_listed_hold_up_nobody(on_s3: TrainConfig, proxy: FaultyProxy) -> None:
     refused = proxy.answer(501, "NotImplemented", lambda method, path: method == "GET" and "uploads" in path, 9)
-    clear_leftovers(store_of(on_s3))
+    delete_orphans(store_of(on_s3))
     assert refused.fired
 
 
@@ -561,17 +561,17 @@ def test_half_a_file_is_never_announced(config: TrainConfig, calm: Calm, monkeyp
 def test_a_state_that_changes_in_node_memory_is_not_announced(
     on_s3: TrainConfig, calm: Calm, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    seal, run = Slot.seal, Run(on_s3)
+    seal, run = SnapshotBuffer.publish, Run(on_s3)
     flipped: list[str] = []
 
-    def seal_and_flip(slot: Slot, name: str, *rest: Any) -> None:
+    def seal_and_flip(slot: SnapshotBuffer, name: str, *rest: Any) -> None:
         seal(slot, name, *rest)
         if run.has("checkpoint") and not run.has("checkpoint_failed"):
             (path,) = Path(on_s3.memory_dir).rglob(f"{name}.*/optimizer-*")
             flip_bit(path)
             flipped.append(name)
 
-    monkeypatch.setattr(Slot, "seal", seal_and_flip)
+    monkeypatch.setattr(SnapshotBuffer, "seal", seal_and_flip)
     run.slowly(lambda: run.has("checkpoint_failed")).train()
     (failed,) = run.of("checkpoint_failed")
     assert f"checkpoint_{failed:08d}_a" in flipped

@@ -31,7 +31,7 @@ from orchestrator.loop import train
 from orchestrator.storage import retry, transfer
 from orchestrator.storage.folders import PROBE_FILE, check_writable, delete_folder
 from orchestrator.storage.options import storage_options_of
-from orchestrator.storage.transfer import delivered, exists, fetched, locate
+from orchestrator.storage.transfer import atomic_write, exists, local_copy, locate
 from orchestrator.telemetry.emit import open_telemetry
 from orchestrator.telemetry.format import print_record
 from orchestrator.telemetry.metrics import MetricsLog, read_metrics
@@ -111,11 +111,11 @@ def test_a_name_has_no_meaning_but_itself(name: str, place: Storage) -> None:
     check_writable(out_dir, place.options)
     store = CheckpointStore(out_dir, place.options)
     assert store.root.endswith(f"/{name}/run")
-    with delivered(f"{out_dir}/checkpoint_00000004_a/state.json", place.options) as file:
+    with atomic_write(f"{out_dir}/checkpoint_00000004_a/state.json", place.options) as file:
         file.write_text("{}")
     assert store.names() == ["checkpoint_00000004_a"]
     assert exists(f"{out_dir}/checkpoint_00000004_a/state.json", place.options)
-    with fetched(f"{out_dir}/checkpoint_00000004_a/state.json", place.options) as copy:
+    with local_copy(f"{out_dir}/checkpoint_00000004_a/state.json", place.options) as copy:
         assert copy.read_text() == "{}"
     log = MetricsLog(out_dir, "a", storage_options=place.options)
     log.write({"kind": "step", "iter": 0})
@@ -130,7 +130,7 @@ def test_what_a_pattern_would_match_stays(name: str, other: str, place: Storage)
     folders = [f"{name}/checkpoint_x", f"{name}/checkpoint_x2", f"{other}/checkpoint_x"]
     for folder in folders:
         for file in ("f", "deeper/g"):
-            with delivered(f"{place.url}/{folder}/{file}", place.options) as scratch:
+            with atomic_write(f"{place.url}/{folder}/{file}", place.options) as scratch:
                 scratch.write_text(folder)
     fs, path = locate(f"{place.url}/{name}/checkpoint_x", place.options)
     delete_folder(fs, path)
@@ -158,7 +158,7 @@ def test_a_path_that_an_object_store_does_not_resolve_is_refused(path: str, s3: 
     odd = path[2:-2] or "//"
     with pytest.raises(CheckpointError, match=rf"has {odd.replace('.', '[.]')} in its path".replace("[//]", "//")):
         plan(replace(tiny, out_dir=f"{s3.url}/{path}"))
-    with pytest.raises(CheckpointError, match="leave it out"), delivered(f"{s3.url}/{path}"):
+    with pytest.raises(CheckpointError, match="leave it out"), atomic_write(f"{s3.url}/{path}"):
         pass
 
 
@@ -170,11 +170,11 @@ def test_a_version_of_an_object_is_read_and_not_written(s3: Storage, s3_server: 
     first = fs.pipe_file(f"{bucket}/file", b"first")["VersionId"]
     fs.pipe_file(f"{bucket}/file", b"second")
     url = f"s3://{bucket}/file?versionId={first}"
-    with fetched(url) as copy:
+    with local_copy(url) as copy:
         assert copy.read_bytes() == b"first"
     with pytest.raises(CheckpointError, match="names a version of an object"):
         plan(replace(tiny, out_dir=url))
-    with pytest.raises(CheckpointError, match="names a version of an object"), delivered(url):
+    with pytest.raises(CheckpointError, match="names a version of an object"), atomic_write(url):
         pass
     config = replace(tiny, out_dir=f"s3://{bucket}/run", max_iters=12)
     run(config)
@@ -274,7 +274,7 @@ def test_keys_that_are_renewed_late_are_waited_for(
             raise
 
     with caplog.at_level(logging.INFO, "orchestrator"):
-        retry.patiently(write_json, store)
+        retry.with_retries(write_json, store)
     assert fault.fired
     assert store.read_json("run.json") == {"a": 1}
     assert len(caplog.messages) == 1, "said once"
@@ -464,7 +464,7 @@ def test_what_servers_really_say_is_told_in_words(
     assert "no such bucket" in why_not(replace(tiny, out_dir="s3://mistyped/run"))
     with pytest.raises(CheckpointError, match="no such bucket"):
         inspect(InspectConfig(out_dir="s3://mistyped/run"))
-    with pytest.raises(CheckpointError, match="no such bucket"), fetched("s3://mistyped/ckpt.pt"):
+    with pytest.raises(CheckpointError, match="no such bucket"), local_copy("s3://mistyped/ckpt.pt"):
         pass
     assert "there is no bucket in it" in why_not(replace(tiny, out_dir="s3:///ckpt/run"))
     for key, secret, words in (

@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from orchestrator.controller.cordon import Bench
+from orchestrator.controller.cordon import Cordon
 
 
 def room_on(nodes: dict[str, int]):
@@ -8,14 +8,14 @@ def room_on(nodes: dict[str, int]):
 
 
 def test_a_node_is_kept_off_while_others_have_room() -> None:
-    bench = Bench()
+    bench = Cordon()
     bench.put("b")
     assert bench.kept_off(2, room_on({"a": 1, "b": 1, "c": 1})) == {"b"}
     assert bench.kept_off(3, room_on({"a": 1, "b": 1, "c": 1})) == set(), "with no room elsewhere it is used at once"
 
 
 def test_of_several_those_that_failed_last_are_kept_off_longest() -> None:
-    bench = Bench()
+    bench = Cordon()
     for node in ("a", "b", "a"):
         bench.put(node)
     assert bench.kept_off(2, room_on({"a": 1, "b": 1, "c": 2})) == {"a", "b"}
@@ -24,7 +24,7 @@ def test_of_several_those_that_failed_last_are_kept_off_longest() -> None:
 
 def test_after_half_an_hour_it_is_as_good_as_any() -> None:
     now_s = 0.0
-    bench = Bench(clock=lambda: now_s)
+    bench = Cordon(clock=lambda: now_s)
     bench.put("a")
     now_s = 1799.0
     assert bench.kept_off(1, room_on({"a": 1, "b": 1})) == {"a"}

@@ -5,13 +5,15 @@ import pickle
 import pytest
 import torch
 
-from orchestrator.controller.budgets import Budgets, GivenUpError, explain
-from orchestrator.errors import StorageError, UnreadableError
-from orchestrator.worker.failure import AttemptFailedError, Cause, Ending, ending_of
+from orchestrator.controller.budgets import Budgets, RunAbandonedError, root_cause
+from orchestrator.errors import StorageError, StorageUnavailableError
+from orchestrator.worker.failure import AttemptFailedError, Cause, WorkerFailure, classify
 
 
-def lost(cause: Cause = Cause.WORKER_LOST, rank: int = 0, text: str = "gone", iter_num: int | None = 7) -> Ending:
-    return Ending(rank, cause, text, iter_num)
+def lost(
+    cause: Cause = Cause.WORKER_LOST, rank: int = 0, text: str = "gone", iter_num: int | None = 7
+) -> WorkerFailure:
+    return WorkerFailure(rank, cause, text, iter_num)
 
 
 @pytest.mark.parametrize(
@@ -24,7 +26,7 @@ def lost(cause: Cause = Cause.WORKER_LOST, rank: int = 0, text: str = "gone", it
         (torch.distributed.DistNetworkError("reset"), "peer_lost"),
         (MemoryError(), "out_of_memory"),
         (StorageError("down"), "storage"),
-        (UnreadableError("no answer"), "storage"),
+        (StorageUnavailableError("no answer"), "storage"),
         (RuntimeError("shapes do not match"), "user_error"),
         (torch.AcceleratorError("CUDA error: uncorrectable ECC error encountered"), "gpu_fault"),
         (torch.AcceleratorError("CUDA error: an illegal memory access was encountered"), "gpu_fault"),
@@ -48,19 +50,19 @@ def lost(cause: Cause = Cause.WORKER_LOST, rank: int = 0, text: str = "gone", it
     ],
 )
 def test_an_exception_has_a_cause(error: Exception, cause: str) -> None:
-    assert ending_of(error, 0, 3).cause == cause
+    assert classify(error, 0, 3).cause == cause
 
 
 def test_what_explains_the_others_is_told() -> None:
-    assert explain([lost(Cause.PEER_LOST, 0), lost(Cause.NODE_LOST, 2), lost(Cause.WORKER_LOST, 1)]).rank == 2
-    assert explain([lost(Cause.PEER_LOST, 1)]).cause is Cause.WORKER_LOST
-    assert explain([lost(rank=2), lost(rank=1)]).rank == 1
+    assert root_cause([lost(Cause.PEER_LOST, 0), lost(Cause.NODE_LOST, 2), lost(Cause.WORKER_LOST, 1)]).rank == 2
+    assert root_cause([lost(Cause.PEER_LOST, 1)]).cause is Cause.WORKER_LOST
+    assert root_cause([lost(rank=2), lost(rank=1)]).rank == 1
 
 
 def test_an_ending_survives_its_way_to_the_controller() -> None:
-    ending = ending_of(ValueError("nan in batch 3"), 2, 5)
+    ending = classify(ValueError("nan in batch 3"), 2, 5)
     back = pickle.loads(pickle.dumps(AttemptFailedError(ending.to_json())))
-    assert Ending.from_json(back.ending) == ending
+    assert WorkerFailure.from_json(back.ending) == ending
     assert "ValueError: nan in batch 3" in str(back)
 
 
@@ -69,7 +71,7 @@ def test_a_budget_is_full_again_after_progress() -> None:
     for iter_num in (5, 6, 16, 17, 27):
         budgets.charge(lost(), iter_num)
     budgets.charge(lost(), 27)
-    with pytest.raises(GivenUpError, match=r"worker_lost: 3 times within 10 iterations.*max_failures"):
+    with pytest.raises(RunAbandonedError, match=r"worker_lost: 3 times within 10 iterations.*max_failures"):
         budgets.charge(lost(), 28)
 
 
@@ -79,7 +81,7 @@ def test_causes_have_budgets_of_their_own() -> None:
         budgets.charge(lost(Cause.PREEMPTED), 5)
     budgets.charge(lost(Cause.WORKER_LOST), 5)
     budgets.charge(lost(Cause.NODE_LOST), 5)
-    with pytest.raises(GivenUpError):
+    with pytest.raises(RunAbandonedError):
         budgets.charge(lost(Cause.NODE_LOST), 5)
 
 
@@ -91,18 +93,20 @@ def test_no_limit_is_no_limit() -> None:
 
 def test_the_same_bug_at_the_same_place_stops_the_run_with_its_traceback() -> None:
     budgets = Budgets(max_failures=8, max_preemptions=-1, refill_iters=10)
-    bug = Ending(1, Cause.USER_ERROR, "ValueError: x", 9, "Traceback: train.py, line 3")
+    bug = WorkerFailure(1, Cause.USER_ERROR, "ValueError: x", 9, "Traceback: train.py, line 3")
     budgets.charge(bug, 9)
-    with pytest.raises(GivenUpError, match=r"(?s)same iteration \(9\), twice.*line 3"):
+    with pytest.raises(RunAbandonedError, match=r"(?s)same iteration \(9\), twice.*line 3"):
         budgets.charge(bug, 9)
 
 
 def test_a_bug_that_has_silenced_its_gpu_is_where_the_others_are() -> None:
     budgets = Budgets(max_failures=8, max_preemptions=-1, refill_iters=10)
-    bug = Ending(1, Cause.USER_ERROR, "AcceleratorError: CUDA error: device-side assert triggered", None, "its trace")
+    bug = WorkerFailure(
+        1, Cause.USER_ERROR, "AcceleratorError: CUDA error: device-side assert triggered", None, "its trace"
+    )
     budgets.charge(bug, 9)
     budgets.charge(bug, 700)
-    with pytest.raises(GivenUpError, match=r"same iteration \(700\), twice"):
+    with pytest.raises(RunAbandonedError, match=r"same iteration \(700\), twice"):
         budgets.charge(bug, 700)
 
 
@@ -111,12 +115,12 @@ def test_faults_of_gpus_have_a_budget_of_their_own() -> None:
     for _ in range(3):
         budgets.charge(lost(Cause.GPU_FAULT), 5)
         budgets.charge(lost(Cause.WORKER_LOST), 5)
-    with pytest.raises(GivenUpError, match=r"(?s)gpu_fault: 4 times.*budget is 3"):
+    with pytest.raises(RunAbandonedError, match=r"(?s)gpu_fault: 4 times.*budget is 3"):
         budgets.charge(lost(Cause.GPU_FAULT), 5)
 
 
 def test_a_fault_of_a_gpu_explains_that_its_peers_have_lost_somebody() -> None:
-    assert explain([lost(Cause.PEER_LOST, 0), lost(Cause.GPU_FAULT, 1)]).cause is Cause.GPU_FAULT
+    assert root_cause([lost(Cause.PEER_LOST, 0), lost(Cause.GPU_FAULT, 1)]).cause is Cause.GPU_FAULT
 
 
 def test_another_bug_or_another_place_may_pass() -> None:

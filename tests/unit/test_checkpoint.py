@@ -23,10 +23,10 @@ from safetensors.torch import load_file
 from model import GPT, GPTConfig
 from model.pretrained import GPT2_SIZES
 from orchestrator.checkpoint import tensor_file as files
-from orchestrator.checkpoint.restore.restore import begin
-from orchestrator.checkpoint.save.node_topology import Nodes
+from orchestrator.checkpoint.restore.restore import restore_or_initialize
+from orchestrator.checkpoint.save.node_topology import NodeTopology
 from orchestrator.checkpoint.save.ownership import owners
-from orchestrator.checkpoint.save.policy import Rhythm
+from orchestrator.checkpoint.save.policy import SaveIntervals
 from orchestrator.checkpoint.save.saver import Saver
 from orchestrator.checkpoint.snapshot import Snapshot, tensors_equal
 from orchestrator.checkpoint.state import TrainState, capture
@@ -36,7 +36,7 @@ from orchestrator.config import TrainConfig
 from orchestrator.distributed.world import World
 from orchestrator.errors import CheckpointError, StorageError
 
-NO_MEMORY = Nodes(None, ("0",), 0)
+NO_MEMORY = NodeTopology(None, ("0",), 0)
 ARGS = {"n_layer": 1, "n_head": 2, "n_embd": 8, "block_size": 4, "vocab_size": 11, "bias": True, "dropout": 0.0}
 ARGS_OF_CONFIG = {key: value for key, value in ARGS.items() if key != "vocab_size"}
 
@@ -65,7 +65,7 @@ def saved(store: CheckpointStore, iter_num: int, val_loss: float | None = None, 
 
 def save(store: CheckpointStore, state: TrainState, val_loss: float | None = None, keep: int = 9) -> None:
     """Write a checkpoint straight from the live tensors, and wait for it."""
-    saver = Saver(state, World(attempt="a"), store, NO_MEMORY, {}, Rhythm(1, keep=keep))
+    saver = Saver(state, World(attempt="a"), store, NO_MEMORY, {}, SaveIntervals(1, keep=keep))
     saver.offer(state, val_loss, is_last=True)
     saver.close(is_finished=True)
 
@@ -150,7 +150,7 @@ def test_a_damaged_checkpoint_falls_back_to_the_one_before(
     damage(Path(store.path("checkpoint_00000008_a", file)))
     config = replace(tiny, **ARGS_OF_CONFIG)
     with caplog.at_level(logging.WARNING):
-        state = begin(config, World(), store, NO_MEMORY, ARGS)
+        state = restore_or_initialize(config, World(), store, NO_MEMORY, ARGS)
     assert state.iter_num == 4
     assert tensors_equal(capture(state), older)
     never_announced = (file, damage) == ("state.json", Path.unlink)

@@ -8,10 +8,10 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from orchestrator.data.order import Sampling, going_on, offsets, permute
+from orchestrator.data.order import BatchOrder, going_on, offsets, permute
 
 N_TOKENS = 1_003_854  # Tiny Shakespeare's training split
-SMALL = Sampling(seed=1337, batch_size=4, block_size=64, gradient_accumulation_steps=5)
+SMALL = BatchOrder(seed=1337, batch_size=4, block_size=64, gradient_accumulation_steps=5)
 EPOCH = replace(SMALL, mode="epoch")
 
 
@@ -93,7 +93,7 @@ def test_random_mode_is_uniform():
 
 @pytest.mark.parametrize("n_blocks", [1, 2, 3, 4, 5, 10, 16, 17, 99, 1000])
 def test_every_epoch_visits_every_block_once(n_blocks):
-    sampling = Sampling(batch_size=4, block_size=8, gradient_accumulation_steps=3, mode="epoch")
+    sampling = BatchOrder(batch_size=4, block_size=8, gradient_accumulation_steps=3, mode="epoch")
     n_epochs = (
         4  # 4 * n_blocks sequences: whole micro-steps, which straddle the epochs where 4 does not divide n_blocks
     )
@@ -103,7 +103,7 @@ def test_every_epoch_visits_every_block_once(n_blocks):
     assert (np.sort(epochs, axis=1) == np.arange(n_blocks) * 8).all()
 
 
-def settings(sampling: Sampling) -> dict[str, object]:
+def settings(sampling: BatchOrder) -> dict[str, object]:
     """Return what a state made with this sampling says of it."""
     began = {"epoch_began": list(sampling.began)} if sampling.began != (0, 0) else {}
     numbers = ("seed", "batch_size", "block_size", "gradient_accumulation_steps")
@@ -111,7 +111,7 @@ def settings(sampling: Sampling) -> dict[str, object]:
 
 
 def test_epochs_go_on_where_they_were_when_the_batch_changes():
-    n_blocks, now, seen = 97, Sampling(batch_size=4, block_size=8, gradient_accumulation_steps=3, mode="epoch"), []
+    n_blocks, now, seen = 97, BatchOrder(batch_size=4, block_size=8, gradient_accumulation_steps=3, mode="epoch"), []
     changes = {0: {}, 5: {"batch_size": 7}, 6: {"gradient_accumulation_steps": 1}, 9: {}, 11: {"batch_size": 4,
                "gradient_accumulation_steps": 3}, 14: {"batch_size": 3, "gradient_accumulation_steps": 4}}  # fmt: skip
     for i in range(40):

@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 from ray.train import ScalingConfig
 
-from orchestrator.cluster.reachability import Lookout, silent_nodes
-from orchestrator.cluster.room import fit, room_for, used_by_others
+from orchestrator.cluster.reachability import ReachabilityMonitor, unreachable_nodes
+from orchestrator.cluster.room import fit_on_node, used_by_others, workers_that_fit
 from orchestrator.controller import scaling as elastic
-from orchestrator.controller.cordon import Bench
-from orchestrator.controller.scaling import LivePolicy
+from orchestrator.controller.cordon import Cordon
+from orchestrator.controller.scaling import LiveNodesPolicy
 from orchestrator.controller.spares import first_places, wanted
 
 
@@ -24,28 +24,28 @@ def node(name: str, cpus: float, gpus: float = 0.0, alive: bool = True, port: in
 
 
 def test_fit() -> None:
-    assert fit({"CPU": 0.1}, {"CPU": 0.3}, {}) == 3  # binary fractions
-    assert fit({"CPU": 1, "GPU": 1}, {"CPU": 8, "GPU": 4}, {"GPU": 1}) == 3
-    assert fit({"CPU": 1, "GPU": 1}, {"CPU": 8}, {}) == 0
-    assert fit({"CPU": 1, "GPU": 0}, {"CPU": 2}, {"CPU": 3}) == 0
+    assert fit_on_node({"CPU": 0.1}, {"CPU": 0.3}, {}) == 3  # binary fractions
+    assert fit_on_node({"CPU": 1, "GPU": 1}, {"CPU": 8, "GPU": 4}, {"GPU": 1}) == 3
+    assert fit_on_node({"CPU": 1, "GPU": 1}, {"CPU": 8}, {}) == 0
+    assert fit_on_node({"CPU": 1, "GPU": 0}, {"CPU": 2}, {"CPU": 3}) == 0
 
 
 def test_only_nodes_that_live_and_stay_have_room() -> None:
     nodes = [node("head", 0), node("a", 2), node("b", 2), node("dead", 8, alive=False), node("silent", 8)]
-    assert room_for({"CPU": 1}, nodes, {"silent"}, {}) == 4
-    assert room_for({"CPU": 1}, nodes, {"silent", "a"}, {"b": {"CPU": 1.0}}) == 1
+    assert workers_that_fit({"CPU": 1}, nodes, {"silent"}, {}) == 4
+    assert workers_that_fit({"CPU": 1}, nodes, {"silent", "a"}, {"b": {"CPU": 1.0}}) == 1
 
 
 def test_a_run_of_some_sizes_goes_on_without_a_node_whose_gpu_has_failed(monkeypatch: pytest.MonkeyPatch) -> None:
-    bench = Bench()
+    bench = Cordon()
     nodes = [node("head", 0), node("a", 1), node("b", 1), node("c", 1)]
-    monkeypatch.setattr(elastic, "BENCH", bench)
-    monkeypatch.setattr(elastic, "silent_nodes", lambda _nodes: set())
+    monkeypatch.setattr(elastic, "CORDON", bench)
+    monkeypatch.setattr(elastic, "unreachable_nodes", lambda _nodes: set())
     monkeypatch.setattr(elastic, "cluster", SimpleNamespace(get_draining_nodes=lambda: []))
     monkeypatch.setattr(elastic, "ray", SimpleNamespace(nodes=lambda: nodes))
     each = {"CPU": 1}
-    some = LivePolicy(ScalingConfig(num_workers=(2, 8), resources_per_worker=each), None)
-    all_of_them = LivePolicy(ScalingConfig(num_workers=(3, 8), resources_per_worker=each), None)
+    some = LiveNodesPolicy(ScalingConfig(num_workers=(2, 8), resources_per_worker=each), None)
+    all_of_them = LiveNodesPolicy(ScalingConfig(num_workers=(3, 8), resources_per_worker=each), None)
     assert some._room() == 3
     bench.put("b")
     assert some._room() == 2
@@ -86,8 +86,8 @@ def unused() -> int:
 
 def test_a_node_that_does_not_answer_is_silent(listening: int) -> None:
     there, gone, dead = node("a", 1, port=listening), node("b", 1, port=unused()), node("c", 1, alive=False)
-    assert silent_nodes([there, gone, dead]) == {"b"}
-    assert silent_nodes([]) == set()
+    assert unreachable_nodes([there, gone, dead]) == {"b"}
+    assert unreachable_nodes([]) == set()
 
 
 def test_the_lookout_tells_of_silence_once(listening: int) -> None:
@@ -99,7 +99,7 @@ def test_the_lookout_tells_of_silence_once(listening: int) -> None:
         rang.set()
 
     nodes = [node("a", 1, port=listening), node("b", 1, port=unused())]
-    lookout = Lookout(nodes, tell, silence_s=1.2, every_s=0.02)
+    lookout = ReachabilityMonitor(nodes, tell, silence_s=1.2, every_s=0.02)
     assert rang.wait(10)
     assert not threading.Event().wait(0.2)
     lookout.close()

@@ -17,15 +17,15 @@ from torch import Tensor
 
 from orchestrator.checkpoint.restore import restore, staging
 from orchestrator.checkpoint.restore.init_from import scratch_args
-from orchestrator.checkpoint.restore.read_once import Place
+from orchestrator.checkpoint.restore.read_once import Source
 from orchestrator.checkpoint.restore.restore import _build
 from orchestrator.checkpoint.restore.staging import Staging
 from orchestrator.checkpoint.save import gpu, pinning
-from orchestrator.checkpoint.save.background import Behind
+from orchestrator.checkpoint.save.background import BackgroundQueue
 from orchestrator.checkpoint.save.node_memory import NodeMemory, states_in
-from orchestrator.checkpoint.save.node_topology import Nodes
+from orchestrator.checkpoint.save.node_topology import NodeTopology
 from orchestrator.checkpoint.save.pinning import Pinned, address_of, between_borders
-from orchestrator.checkpoint.save.policy import Rhythm
+from orchestrator.checkpoint.save.policy import SaveIntervals
 from orchestrator.checkpoint.save.saver import Saver
 from orchestrator.checkpoint.snapshot import tensors_equal
 from orchestrator.checkpoint.state import TrainState, capture
@@ -38,7 +38,7 @@ from tests.fake_cuda import FakeCuda, fake_cuda
 from tests.unit.test_rescue import settle, step
 
 DEVICE = torch.device("cuda", 1)
-Start = Callable[..., Saver]
+StartingPoint = Callable[..., Saver]
 
 
 @pytest.fixture
@@ -50,7 +50,7 @@ def cuda(monkeypatch: pytest.MonkeyPatch) -> FakeCuda:
 
 
 @pytest.fixture
-def start(cuda: FakeCuda, tiny: TrainConfig, memory_dir: str, tmp_path: Path) -> Start:  # noqa: ARG001
+def start(cuda: FakeCuda, tiny: TrainConfig, memory_dir: str, tmp_path: Path) -> StartingPoint:  # noqa: ARG001
     """Start a rank that is alone on its node; its state has been through a step, and is at iteration 7."""
     folder = Path(memory_dir, tmp_path.name)
     folder.mkdir()
@@ -60,9 +60,9 @@ def start(cuda: FakeCuda, tiny: TrainConfig, memory_dir: str, tmp_path: Path) ->
         state.scaler = scaler or state.scaler
         step(state)
         state.iter_num = 7
-        nodes = Nodes(NodeMemory(str(folder), "run"), ("here",), 0)
+        nodes = NodeTopology(NodeMemory(str(folder), "run"), ("here",), 0)
         world = World(device=DEVICE, attempt="abc")
-        saver = Saver(state, world, CheckpointStore(tiny.out_dir), nodes, {}, Rhythm(100))
+        saver = Saver(state, world, CheckpointStore(tiny.out_dir), nodes, {}, SaveIntervals(100))
         if is_settled:
             settle(saver)
         return saver
@@ -75,7 +75,7 @@ def iterate(saver: Saver) -> None:
     assert saver._state
     saver._agreed = [0, 0, 0, 1, 0]
     saver.offer(saver._state, None)
-    with saver.changing():
+    with saver.state_changing():
         step(saver._state)
         saver._state.iter_num += 1
     settle(saver)
@@ -111,7 +111,7 @@ def assert_kept(saver: Saver, iter_num: int) -> None:
     assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
 
 
-def test_a_saver_has_two_streams_whatever_it_copies(start: Start, cuda: FakeCuda) -> None:
+def test_a_saver_has_two_streams_whatever_it_copies(start: StartingPoint, cuda: FakeCuda) -> None:
     """PyTorch deals out the same 32 again and again, NCCL's among them: one of many would be behind a stuck one."""
     saver = start()
     for _ in range(40):
@@ -123,7 +123,7 @@ def test_a_saver_has_two_streams_whatever_it_copies(start: Start, cuda: FakeCuda
 
 
 @pytest.mark.parametrize("steps", [0, 1], ids=["before the first step", "after a step"])
-def test_a_rescue_waits_for_nothing_of_the_loops_stream(start: Start, cuda: FakeCuda, steps: int) -> None:
+def test_a_rescue_waits_for_nothing_of_the_loops_stream(start: StartingPoint, cuda: FakeCuda, steps: int) -> None:
     saver = start()
     for _ in range(steps):
         iterate(saver)
@@ -147,10 +147,10 @@ class LoopsOwn(torch.amp.GradScaler):
         return super().state_dict()
 
 
-def test_the_scale_of_float16_is_rescued_as_the_last_change_left_it(start: Start, cuda: FakeCuda) -> None:
+def test_the_scale_of_float16_is_rescued_as_the_last_change_left_it(start: StartingPoint, cuda: FakeCuda) -> None:
     scaler = LoopsOwn()
     saver = start(scaler)
-    with saver.changing():
+    with saver.state_changing():
         scaler.scale(torch.ones(()))  # its values are on the device from here on
         scaler.update(2.0**7)
         step(saver._state)
@@ -162,25 +162,25 @@ def test_the_scale_of_float16_is_rescued_as_the_last_change_left_it(start: Start
     assert checkpoint.state["scaler"]["scale"] == 2.0**7
 
 
-def test_a_state_is_offered_without_a_wait_for_its_scale(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_state_is_offered_without_a_wait_for_its_scale(start: StartingPoint, monkeypatch: pytest.MonkeyPatch) -> None:
     """Which `state_dict` would read off the device, behind all of the step."""
     scaler = LoopsOwn()
     saver = start(scaler)
-    with saver.changing():
+    with saver.state_changing():
         scaler.scale(torch.ones(()))
         scaler.update(2.0**7)
     expected = scaler.state_dict()
     monkeypatch.setattr(scaler, "state_dict", lambda: pytest.fail("it was read"))
     saver._agreed = [0, 0, 0, 1, 0]
     saver.offer(saver._state, None)
-    with saver.changing():
+    with saver.state_changing():
         scaler.update(2.0**3)
     settle(saver)
     (checkpoint,) = states_in(saver._nodes.memory.path)[checkpoint_name(7, "abc")].values()
     assert checkpoint.state["scaler"] == expected
 
 
-def test_a_scale_that_only_the_stuck_stream_has_made_is_not_read(start: Start, cuda: FakeCuda) -> None:
+def test_a_scale_that_only_the_stuck_stream_has_made_is_not_read(start: StartingPoint, cuda: FakeCuda) -> None:
     """It is made with the first loss that is scaled, behind what is stuck: until then the host knows it."""
     scaler = LoopsOwn()
     saver = start(scaler)
@@ -194,7 +194,7 @@ def test_a_scale_that_only_the_stuck_stream_has_made_is_not_read(start: Start, c
 
 
 def test_a_gpu_that_does_not_answer_ends_the_rescue(
-    start: Start, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    start: StartingPoint, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     saver = start()
     monkeypatch.setattr(gpu, "_ANSWER_S", 0.05)
@@ -205,22 +205,22 @@ def test_a_gpu_that_does_not_answer_ends_the_rescue(
 
 
 def test_nothing_is_put_behind_a_change_that_does_not_come(
-    start: Start, cuda: FakeCuda, monkeypatch: pytest.MonkeyPatch
+    start: StartingPoint, cuda: FakeCuda, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     saver = start()
     monkeypatch.setattr(gpu, "_ANSWER_S", 0.05)
-    with saver.changing():
+    with saver.state_changing():
         cuda.current_stream(DEVICE).get_stuck()
     cuda.calls.clear()
     assert in_a_thread(saver.rescue) == [None]
     assert cuda.of("stream") == []
 
 
-def test_every_thread_chooses_its_device_before_anything_else(start: Start, cuda: FakeCuda) -> None:
+def test_every_thread_chooses_its_device_before_anything_else(start: StartingPoint, cuda: FakeCuda) -> None:
     """A new thread is on the first GPU, where most calls would take memory for a context of this process."""
     saver = start()
     saver._agreed = [0, 0, 0, 1, 0]
-    saver._schedule.owed = 7
+    saver._scheduler.owed = 7
     iterate(saver)
     in_a_thread(saver.rescue, "watchdog")
     saver.close(is_finished=False)
@@ -232,7 +232,7 @@ def test_every_thread_chooses_its_device_before_anything_else(start: Start, cuda
     assert {call.device for call in cuda.calls} == {1}
 
 
-def test_a_step_waits_on_the_host_for_the_copy_alone(start: Start, cuda: FakeCuda) -> None:
+def test_a_step_waits_on_the_host_for_the_copy_alone(start: StartingPoint, cuda: FakeCuda) -> None:
     """The loop has waited for the gradients already. And so the wait is seen, and counted."""
     saver = start()
     saver._agreed = [0, 0, 0, 1, 0]
@@ -242,31 +242,31 @@ def test_a_step_waits_on_the_host_for_the_copy_alone(start: Start, cuda: FakeCud
     cuda.set_device(0)  # whatever is current here, it is this state's device that counts
     cuda.calls.clear()
     paused_s = saver.paused_s
-    with saver.changing():
+    with saver.state_changing():
         pass
     assert cuda.names() == ["Stream.query", "Event.synchronize", "Event.record"]
     assert [call.what.index for call in cuda.calls] == [1, 1, 1]
     assert saver.paused_s - paused_s >= 0.03
-    assert saver._pace._pause_s >= 0.03
+    assert saver._cost._pause_s >= 0.03
     cuda.calls.clear()
-    with saver.changing():
+    with saver.state_changing():
         pass
     assert cuda.syncs() == [], "no copy is under way"
 
 
-def test_a_step_is_not_begun_while_gradients_are_on_their_way(start: Start, cuda: FakeCuda) -> None:
+def test_a_step_is_not_begun_while_gradients_are_on_their_way(start: StartingPoint, cuda: FakeCuda) -> None:
     saver = start()
     saver._agreed = [0, 0, 0, 1, 0]
     saver.offer(saver._state, None)
     settle(saver)
     cuda.current_stream(DEVICE).is_busy = True
     cuda.calls.clear()
-    with saver.changing():
+    with saver.state_changing():
         assert cuda.names() == ["Stream.query", "Stream.synchronize", "Event.synchronize"]
         assert cuda.of("Stream.synchronize")[0].what is cuda.current_stream(DEVICE)
 
 
-def test_a_snapshot_is_read_behind_the_last_change(start: Start, cuda: FakeCuda) -> None:
+def test_a_snapshot_is_read_behind_the_last_change(start: StartingPoint, cuda: FakeCuda) -> None:
     saver = start()
     cuda.calls.clear()
     iterate(saver)
@@ -286,7 +286,9 @@ def test_borders_lie_at_multiples_of_an_address(monkeypatch: pytest.MonkeyPatch)
     assert all(address_of(p) // 4096 == (address_of(p) + len(p) - 1) // 4096 for p in pieces)
 
 
-def test_no_copy_lies_in_two_registrations(start: Start, cuda: FakeCuda, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_copy_lies_in_two_registrations(
+    start: StartingPoint, cuda: FakeCuda, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(pinning, "_BORDER_BYTES", 8192)
     targets: list[tuple[int, int]] = []
     put = torch.frombuffer
@@ -300,7 +302,7 @@ def test_no_copy_lies_in_two_registrations(start: Start, cuda: FakeCuda, monkeyp
     monkeypatch.setattr(torch, "frombuffer", noted)
     iterate(saver)
     monkeypatch.undo()
-    whole = {address_of(content): len(content) for slot in saver._room.slots for content in slot.contents().values()}
+    whole = {address_of(content): len(content) for slot in saver._pool.buffers for content in slot.contents().values()}
     assert sum(pinned.values()) == sum(whole.values())
     assert len(pinned) > 2 * len(whole) > 0
     assert targets
@@ -328,7 +330,7 @@ def test_a_piece_that_cannot_be_pinned_is_told_of_once(
     assert cuda.registered == {}
 
 
-def test_what_is_pinned_is_taken_back_when_the_saver_ends(start: Start, cuda: FakeCuda) -> None:
+def test_what_is_pinned_is_taken_back_when_the_saver_ends(start: StartingPoint, cuda: FakeCuda) -> None:
     saver = start()
     iterate(saver)
     assert cuda.registered
@@ -337,14 +339,14 @@ def test_what_is_pinned_is_taken_back_when_the_saver_ends(start: Start, cuda: Fa
     assert cuda.registered == {}
 
 
-def test_a_rescue_waits_for_no_pinning(start: Start, cuda: FakeCuda) -> None:
+def test_a_rescue_waits_for_no_pinning(start: StartingPoint, cuda: FakeCuda) -> None:
     """Which takes seconds for a large state, and may be stuck itself where a collective is."""
     is_stuck = threading.Event()
     cuda.registering = lambda: is_stuck.wait(20)
     saver = start(is_settled=False)
     assert in_a_thread(saver.rescue) == [7]
     assert_kept(saver, 7)
-    assert len(saver._room.slots) == 1, "one is enough"
+    assert len(saver._pool.buffers) == 1, "one is enough"
     is_stuck.set()
 
 
@@ -367,7 +369,7 @@ def refill(saver: Saver, config: TrainConfig) -> TrainState:
 
 @pytest.mark.parametrize("piece_bytes", [16 * 2**20, 1000])
 def test_what_is_restored_goes_through_a_stream_of_its_own(
-    start: Start, cuda: FakeCuda, tiny: TrainConfig, monkeypatch: pytest.MonkeyPatch, piece_bytes: int
+    start: StartingPoint, cuda: FakeCuda, tiny: TrainConfig, monkeypatch: pytest.MonkeyPatch, piece_bytes: int
 ) -> None:
     saver = start()
     assert in_a_thread(saver.rescue) == [7]
@@ -399,12 +401,12 @@ def test_a_buffer_is_filled_again_when_it_has_been_sent(cuda: FakeCuda, monkeypa
     assert None not in waited[2:]
 
 
-def places_of(layout: str) -> list[Place]:
+def places_of(layout: str) -> list[Source]:
     """Return a state's places, in the memory of every node: "001" are two ranks on node 0 and one on node 1."""
     records = {f"{kind}-{i}": {"size_bytes": size, "xxh3_128": ""} for kind, size in (("m", 1), ("o", 2)) for i in "01"}
     checkpoint = Checkpoint("c", {"files": records})
     ranks = {node: tuple(i for i, its in enumerate(layout) if its == node) for node in sorted(set(layout))}
-    return [Place(f"node {node}", its, checkpoint, {}) for node, its in ranks.items()]
+    return [Source(f"node {node}", its, checkpoint, {}) for node, its in ranks.items()]
 
 
 @pytest.mark.parametrize(
@@ -447,6 +449,6 @@ def test_a_plain_process_makes_its_device_the_current_one(
 
 def test_a_thread_that_cannot_begin_still_answers() -> None:
     """Else who waits for what it has submitted would wait for ever."""
-    thread = Behind("broken", lambda: 1 // 0)
+    thread = BackgroundQueue("broken", lambda: 1 // 0)
     assert thread.submit(lambda: 7).result(10) == 7
     thread.close()

@@ -18,7 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 from orchestrator.config import TrainConfig
 from orchestrator.distributed.gradients import average, wrap
 from orchestrator.distributed.world import World
-from orchestrator.worker.failure import Cause, ending_of
+from orchestrator.worker.failure import Cause, classify
 from tests import ranks
 
 
@@ -121,7 +121,7 @@ def lose_a_peer(rank: int, world_size: int, folder: Path) -> None:
     try:
         ddp(torch.ones(1, 500)).sum().backward()
     except Exception as error:
-        kept = ending_of(error, rank, None).cause
+        kept = classify(error, rank, None).cause
     else:
         kept = "went on with half a gradient"
     (folder / f"ending-{rank}").write_text(kept)

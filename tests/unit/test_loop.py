@@ -28,7 +28,7 @@ from orchestrator.distributed.world import World
 from orchestrator.errors import CheckpointError, ConfigError, StorageError
 from orchestrator.loop import dropout_seed, train
 from orchestrator.telemetry.format import line_of
-from orchestrator.training.attempt import Outcome
+from orchestrator.training.attempt import Outcome, StopRequest
 from tests.conftest import in_steps
 
 Record = dict[str, Any]
@@ -106,9 +106,9 @@ def test_epochs_go_on_with_another_batch(
     assert "goes on at block" not in caplog.text
     assert last_state(config).config["epoch_began"] == [5, 80]
     seen = [start for (iter_num, _), starts in sorted(drawn.items()) if iter_num < 10 for start in starts]
-    data = open_dataset(config.data_dir, config.dataset, loop.sampling_of(config))
+    data = open_dataset(config.data_dir, config.dataset, loop.batch_order(config))
     n_tokens = len(data.files.splits["train"])
-    one = replace(loop.sampling_of(config), batch_size=1, gradient_accumulation_steps=1)
+    one = replace(loop.batch_order(config), batch_size=1, gradient_accumulation_steps=1)
     assert seen == [int(real(one, n_tokens, "train", i, 0)[0]) for i in range(5 * 16 + 5 * 6)]
 
 
@@ -123,12 +123,14 @@ def told_in_evaluation(at_iter: int, answer: int, after: int = 2) -> Any:
 
     def should_stop() -> int:
         asked["batches"] += 1
-        return answer if asked["steps"] == at_iter - 1 and asked["batches"] >= after else loop.GO_ON
+        return answer if asked["steps"] == at_iter - 1 and asked["batches"] >= after else StopRequest.NONE
 
     return seed_dropout, should_stop, asked
 
 
-@pytest.mark.parametrize(("at_iter", "answer"), [(8, loop.STOP), (16, loop.LEAVE), (24, loop.STOP)])
+@pytest.mark.parametrize(
+    ("at_iter", "answer"), [(8, StopRequest.STOP), (16, StopRequest.PREEMPTED), (24, StopRequest.STOP)]
+)
 def test_an_evaluation_is_broken_off_and_done_by_the_next_attempt(
     tiny: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at_iter: int, answer: int
 ) -> None:
@@ -140,7 +142,7 @@ def test_an_evaluation_is_broken_off_and_done_by_the_next_attempt(
         patch.setattr(loop, "seed_dropout", seed_dropout)
         outcome = train(resolve(disturbed), World(attempt="a"), should_stop=should_stop)
     assert asked["batches"] < 5, "within a batch"
-    assert (outcome.iter_num, outcome.stopped, outcome.preempted) == (at_iter, True, answer == loop.LEAVE)
+    assert (outcome.iter_num, outcome.stopped, outcome.preempted) == (at_iter, True, answer == StopRequest.PREEMPTED)
     (checkpoint,) = [each for each in CheckpointStore(tiny.out_dir).newest_first() if each.iter_num == at_iter]
     assert (checkpoint.is_evaluated, checkpoint.val_loss) == (False, None)
     assert told_finished(disturbed, CheckpointStore(tiny.out_dir)) == "", "at max_iters, too"
@@ -158,7 +160,7 @@ def test_an_evaluation_is_broken_off_and_done_by_the_next_attempt(
 
 
 def test_a_stop_before_the_first_iteration_leaves_nothing(tiny: TrainConfig) -> None:
-    outcome = train(resolve(tiny), World(attempt="a"), should_stop=lambda: loop.STOP)
+    outcome = train(resolve(tiny), World(attempt="a"), should_stop=lambda: StopRequest.STOP)
     assert outcome == Outcome(0, 1e9, stopped=True)
     assert CheckpointStore(tiny.out_dir).names() == []
     assert run(tiny, attempt="b")[0].iter_num == tiny.max_iters
@@ -168,7 +170,7 @@ def test_an_evaluation_alone_is_stopped_and_changes_nothing(tiny: TrainConfig) -
     run(replace(tiny, max_iters=8))
     before = contents(tiny.out_dir)
     config = replace(tiny, eval_only=True, eval_iters=10**6)
-    outcome = train(resolve(config), World(attempt="b"), should_stop=lambda: loop.STOP)
+    outcome = train(resolve(config), World(attempt="b"), should_stop=lambda: StopRequest.STOP)
     assert (outcome.stopped, outcome.iter_num) == (True, 8)
     assert contents(tiny.out_dir) == before
 
@@ -207,7 +209,7 @@ def contents(out_dir: str) -> dict[Path, bytes]:
 def test_an_evaluation_has_no_moments_and_reads_none(tiny: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     run(replace(tiny, max_iters=8))
     begun: list[TrainState] = []
-    original = loop.begin
+    original = loop.restore_or_initialize
     monkeypatch.setattr(loop, "begin", lambda *args: begun.append(original(*args)) or begun[-1])
     _, records = run(replace(tiny, eval_only=True), attempt="b")
     assert not begun[0].optimizer.state
@@ -220,7 +222,7 @@ def test_an_evaluation_has_no_moments_and_reads_none(tiny: TrainConfig, monkeypa
 def test_an_evaluation_tells_perplexity_and_bits_per_byte(tiny: TrainConfig) -> None:
     run(replace(tiny, max_iters=8))
     _, (_, record) = run(replace(tiny, eval_only=True), attempt="b")
-    data = open_dataset(tiny.data_dir, tiny.dataset, loop.sampling_of(tiny))
+    data = open_dataset(tiny.data_dir, tiny.dataset, loop.batch_order(tiny))
     assert data.tokenizer
     tokens = data.files.splits["val"]
     text_bytes = len(data.tokenizer.decode(tokens).encode())

@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from orchestrator.checkpoint.save import mapping
-from orchestrator.checkpoint.save.node_memory import NodeMemory, Slot
+from orchestrator.checkpoint.save.node_memory import NodeMemory, SnapshotBuffer
 from orchestrator.checkpoint.tensor_file import layout_of
 
 SIZE_BYTES = 512 * 2**20
@@ -75,8 +75,8 @@ def test_a_slot_is_made_without_pythons_lock(folder: Path) -> None:
     tries = []
     for _ in range(3):  # what else this machine does may keep a thread waiting too
         with longest_gap_s() as gaps:
-            slot = Slot(memory, layouts)
-        slot.withdraw()
+            slot = SnapshotBuffer(memory, layouts)
+        slot.delete()
         tries.append(gaps[0])
         if gaps[0] < before[0] / 5:
             return

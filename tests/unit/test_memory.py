@@ -18,8 +18,8 @@ import pytest
 import torch
 
 from orchestrator.checkpoint.save import node_memory as memory_module
-from orchestrator.checkpoint.save.node_memory import NodeMemory, Slot, run_path, spare_memory_bytes
-from orchestrator.checkpoint.save.node_topology import Nodes, meet
+from orchestrator.checkpoint.save.node_memory import NodeMemory, SnapshotBuffer, run_path, spare_memory_bytes
+from orchestrator.checkpoint.save.node_topology import NodeTopology, open_node_memory
 from orchestrator.checkpoint.store import FORMAT_VERSION, CheckpointStore
 from orchestrator.checkpoint.tensor_file import Layout, bytes_of, layout_of, read_tensors
 from orchestrator.distributed.world import World
@@ -54,18 +54,18 @@ def layouts(count: int = 0) -> dict[str, Layout]:
     return {FILES[0]: layout_of({"w": tensors_of(0)["w"]}), FILES[1]: layout_of({"b": tensors_of(0)["b"]})}
 
 
-def fill(slot: Slot, iter_num: int) -> None:
-    for name, place in slot.begin().items():
+def fill(slot: SnapshotBuffer, iter_num: int) -> None:
+    for name, place in slot.open().items():
         place[:] = bytes_of(tensors_of(iter_num)[name])
 
 
-def seal(slot: Slot, iter_num: int, attempt: str = "a", share: int = 0, shares: int = 1) -> None:
+def seal(slot: SnapshotBuffer, iter_num: int, attempt: str = "a", share: int = 0, shares: int = 1) -> None:
     state = {"format_version": FORMAT_VERSION, "iter_num": iter_num, "tensors": {}}
-    slot.seal(f"checkpoint_{iter_num:08d}_{attempt}", share, shares, state)
+    slot.publish(f"checkpoint_{iter_num:08d}_{attempt}", share, shares, state)
 
 
-def kept(memory: NodeMemory, iter_num: int, attempt: str = "a", share: int = 0, shares: int = 1) -> Slot:
-    slot = Slot(memory, layouts())
+def kept(memory: NodeMemory, iter_num: int, attempt: str = "a", share: int = 0, shares: int = 1) -> SnapshotBuffer:
+    slot = SnapshotBuffer(memory, layouts())
     fill(slot, iter_num)
     seal(slot, iter_num, attempt, share, shares)
     return slot
@@ -77,7 +77,7 @@ def names(memory: NodeMemory) -> list[str]:
 
 def test_a_state_is_visible_when_it_is_whole_and_not_before(folder: Path) -> None:
     memory = NodeMemory(str(folder), "run")
-    slot = Slot(memory, layouts())
+    slot = SnapshotBuffer(memory, layouts())
     assert slot.iter_num == -1
     fill(slot, 4)
     assert [path.name[:6] for path in memory.path.iterdir() if path.name != ".lock"] == [".slot-"]
@@ -98,7 +98,7 @@ def test_a_state_is_visible_when_it_is_whole_and_not_before(folder: Path) -> Non
 
 def test_two_generations_take_turns(folder: Path) -> None:
     memory = NodeMemory(str(folder), "run")
-    slots = [Slot(memory, layouts()), Slot(memory, layouts())]
+    slots = [SnapshotBuffer(memory, layouts()), SnapshotBuffer(memory, layouts())]
     for iter_num in range(1, 6):
         slot = slots[iter_num % 2]
         fill(slot, iter_num)
@@ -137,7 +137,7 @@ def test_a_generation_without_one_of_its_shares_is_not_whole(folder: Path) -> No
     assert not memory.is_whole("checkpoint_00000004_a", 3)
     kept(memory, 4, share=1, shares=3)
     assert sorted(memory.generations()["checkpoint_00000004_a"]) == [0, 1, 2]
-    slots[0].begin()
+    slots[0].open()
     assert names(memory) == []
 
 
@@ -238,7 +238,7 @@ def test_all_processes_know_their_node_by_one_name(folder: Path) -> None:
 def test_where_a_node_has_no_memory_its_leftovers_are_nobodys(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of two nodes one has none: the other lets go, so that runs that need the room can have it."""
     monkeypatch.setattr(World, "gather_json", lambda _world, value: [value, None if value else "no such folder"])
-    nodes = meet(World(size=2), str(folder), "run")
+    nodes = open_node_memory(World(size=2), str(folder), "run")
     assert nodes.memory is None
     assert nodes.ids == ("0", "1")
     NodeMemory(str(folder), "next")._delete_ended_runs()
@@ -249,12 +249,12 @@ def test_ranks_of_a_node_share_the_files_between_them() -> None:
     files = {f"{kind}-{rank:05d}-of-00005.safetensors": {} for kind in ("model", "optimizer") for rank in range(5)}
     ids = ("x", "y", "x", "z", "y")
     for node in set(ids):
-        held = [set(Nodes(None, ids, rank).share_of(files)) for rank in range(5) if ids[rank] == node]
+        held = [set(NodeTopology(None, ids, rank).share_of(files)) for rank in range(5) if ids[rank] == node]
         assert set().union(*held) == files.keys()
         assert sum(map(len, held)) == len(files)
     for rank in range(5):
         mine = {f"{kind}-{rank:05d}-of-00005.safetensors" for kind in ("model", "optimizer")}
-        assert mine <= Nodes(None, ids, rank).share_of(files).keys(), "it uploads its own from there"
+        assert mine <= NodeTopology(None, ids, rank).share_of(files).keys(), "it uploads its own from there"
 
 
 def test_states_of_other_attempts_are_forgotten_but_for_one(folder: Path) -> None:
@@ -281,11 +281,11 @@ def test_an_attempt_that_was_given_up_forgets_nothing_of_a_newer_one(folder: Pat
     newer.forget_other_than("newer")
     assert names(newer) == ["checkpoint_00000005_newer"]
     with pytest.raises(FileNotFoundError):
-        slot.begin()
+        slot.open()
 
 
 def test_a_slot_that_a_newer_attempt_has_cleaned_up_cannot_be_sealed(folder: Path) -> None:
-    slot = Slot(NodeMemory(str(folder), "run"), layouts())
+    slot = SnapshotBuffer(NodeMemory(str(folder), "run"), layouts())
     fill(slot, 4)
     newer = NodeMemory(str(folder), "run")
     with pytest.raises(FileNotFoundError):
@@ -377,9 +377,9 @@ def test_too_little_memory_is_told_with_a_remedy(folder: Path, monkeypatch: pyte
 def test_the_room_that_this_run_has_already_counts(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     memory = NodeMemory(str(folder), "run")
     monkeypatch.setattr(memory_module, "spare_memory_bytes", lambda: 1_000_000)
-    slot = Slot(memory, layouts(250_000))
+    slot = SnapshotBuffer(memory, layouts(250_000))
     memory.check_room(1_900_000)
-    slot.withdraw()
+    slot.delete()
     with pytest.raises(CheckpointError):
         memory.check_room(1_900_000)
 
@@ -421,7 +421,7 @@ def test_the_memory_of_a_container_is_its_own(monkeypatch: pytest.MonkeyPatch) -
 
 def test_what_ended_runs_have_left_goes_where_room_is_needed(small: str, caplog: pytest.LogCaptureFixture) -> None:
     ended = NodeMemory(small, "ended")
-    Slot(ended, layouts(300_000))
+    SnapshotBuffer(ended, layouts(300_000))
     ended.close(is_finished=False)
     memory = NodeMemory(small, "run")
     memory.check_room(500_000)
@@ -434,7 +434,7 @@ def test_what_ended_runs_have_left_goes_where_room_is_needed(small: str, caplog:
 
 def test_the_states_of_a_living_process_are_not_deleted(small: str) -> None:
     living = NodeMemory(small, "living")
-    Slot(living, layouts(300_000))
+    SnapshotBuffer(living, layouts(300_000))
     living.close(is_finished=False)
     memory = NodeMemory(small, "run")
     with held(living.path / ".lock", memory_module.fcntl.LOCK_SH):
@@ -447,12 +447,12 @@ def test_the_states_of_a_living_process_are_not_deleted(small: str) -> None:
 
 def test_a_full_memory_is_known_before_anything_is_written(small: str) -> None:
     memory = NodeMemory(small, "run")
-    first = Slot(memory, layouts(300_000))
+    first = SnapshotBuffer(memory, layouts(300_000))
     with pytest.raises(OSError, match="No space left on device") as told:
-        Slot(memory, layouts(300_000))
+        SnapshotBuffer(memory, layouts(300_000))
     assert told.value.errno == errno.ENOSPC
     assert len(list(memory.path.glob(".slot-*"))) == 1, "nothing of the second is left"
-    for place in first.begin().values():
+    for place in first.open().values():
         place[:] = bytes(len(place))
     seal(first, 4)
     assert names(memory) == ["checkpoint_00000004_a"]

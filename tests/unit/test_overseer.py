@@ -1,4 +1,4 @@
-"""What the overseer makes of GPUs that cannot be used, and where it lets workers go. Without Ray's processes."""
+"""What the monitor makes of GPUs that cannot be used, and where it lets workers go. Without Ray's processes."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ import pytest
 from ray.train import ControllerError
 from ray.train.v2._internal.exceptions import WorkerGroupStartupFailedError
 
-from orchestrator.controller import attempts as overseer
-from orchestrator.controller.attempts import Overseer
-from orchestrator.controller.budgets import Budgets, GivenUpError
-from orchestrator.controller.cordon import Bench
+from orchestrator.controller import attempts as monitor
+from orchestrator.controller.attempts import AttemptMonitor
+from orchestrator.controller.budgets import Budgets, RunAbandonedError
+from orchestrator.controller.cordon import Cordon
 from orchestrator.errors import ConfigError
 
 WORKERS = [SimpleNamespace(metadata=SimpleNamespace(hostname=f"gpu-{n}", node_id=f"id{n}")) for n in range(2)]
@@ -29,16 +29,16 @@ def _bench(monkeypatch: pytest.MonkeyPatch) -> None:
     free = {node["NodeID"]: dict(node["Resources"]) for node in nodes}
     for node_id in ("id0", "id1", "id3"):  # ours, and the last another program's
         free[node_id]["GPU"] = 0.0
-    monkeypatch.setattr(overseer, "BENCH", Bench())
-    monkeypatch.setattr(overseer, "silent_nodes", lambda _nodes: set())
-    monkeypatch.setattr(overseer.ray, "nodes", lambda: nodes)
+    monkeypatch.setattr(monitor, "CORDON", Cordon())
+    monkeypatch.setattr(monitor, "unreachable_nodes", lambda _nodes: set())
+    monkeypatch.setattr(monitor.ray, "nodes", lambda: nodes)
     state = SimpleNamespace(available_resources_per_node=lambda: free, get_draining_nodes=lambda: {})
-    monkeypatch.setattr(overseer, "cluster", state)
+    monkeypatch.setattr(monitor, "cluster", state)
 
 
-def overseer_of(told: list[dict[str, Any]], is_new: bool, number: int = 1) -> Overseer:
-    board = SimpleNamespace(post=SimpleNamespace(remote=told.extend))
-    found = Overseer(board, Budgets(max_failures=8, max_preemptions=-1, refill_iters=10), None, is_new)
+def overseer_of(told: list[dict[str, Any]], is_new: bool, number: int = 1) -> AttemptMonitor:
+    mailbox = SimpleNamespace(post=SimpleNamespace(remote=told.extend))
+    found = AttemptMonitor(mailbox, Budgets(max_failures=8, max_preemptions=-1, refill_iters=10), None, is_new)
     found._number, found._needs = number, {"CPU": 1.0, "GPU": 1.0}
     return found
 
@@ -62,10 +62,10 @@ def test_on_nodes_that_come_later_they_are_faults(is_new: bool, number: int, fau
         assert isinstance(refused.value.controller_failure, WorkerGroupStartupFailedError), "Ray starts the next group"
     events = [record["event"] for record in told if "event" in record]
     assert [event["cause"] for event in events if event["kind"] == "failure"] == ["gpu_fault"] * 3
-    assert overseer.BENCH.kept_off(0, lambda _without: 9) == {f"id{rank}" for rank in faults}
+    assert monitor.CORDON.kept_off(0, lambda _without: 9) == {f"id{rank}" for rank in faults}
     with pytest.raises(ControllerError) as refused:
         found.refuse(WORKERS, faults)
-    assert isinstance(refused.value.controller_failure, GivenUpError)
+    assert isinstance(refused.value.controller_failure, RunAbandonedError)
 
 
 def test_workers_are_kept_off_where_others_have_room_that_is_free() -> None:
@@ -78,6 +78,6 @@ def test_workers_are_kept_off_where_others_have_room_that_is_free() -> None:
 
     assert selector(2) is None
     found._put_on_bench(WORKERS, [1])
-    assert selector(2) == {overseer.RAY_NODE_ID_KEY: "!in(id1)"}
+    assert selector(2) == {monitor.RAY_NODE_ID_KEY: "!in(id1)"}
     assert told[-1]["text"] == "workers are kept off gpu-1: a GPU has failed there"
     assert selector(3) is None, "the fourth node is another program's"

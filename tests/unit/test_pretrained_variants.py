@@ -123,14 +123,14 @@ def test_at_a_url_the_header_is_all_that_is_read(folder: Path) -> None:
     edit(folder, lambda x: x.update({"transformer.h.0.attn.c_attn.weight": torch.zeros(16, 47)}))
     for file in folder.iterdir():
         memory.pipe_file(f"/variants/{file.name}", file.read_bytes())
-    fetched: list[str] = []
+    local_copy: list[str] = []
     get_file = memory.get_file
-    memory.get_file = lambda *args: fetched.append(args[0]) or get_file(*args)
+    memory.get_file = lambda *args: local_copy.append(args[0]) or get_file(*args)
     try:
         assert "transformer.h.0.attn.c_attn.weight is (16, 47) instead of (16, 48)" in refusal("memory://variants")
     finally:
         del memory.get_file
-    assert fetched == []
+    assert local_copy == []
 
 
 def test_a_pickle_at_a_url_is_looked_at_by_its_header_too(folder: Path, model: GPT) -> None:

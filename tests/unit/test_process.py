@@ -16,10 +16,10 @@ import torch
 from orchestrator.checkpoint.store import CheckpointStore
 from orchestrator.config import TrainConfig
 from orchestrator.distributed.device import agree_on_dtype, device_here, resolve
-from orchestrator.distributed.numerics import environment, pin
+from orchestrator.distributed.numerics import environment, make_deterministic
 from orchestrator.distributed.world import World
 from orchestrator.errors import ConfigError
-from orchestrator.loop import check_surroundings
+from orchestrator.loop import warn_if_numerics_changed
 from tests import ranks
 
 GPU_KINDS = ("cuda", "mps", "xpu")
@@ -111,10 +111,10 @@ def unpinned() -> Iterator[None]:
 @pytest.mark.usefixtures("unpinned")
 @pytest.mark.parametrize("device", ["cpu", "cuda", "cuda:1"])
 def test_attention_on_a_gpu_is_deterministic_and_does_not_only_warn(tiny: TrainConfig, device: str) -> None:
-    pin(replace(tiny, device=device))
+    make_deterministic(replace(tiny, device=device))
     assert torch.are_deterministic_algorithms_enabled()
     assert torch.is_deterministic_algorithms_warn_only_enabled() == (device == "cpu")
-    pin(replace(tiny, device=device, deterministic=False))
+    make_deterministic(replace(tiny, device=device, deterministic=False))
     assert not torch.are_deterministic_algorithms_enabled()
 
 
@@ -126,7 +126,7 @@ def test_cublas_has_a_workspace_that_pytorch_takes_for_deterministic(
     monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", given or "")
     if not given:
         monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG")
-    pin(replace(tiny, device="cuda"))
+    make_deterministic(replace(tiny, device="cuda"))
     assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == expected
     assert ("CUBLAS_WORKSPACE_CONFIG=:4096:2 allows other bits" in caplog.text) == (given == ":4096:2")
 
@@ -136,7 +136,7 @@ def test_the_compiler_chooses_no_kernel_by_measuring_it(tiny: TrainConfig) -> No
     from torch._inductor import config as compiler
 
     for deterministic in (True, False):
-        pin(replace(tiny, compile=True, deterministic=deterministic))
+        make_deterministic(replace(tiny, compile=True, deterministic=deterministic))
         assert compiler.deterministic == deterministic
 
 
@@ -186,10 +186,10 @@ def test_a_warning_tells_what_has_changed_and_not_what_was_never_noted(
     state: Any = SimpleNamespace(resumed_from=SimpleNamespace(checkpoint=SimpleNamespace(state={})))
     older = {key: value for key, value in now.items() if key not in ("cuda", "cudnn", "nccl", "triton", "nodes")}
     state.resumed_from.checkpoint.state["environment"] = older
-    check_surroundings(now, World(), state)
+    warn_if_numerics_changed(now, World(), state)
     assert not caplog.records
     state.resumed_from.checkpoint.state["environment"] = {**now, "nccl": "2.26.2", "nodes": "node-a x3"}
-    check_surroundings(now, World(), state)
+    warn_if_numerics_changed(now, World(), state)
     (record,) = caplog.records
     assert record.getMessage() == (
         "the last bits may differ from an undisturbed run's: nccl 2.26.2 -> 2.27.5, "

@@ -28,11 +28,16 @@ from ray.train.v2._internal.execution.worker_group import RayTrainWorker, Worker
 from ray.train.v2._internal.execution.worker_group.thread_runner import ThreadRunner
 from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 
-from orchestrator.controller.attempts import Overseer
+from orchestrator.controller.attempts import AttemptMonitor
 from orchestrator.controller.budgets import Budgets
-from orchestrator.controller.scaling import FixedPolicy, LivePolicy, Quiet, QuietLivePolicy
+from orchestrator.controller.scaling import (
+    FixedPolicy,
+    LiveNodesPolicy,
+    UnscaledLiveNodesPolicy,
+    WithoutAutoscaler,
+)
 from orchestrator.driver.trainer import TorchGroup, Trainer
-from orchestrator.worker.failure import AttemptFailedError, Cause, Ending
+from orchestrator.worker.failure import AttemptFailedError, Cause, WorkerFailure
 
 
 def test_the_version_is_the_one_that_was_read() -> None:
@@ -40,12 +45,12 @@ def test_the_version_is_the_one_that_was_read() -> None:
 
 
 def test_the_hooks_of_the_overseer_are_called() -> None:
-    hooks = [name for name in vars(Overseer) if name.startswith(("before_", "after_"))]
+    hooks = [name for name in vars(AttemptMonitor) if name.startswith(("before_", "after_"))]
     assert len(hooks) == 6
     assert "on_controller_start_worker_group" in vars(ControllerCallback)
     for name in hooks:
         assert list(inspect.signature(getattr(WorkerGroupCallback, name)).parameters) == list(
-            inspect.signature(getattr(Overseer, name)).parameters
+            inspect.signature(getattr(AttemptMonitor, name)).parameters
         )
         assert f"callback.{name}(" in inspect.getsource(WorkerGroup)
 
@@ -56,7 +61,7 @@ def test_a_worker_can_be_asked_to_call_something() -> None:
 
 def test_any_thread_of_a_worker_can_fail_it() -> None:
     runner = ThreadRunner()
-    ending = Ending(1, Cause.HANG, "no progress", 7, "", 1.5)
+    ending = WorkerFailure(1, Cause.HANG, "no progress", 7, "", 1.5)
     error = UserExceptionWithTraceback(AttemptFailedError(ending.to_json()), traceback_str=ending.text)
 
     def train() -> None:  # as last_words does, whose context is Ray Train's
@@ -72,7 +77,7 @@ def test_any_thread_of_a_worker_can_fail_it() -> None:
     assert runner.is_running(), "it need not end"
     released.set()
     restored = pickle.loads(pickle.dumps(error))
-    assert Ending.from_json(restored._base_exc.ending) == ending
+    assert WorkerFailure.from_json(restored._base_exc.ending) == ending
     assert "error = execution_context.training_thread_runner.get_error()" in inspect.getsource(
         RayTrainWorker.poll_status
     )
@@ -94,10 +99,14 @@ def test_the_trainer_takes_a_scaling_policy() -> None:
         DataParallelTrainer
     )
     for name in ("_send_resource_request", "_maybe_send_resource_request", "_cancel_resource_request"):
-        assert {name} <= vars(ScalingPolicy).keys() & vars(Quiet).keys()
-        assert all(getattr(policy, name) is vars(Quiet)[name] for policy in (FixedPolicy, QuietLivePolicy))
+        assert {name} <= vars(ScalingPolicy).keys() & vars(WithoutAutoscaler).keys()
+        assert all(
+            getattr(policy, name) is vars(WithoutAutoscaler)[name] for policy in (FixedPolicy, UnscaledLiveNodesPolicy)
+        )
     for name in ("make_decision_for_non_running_worker_group", "make_decision_for_running_worker_group"):
-        ours, rays = (inspect.signature(getattr(policy, name)).parameters for policy in (LivePolicy, ScalingPolicy))
+        ours, rays = (
+            inspect.signature(getattr(policy, name)).parameters for policy in (LiveNodesPolicy, ScalingPolicy)
+        )
         assert list(ours) == list(rays)
     assert callable(cluster.get_draining_nodes)
     assert callable(cluster.available_resources_per_node)
@@ -145,8 +154,8 @@ def test_the_overseer_is_asked_before_the_process_group_is_left() -> None:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(TorchTrainer, "_initialize_and_run_controller", run)
-        overseer = Overseer(None, Budgets(0, 0, 1), None)
-        trainer = Trainer(print, board=None, leaves_cluster=False, run_config=RunConfig(callbacks=[overseer]))
+        monitor = AttemptMonitor(None, Budgets(0, 0, 1), None)
+        trainer = Trainer(print, mailbox=None, leaves_cluster=False, run_config=RunConfig(callbacks=[monitor]))
         trainer._initialize_and_run_controller(callbacks=trainer._create_default_callbacks())
-    assert order[0] is Overseer
+    assert order[0] is AttemptMonitor
     assert BackendSetupCallback in order

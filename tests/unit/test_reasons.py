@@ -13,7 +13,7 @@ from botocore import exceptions as botocore
 from fsspec.exceptions import FSTimeoutError
 from s3fs.errors import translate_boto_error
 
-from orchestrator.errors import CheckpointError, UnreadableError
+from orchestrator.errors import CheckpointError, StorageUnavailableError
 from orchestrator.storage.reasons import has_expired, is_refused, lacks_bucket, reason_of
 from orchestrator.storage.retry import is_transient
 
@@ -96,7 +96,7 @@ def test_what_may_be_put_right_by_other_credentials_is_known() -> None:
     for error in (*expired, botocore.NoCredentialsError()):
         assert has_expired(error)
         assert is_transient(error)
-        assert is_refused(raised(UnreadableError("x"), of=error))
+        assert is_refused(raised(StorageUnavailableError("x"), of=error))
     denied = answer("AccessDenied")
     assert is_refused(denied)
     assert not has_expired(denied)

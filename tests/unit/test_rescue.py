@@ -15,8 +15,8 @@ from orchestrator.checkpoint.restore.init_from import scratch_args
 from orchestrator.checkpoint.restore.restore import _build
 from orchestrator.checkpoint.save import saver
 from orchestrator.checkpoint.save.node_memory import NodeMemory, states_in
-from orchestrator.checkpoint.save.node_topology import Nodes
-from orchestrator.checkpoint.save.policy import Rhythm
+from orchestrator.checkpoint.save.node_topology import NodeTopology
+from orchestrator.checkpoint.save.policy import SaveIntervals
 from orchestrator.checkpoint.save.saver import Saver
 from orchestrator.checkpoint.state import TrainState, capture
 from orchestrator.checkpoint.store import CheckpointStore, checkpoint_name
@@ -25,11 +25,11 @@ from orchestrator.config import TrainConfig
 from orchestrator.distributed.world import World
 
 ATTEMPT = "abc"
-Start = Callable[[int, int], Saver]
+StartingPoint = Callable[[int, int], Saver]
 
 
 @pytest.fixture
-def start(tiny: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Start:
+def start(tiny: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> StartingPoint:
     """Start a rank of a node of `shares` ranks: its state is at the iteration that is given."""
     monkeypatch.setattr(World, "beside", lambda self: self)  # nothing is sent in a rescue
 
@@ -38,8 +38,8 @@ def start(tiny: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
         state = _build(tiny, scratch_args(tiny, 64), world)
         step(state)
         state.iter_num = iter_num
-        nodes = Nodes(NodeMemory(str(tmp_path), "run"), ("here",) * shares, rank)
-        saver = Saver(state, world, CheckpointStore(tiny.out_dir), nodes, {}, Rhythm(100))
+        nodes = NodeTopology(NodeMemory(str(tmp_path), "run"), ("here",) * shares, rank)
+        saver = Saver(state, world, CheckpointStore(tiny.out_dir), nodes, {}, SaveIntervals(100))
         settle(saver)  # room for states is there
         return saver
 
@@ -68,10 +68,10 @@ def whole(saver: Saver) -> list[str]:
 def end(saver: Saver) -> None:
     """The process is gone: the kernel takes its locks."""
     assert saver._nodes.memory
-    saver._nodes.memory.sign_out()
+    saver._nodes.memory.release_liveness_lock()
 
 
-def test_ranks_of_one_iteration_write_a_share_each(start: Start) -> None:
+def test_ranks_of_one_iteration_write_a_share_each(start: StartingPoint) -> None:
     savers = [start(0, 7), start(1, 7)]
     threads = [threading.Thread(target=saver.rescue) for saver in savers]
     for thread in threads:
@@ -82,7 +82,7 @@ def test_ranks_of_one_iteration_write_a_share_each(start: Start) -> None:
     assert not any(saver._nodes.memory._stood_in for saver in savers if saver._nodes.memory)
 
 
-def test_a_survivor_writes_the_share_of_one_that_is_gone_at_once(start: Start) -> None:
+def test_a_survivor_writes_the_share_of_one_that_is_gone_at_once(start: StartingPoint) -> None:
     gone, survivor = start(0, 7), start(1, 7)
     end(gone)
     began_s = time.monotonic()
@@ -91,14 +91,14 @@ def test_a_survivor_writes_the_share_of_one_that_is_gone_at_once(start: Start) -
     assert whole(survivor) == [checkpoint_name(7, ATTEMPT)]
 
 
-def test_a_survivor_waits_a_moment_for_one_that_stands_still(start: Start) -> None:
+def test_a_survivor_waits_a_moment_for_one_that_stands_still(start: StartingPoint) -> None:
     start(0, 7)
     survivor = start(1, 7)
     assert survivor.rescue() == 7
     assert whole(survivor) == [checkpoint_name(7, ATTEMPT)]
 
 
-def test_of_two_iterations_the_later_one_becomes_whole(start: Start) -> None:
+def test_of_two_iterations_the_later_one_becomes_whole(start: StartingPoint) -> None:
     behind, ahead = start(0, 7), start(1, 8)
     threads = [threading.Thread(target=saver.rescue) for saver in (behind, ahead)]
     for thread in threads:
@@ -108,7 +108,7 @@ def test_of_two_iterations_the_later_one_becomes_whole(start: Start) -> None:
     assert whole(ahead)[-1] == checkpoint_name(8, ATTEMPT)
 
 
-def test_what_was_rescued_are_the_bits_of_the_state(start: Start) -> None:
+def test_what_was_rescued_are_the_bits_of_the_state(start: StartingPoint) -> None:
     gone, survivor = start(0, 7), start(1, 7)
     end(gone)
     survivor.rescue()
@@ -124,7 +124,7 @@ def test_what_was_rescued_are_the_bits_of_the_state(start: Start) -> None:
     assert all(torch.equal(found[name], x) for name, x in {**expected.model, **expected.optimizer}.items())
 
 
-def test_a_share_that_has_no_room_is_not_written(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_share_that_has_no_room_is_not_written(start: StartingPoint, monkeypatch: pytest.MonkeyPatch) -> None:
     gone, survivor = start(0, 7), start(1, 7)
     end(gone)
     monkeypatch.setattr(saver, "spare_memory_bytes", lambda: 1000)
@@ -132,10 +132,10 @@ def test_a_share_that_has_no_room_is_not_written(start: Start, monkeypatch: pyte
     assert whole(survivor) == []
 
 
-def test_a_rescue_does_not_wait_for_shares_that_never_come(start: Start) -> None:
+def test_a_rescue_does_not_wait_for_shares_that_never_come(start: StartingPoint) -> None:
     """The copier does, before it deletes the state that this attempt began with; a peer that is gone adds none."""
     survivor = start(0, 7)
-    del survivor._room.slots[1:]  # as where an older state is here still
+    del survivor._pool.buffers[1:]  # as where an older state is here still
     waiting = survivor._copier.submit(lambda: survivor._room.take_all(checkpoint_name(6, ATTEMPT)))
     with pytest.raises(TimeoutError):
         waiting.result(0.1)
@@ -143,25 +143,25 @@ def test_a_rescue_does_not_wait_for_shares_that_never_come(start: Start) -> None
     assert survivor.rescue(stand_in_s=0) == 7
     assert time.monotonic() - began_s < 5, "it waited"
     assert waiting.done()
-    assert len(survivor._room.slots) == 1
+    assert len(survivor._pool.buffers) == 1
     assert whole(survivor) == [checkpoint_name(7, ATTEMPT)]
 
 
-def test_inside_a_step_nothing_is_rescued(start: Start) -> None:
+def test_inside_a_step_nothing_is_rescued(start: StartingPoint) -> None:
     rank = start(0, 7)
-    with pytest.raises(ZeroDivisionError), rank.changing():
+    with pytest.raises(ZeroDivisionError), rank.state_changing():
         raise ZeroDivisionError
     assert rank.rescue() is None
 
 
-def test_after_a_rescue_the_state_changes_no_more(start: Start) -> None:
+def test_after_a_rescue_the_state_changes_no_more(start: StartingPoint) -> None:
     gone, survivor = start(0, 7), start(1, 7)
     end(gone)
     survivor.rescue()
     changed = threading.Event()
 
     def change() -> None:
-        with survivor.changing():
+        with survivor.state_changing():
             changed.set()
 
     threading.Thread(target=change, daemon=True).start()

@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from model import GPT, GPTConfig
 from model.cache import KVCache
-from model.generation import ROUNDING, Choice, Reader, choose, draw, is_clear, skip_draws
+from model.generation import ROUNDING, Reader, SamplingPolicy, choose, draw, is_clear, skip_draws
 from model.linear import Copies, Linear, has_onednn
 
 SMALL: dict[str, Any] = {"n_layer": 3, "n_head": 4, "n_embd": 64, "block_size": 48, "vocab_size": 97}
@@ -143,7 +143,7 @@ def test_a_stream_ends_when_every_row_has_ended() -> None:
 def test_top_p_draws_from_the_fewest_that_have_it(top_p: float, kept: set[int]) -> None:
     logits = torch.tensor([[0.3, 0.05, 0.5, 0.15]]).log()
     generator = torch.Generator().manual_seed(0)
-    drawn = [int(choose(logits, Choice(top_p=top_p), generator)) for _ in range(400)]
+    drawn = [int(choose(logits, SamplingPolicy(top_p=top_p), generator)) for _ in range(400)]
     assert set(drawn) == kept
     share = drawn.count(2) / len(drawn)
     assert share == pytest.approx(0.5 / float(logits.exp()[0, sorted(kept)].sum()), abs=0.08), (
@@ -154,7 +154,7 @@ def test_top_p_draws_from_the_fewest_that_have_it(top_p: float, kept: set[int]) 
 def test_top_p_comes_after_top_k() -> None:
     logits = torch.tensor([[0.3, 0.05, 0.5, 0.15]]).log()
     generator = torch.Generator().manual_seed(0)
-    drawn = {int(choose(logits, Choice(top_k=2, top_p=0.7), generator)) for _ in range(200)}
+    drawn = {int(choose(logits, SamplingPolicy(top_k=2, top_p=0.7), generator)) for _ in range(200)}
     assert drawn == {0, 2}, "of the two, the likelier has 0.625"
 
 
@@ -162,7 +162,7 @@ def test_top_p_comes_after_top_k() -> None:
 def test_skipped_draws_leave_the_generator_as_draws_do(top_k: int | None) -> None:
     logits, drawn, skipped = torch.randn(1, 311), torch.Generator().manual_seed(3), torch.Generator().manual_seed(3)
     for _ in range(25):
-        choose(logits, Choice(0.8, top_k), drawn)
+        choose(logits, SamplingPolicy(0.8, top_k), drawn)
     skip_draws(skipped, 25, 311)
     assert torch.equal(drawn.get_state(), skipped.get_state())
 
@@ -276,4 +276,4 @@ def test_all_rows_are_drawn_at_once_and_nothing_is_read_from_the_device() -> Non
 @pytest.mark.parametrize("temperature", [1e-20, 1e-39, 5e-324])
 def test_a_temperature_next_to_zero_takes_the_likeliest(temperature: float) -> None:
     logits = torch.tensor([[1.0, 3.0, 2.0], [-5.0, -7.0, -6.0]])
-    assert choose(logits, Choice(temperature), None).flatten().tolist() == [1, 0]
+    assert choose(logits, SamplingPolicy(temperature), None).flatten().tolist() == [1, 0]

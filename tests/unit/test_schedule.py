@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from orchestrator.checkpoint.save import pace
-from orchestrator.checkpoint.save.pace import Pace
-from orchestrator.checkpoint.save.policy import Decision, Rhythm, Schedule, affordable_interval
+from orchestrator.checkpoint.save.pace import SnapshotCost
+from orchestrator.checkpoint.save.policy import Decision, SaveIntervals, SaveScheduler, affordable_interval
 
 NOTHING = Decision()
 MEMORY = Decision(to_memory=True)
@@ -29,7 +29,7 @@ def played(
     can_upload: Callable[[int], bool] = lambda _i: True,
 ) -> dict[int, Decision]:
     """Return what is decided at iterations 1, 2, ..., without those at which nothing is."""
-    schedule = Schedule(Rhythm(every))
+    schedule = SaveScheduler(SaveIntervals(every))
     decisions = {i: schedule.decide(i, i % every == 0, can_copy(i), can_upload(i), interval) for i in range(1, until)}
     return {i: decision for i, decision in decisions.items() if decision != NOTHING}
 
@@ -60,7 +60,7 @@ def test_where_states_are_dear_only_checkpoints_are_taken() -> None:
 
 def test_a_resumed_run_takes_a_state_at_once() -> None:
     """Of its own attempt: the one that it was resumed from may lie on another node."""
-    schedule = Schedule(Rhythm(1000))
+    schedule = SaveScheduler(SaveIntervals(1000))
     assert schedule.decide(505, False, True, True, interval=50) == MEMORY
     assert schedule.decide(506, False, True, True, interval=50) == NOTHING
 
@@ -106,7 +106,7 @@ def test_while_a_copy_hangs_nothing_is_taken() -> None:
 
 def test_a_checkpoint_that_was_never_due_is_not_made() -> None:
     """The state that was resumed is in storage already: the loop says that it is not due."""
-    schedule = Schedule(Rhythm(8))
+    schedule = SaveScheduler(SaveIntervals(8))
     assert schedule.decide(16, False, True, True, interval=100) == NOTHING
 
 
@@ -144,13 +144,13 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     return clock
 
 
-def paced(monkeypatch: pytest.MonkeyPatch, cores: int, processes: int, device: str = "cpu") -> Pace:
+def paced(monkeypatch: pytest.MonkeyPatch, cores: int, processes: int, device: str = "cpu") -> SnapshotCost:
     monkeypatch.setattr(pace, "usable_cpus", lambda: cores)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
-    return Pace(torch.device(device), processes)
+    return SnapshotCost(torch.device(device), processes)
 
 
-def take_steps(pace: Pace, clock: Clock, *lengths_s: float) -> None:
+def take_steps(pace: SnapshotCost, clock: Clock, *lengths_s: float) -> None:
     for length_s in lengths_s:
         pace.step_begins()
         clock.now_s += length_s

@@ -23,7 +23,7 @@ from orchestrator.config import TrainConfig, parse
 from orchestrator.distributed.world import World
 from orchestrator.driver.preflight import plan
 from orchestrator.errors import CheckpointError, ConfigError
-from orchestrator.storage.options import GIVEN_INLINE, Hidden, public, storage_options_of
+from orchestrator.storage.options import GIVEN_INLINE, Secret, redacted, storage_options_of
 from orchestrator.storage.transfer import locate, make_folder
 from orchestrator.telemetry.emit import open_telemetry
 from orchestrator.telemetry.metrics import MetricsLog
@@ -117,11 +117,11 @@ def test_a_flag_without_dashes_does_not_tell_them() -> None:
 
 
 def test_what_is_written_down_has_a_files_path_and_nothing_that_was_given_inline(options_file: str) -> None:
-    assert public(TrainConfig())["storage_options"] == ""
-    assert public(TrainConfig(storage_options=options_file))["storage_options"] == options_file
+    assert redacted(TrainConfig())["storage_options"] == ""
+    assert redacted(TrainConfig(storage_options=options_file))["storage_options"] == options_file
     for text in (INLINE, SECRET, f'["{SECRET}.json', f'{{"a": "{SECRET}.json'):
-        assert public(TrainConfig(storage_options=text)) == {
-            **public(TrainConfig()),
+        assert redacted(TrainConfig(storage_options=text)) == {
+            **redacted(TrainConfig()),
             "storage_options": GIVEN_INLINE,
         }
 
@@ -131,7 +131,7 @@ def test_a_job_carries_them_hidden() -> None:
     job = worker.job_of(config)
     assert SECRET not in repr(job)
     assert worker.config_of(job) == config
-    assert str(Hidden(SECRET)) == "Hidden()"
+    assert str(Secret(SECRET)) == "Hidden()"
 
 
 def test_preflight_and_start_open_out_dir_with_them(tiny: TrainConfig, opened: list[Any]) -> None:

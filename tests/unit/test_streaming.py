@@ -20,7 +20,7 @@ from orchestrator.checkpoint.formats.nanogpt import parameter_shapes, read_nanog
 from orchestrator.checkpoint.formats.progress import Progress
 from orchestrator.checkpoint.formats.stream import outline, stream
 from orchestrator.checkpoint.formats.torch_file import TorchFile
-from orchestrator.checkpoint.restore.init_from import read_start
+from orchestrator.checkpoint.restore.init_from import read_initial_state
 from orchestrator.checkpoint.snapshot import Snapshot, describe, tensors_equal
 from orchestrator.checkpoint.store import FORMAT_VERSION, Checkpoint, CheckpointStore
 from orchestrator.checkpoint.tensor_file import tensor_pieces, write_file
@@ -129,7 +129,7 @@ def test_export_gives_the_stored_bits(store: CheckpointStore, tmp_path: Path) ->
     export(ExportConfig(store.out_dir, "nanogpt", to=str(tmp_path / "ckpt.pt")))
     export(ExportConfig(store.out_dir, "hf", to=str(tmp_path / "hf")))
     assert tensors_equal(read_nanogpt(tmp_path / "ckpt.pt"), snapshot)
-    tensors = read_start(TrainConfig(init_from=str(tmp_path / "hf"), block_size=4)).model
+    tensors = read_initial_state(TrainConfig(init_from=str(tmp_path / "hf"), block_size=4)).model
     assert tensors_equal(replace(snapshot, model=tensors, optimizer={}), replace(snapshot, optimizer={}))
 
 
@@ -256,18 +256,18 @@ def contents(path: Path) -> dict[str, tuple[int, int, bytes]]:
 def test_tensors_outlive_a_file_that_was_fetched_or_deleted(tmp_path: Path) -> None:
     snapshot = random_state(SMALL)
     write_nanogpt(snapshot, tmp_path / "ckpt.pt")
-    read = read_start(TrainConfig(init_from=str(tmp_path / "ckpt.pt"), block_size=4))
+    read = read_initial_state(TrainConfig(init_from=str(tmp_path / "ckpt.pt"), block_size=4))
     (tmp_path / "ckpt.pt").unlink()
     assert tensors_equal(read, snapshot)
     write_huggingface(snapshot, "memory://streaming/hf")
-    tensors = read_start(TrainConfig(init_from="memory://streaming/hf", block_size=4)).model
+    tensors = read_initial_state(TrainConfig(init_from="memory://streaming/hf", block_size=4)).model
     assert all(torch.equal(tensors[name], snapshot.model[name]) for name in snapshot.model)
 
 
 def test_shorter_positions_are_copied_out_of_the_file(tmp_path: Path) -> None:
     snapshot = random_state(SMALL)
     write_nanogpt(snapshot, tmp_path / "ckpt.pt")
-    read = read_start(TrainConfig(init_from=str(tmp_path / "ckpt.pt"), block_size=3))
+    read = read_initial_state(TrainConfig(init_from=str(tmp_path / "ckpt.pt"), block_size=3))
     for tensors, name in ((read.model, "transformer.wpe.weight"), (read.optimizer, "exp_avg.transformer.wpe.weight")):
         assert tensors[name].shape == (3, 8)
         assert tensors[name].untyped_storage().nbytes() == 3 * 8 * 4

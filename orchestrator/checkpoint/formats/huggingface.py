@@ -24,7 +24,7 @@ from orchestrator.data.gpt2_vocabulary import load_gpt2_encoding
 from orchestrator.data.tokenizer_folder import OUR_FILE
 from orchestrator.data.tokenizers import GPT2Tokenizer, Tokenizer
 from orchestrator.errors import CheckpointError, DataError
-from orchestrator.storage.transfer import delivered
+from orchestrator.storage.transfer import atomic_write
 
 logger = logging.getLogger(__name__)
 
@@ -61,10 +61,10 @@ def write_huggingface(
     texts = {**_tokenizer_files(tokenizer, config["n_positions"]), "generation_config.json": _json(special)}
     contents = {name: text.encode() for name, text in texts.items()} | (others or {})
     contents["config.json"] = _json(config).encode()
-    with delivered(model_file := f"{folder}/model.safetensors", storage_options) as scratch_file:
+    with atomic_write(model_file := f"{folder}/model.safetensors", storage_options) as scratch_file:
         _write_tensors(scratch_file, snapshot.model, tensors or snapshot.model.items(), model_file)
     for name, content in contents.items():  # config.json comes last: without it, nobody takes the folder for a model
-        with delivered(f"{folder}/{name}", storage_options) as scratch_file:
+        with atomic_write(f"{folder}/{name}", storage_options) as scratch_file:
             scratch_file.write_bytes(content)
 
 

@@ -22,7 +22,7 @@ from orchestrator.checkpoint.formats.torch_file import TorchFile
 from orchestrator.checkpoint.formats.torch_load import load_torch_file
 from orchestrator.checkpoint.snapshot import Snapshot
 from orchestrator.errors import CheckpointError
-from orchestrator.storage.transfer import delivered, fetched
+from orchestrator.storage.transfer import atomic_write, local_copy
 
 logger = logging.getLogger(__name__)
 
@@ -50,7 +50,7 @@ def read_nanogpt(
         CheckpointError: the file is missing, damaged, not nanoGPT's, or asks for code to be run.
     """
     source = str(path_or_url)
-    with fetched(source, storage_options) as path:
+    with local_copy(source, storage_options) as path:
         content = load_torch_file(path, source)
         try:
             return _to_snapshot(content, source, model_only)
@@ -278,7 +278,7 @@ def write_nanogpt(
         "best_val_loss": float(snapshot.best_val_loss),
         "config": plain(snapshot.config) | ({"activation": activation} if activation != "gelu" else {}),
     }
-    with delivered(target, storage_options) as scratch_file:
+    with atomic_write(target, storage_options) as scratch_file:
         file.save(content, scratch_file, tensors or {**snapshot.model, **snapshot.optimizer}.items(), target)
 
 

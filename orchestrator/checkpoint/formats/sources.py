@@ -33,7 +33,7 @@ from orchestrator.data.token_files import read_tokenizer
 from orchestrator.data.tokenizer_folder import read_tokenizer_folder
 from orchestrator.data.tokenizers import Tokenizer
 from orchestrator.data.vocabulary import GPT2, assumed
-from orchestrator.errors import CheckpointError, ConfigError, DataError, UnreadableError, nearest
+from orchestrator.errors import CheckpointError, ConfigError, DataError, StorageUnavailableError, nearest
 from orchestrator.storage.options import StorageSettings, storage_options_of
 from orchestrator.storage.transfer import exists, locate
 
@@ -186,7 +186,7 @@ def _in_folder(where: str, which: str, options: dict[str, Any] | None, key: str)
     try:
         if next(store.newest_first(), None) or store.damaged:
             return Source(Kind.RUN, where, which, options, key)
-    except UnreadableError as error:
+    except StorageUnavailableError as error:
         with suppress(CheckpointError):  # who may read its files need not be allowed to list them
             if is_huggingface():
                 return huggingface

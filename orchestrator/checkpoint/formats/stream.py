@@ -17,7 +17,7 @@ from torch import Tensor
 from orchestrator.checkpoint.snapshot import Snapshot
 from orchestrator.checkpoint.store import Checkpoint, CheckpointStore
 from orchestrator.checkpoint.tensor_file import stream_tensors
-from orchestrator.errors import CheckpointError, DamagedError, UnreadableError
+from orchestrator.errors import CheckpointError, DamagedError, StorageUnavailableError
 
 T = TypeVar("T")
 
@@ -63,7 +63,7 @@ def stream(store: CheckpointStore, checkpoint: Checkpoint, model_only: bool = Fa
                 yield name, tensor
         if missing:
             raise CheckpointError(f"{checkpoint.name} is damaged: no file of it has {', '.join(sorted(missing)[:5])}")
-    except UnreadableError:
+    except StorageUnavailableError:
         raise
     except CheckpointError as error:
         raise DamagedError(str(error)) from None
@@ -86,7 +86,7 @@ def mapped(store: CheckpointStore, checkpoint: Checkpoint, model_only: bool = Fa
                 for _ in stream_tensors(LocalFileSystem(), str(path), record):  # one after the other, and dropped
                     pass
             except CheckpointError as error:
-                raise error if isinstance(error, UnreadableError) else DamagedError(str(error)) from None
+                raise error if isinstance(error, StorageUnavailableError) else DamagedError(str(error)) from None
             tensors |= _mapped(path, {name: each for name, each in entries.items() if each["file"] == file})
     if missing := sorted(entries.keys() - tensors.keys()):
         raise DamagedError(f"{checkpoint.name} is damaged: no file of it has {', '.join(missing[:5])}")
@@ -133,7 +133,7 @@ def _at_hand(store: CheckpointStore, path: str) -> Iterator[Path]:
         except FileNotFoundError:
             raise DamagedError(f"{path} is missing") from None
         except Exception as error:  # every storage library has exceptions of its own
-            raise UnreadableError(f"{path} cannot be read: {type(error).__name__}: {error}") from None
+            raise StorageUnavailableError(f"{path} cannot be read: {type(error).__name__}: {error}") from None
         yield copy
 
 

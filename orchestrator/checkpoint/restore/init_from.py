@@ -1,6 +1,6 @@
 """What a new run starts from: init_from and out_dir, looked at before anything is started, read when it is.
 
-The driver calls `check_start`, those ranks that read call `read_start`. Knows nothing of ranks.
+The driver calls `check_start`, those ranks that read call `read_initial_state`. Knows nothing of ranks.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ _DIFFERENT_TOKENS = "Prepare the text again with the model's tokens, or begin wi
 
 
 @dataclass(frozen=True)
-class Start:
+class StartingPoint:
     """Where a run will begin: GPTConfig's arguments, the iteration, and a line for the user."""
 
     model_args: dict[str, Any]
@@ -59,7 +59,7 @@ def scratch_args(config: TrainConfig, vocab_size: int | None) -> dict[str, Any]:
     return {**args, "vocab_size": vocab_size or GPT2_VOCAB_SIZE}
 
 
-def check_start(config: TrainConfig, store: CheckpointStore, data: Vocabulary | None) -> Start:
+def check_start(config: TrainConfig, store: CheckpointStore, data: Vocabulary | None) -> StartingPoint:
     """Find out where the run will begin, before anything is started or overwritten; data is None where it is elsewhere.
 
     Raises:
@@ -73,13 +73,13 @@ def check_start(config: TrainConfig, store: CheckpointStore, data: Vocabulary | 
         check_same_run(config, saved.state, data or Vocabulary(saved.state["model_args"]["vocab_size"]))
         if saved.is_evaluated:
             check_unfinished(config, saved.iter_num, saved.name)
-        return Start(saved.state["model_args"], saved.iter_num, f"continuing {saved.name} in {config.out_dir}")
+        return StartingPoint(saved.state["model_args"], saved.iter_num, f"continuing {saved.name} in {config.out_dir}")
     store.check_not_lost()
     if config.max_iters == 0 and not config.eval_only:
         raise ConfigError("max_iters=0: a new run could take no step; to evaluate alone, give --eval_only=True")
     if config.init_from == "scratch":
         size = data.size if data else None
-        return Start(scratch_args(config, size), 0, "initializing a new model from scratch")
+        return StartingPoint(scratch_args(config, size), 0, "initializing a new model from scratch")
     source = source_of(config)
     model_only = config.init_weights_only or config.eval_only
     found = _as_begun(config, look_at(source, model_only))
@@ -87,7 +87,7 @@ def check_start(config: TrainConfig, store: CheckpointStore, data: Vocabulary | 
         check_unfinished(config, found.iter_num, "ckpt.pt")
     check_fits(config, source.where, found, data)
     args = {**found.model_args, "block_size": config.block_size}
-    return Start(args, found.iter_num, f"initializing from {_told(source)}{_told_of(config, found)}")
+    return StartingPoint(args, found.iter_num, f"initializing from {_told(source)}{_told_of(config, found)}")
 
 
 def check_unfinished(config: TrainConfig, iter_num: int, name: str) -> None:
@@ -219,7 +219,7 @@ def source_of(config: TrainConfig) -> Source:
     return source
 
 
-def origin_of(config: TrainConfig) -> str | None:
+def source_identity(config: TrainConfig) -> str | None:
     """Return a name for where a run's start lies, None where this node has none.
 
     All who see the same have one name for it: the path or URL of what lies in storage, at the Hub or on a file server.
@@ -231,7 +231,7 @@ def origin_of(config: TrainConfig) -> str | None:
     return seen_as(LocalFileSystem._strip_protocol(source))
 
 
-def read_start(config: TrainConfig) -> Snapshot:
+def read_initial_state(config: TrainConfig) -> Snapshot:
     """Read the state that init_from names, cut to block_size if it has longer positions.
 
     Raises:

@@ -21,16 +21,16 @@ from orchestrator.checkpoint.store import Checkpoint, CheckpointStore
 from orchestrator.checkpoint.tensor_file import FileRecord, own_pieces, stream_tensors
 from orchestrator.distributed.world import World
 from orchestrator.errors import CheckpointError
-from orchestrator.storage.retry import patiently_read
+from orchestrator.storage.retry import read_with_retries
 
 _RUN_BYTES = 32 * 2**20  # tensors that are sent together
 
-# file -> which ranks read it, and where. Who reads it alone sends it to all; one of each node, to those of its place
-Plan = dict[str, dict[int, "Place"]]
+# file -> which ranks read it, and where. Who reads it alone sends it to all; one of each node, to those of its source
+ReadPlan = dict[str, dict[int, "Source"]]
 
 
 @dataclass(frozen=True)
-class Place:
+class Source:
     """Where a state lies whole, and which ranks can read it there; folders: file -> its folder."""
 
     label: str
@@ -40,7 +40,7 @@ class Place:
     is_storage: bool = False
 
 
-class Reading:
+class ReadOnce:
     """One pass over files that lie somewhere: this rank's are read by a thread, and sent by the one that calls `run`.
 
     All ranks send and receive in the same order, whatever comes of reading: what could not be read is sent as it is.
@@ -49,7 +49,7 @@ class Reading:
 
     def __init__(
         self,
-        plan: Plan,
+        plan: ReadPlan,
         records: dict[str, FileRecord],
         tensors: dict[str, Tensor],
         checkpoint: Checkpoint,
@@ -141,7 +141,7 @@ class Reading:
             for file, readers in self._plan.items():
                 if place := readers.get(self._world.rank):
                     try:
-                        patiently_read(partial(self._read, file, place), self._store)
+                        read_with_retries(partial(self._read, file, place), self._store)
                     except CheckpointError as error:
                         errors[file] = [place.label, str(error)]
                 self._let_go(self._names(file))
@@ -156,7 +156,7 @@ class Reading:
         for name in names:
             self._is_there[name].set()
 
-    def _read(self, file: str, place: Place) -> None:
+    def _read(self, file: str, place: Source) -> None:
         if file in self._begun:
             self._read_again.append(file)
         self._begun.add(file)

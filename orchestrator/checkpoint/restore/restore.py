@@ -22,27 +22,33 @@ from torch import Tensor
 
 from model import GPT, GPTConfig
 from orchestrator.checkpoint.finite import count_not_finite, not_finite
-from orchestrator.checkpoint.restore.init_from import Vocabulary, check_fits, check_same_run, origin_of, read_start
-from orchestrator.checkpoint.restore.read_once import Place, Plan, Reading
+from orchestrator.checkpoint.restore.init_from import (
+    Vocabulary,
+    check_fits,
+    check_same_run,
+    read_initial_state,
+    source_identity,
+)
+from orchestrator.checkpoint.restore.read_once import ReadOnce, ReadPlan, Source
 from orchestrator.checkpoint.rollbacks import Rollback, is_undone
-from orchestrator.checkpoint.save.node_topology import Nodes
+from orchestrator.checkpoint.save.node_topology import NodeTopology
 from orchestrator.checkpoint.snapshot import Snapshot, describe, undescribe
-from orchestrator.checkpoint.state import Resumed, TrainState, adopt_groups, capture, make_slots
+from orchestrator.checkpoint.state import Resumed, TrainState, adopt_groups, allocate_moments, capture
 from orchestrator.checkpoint.store import Checkpoint, CheckpointStore, newest_name_first
 from orchestrator.checkpoint.tensor_file import FileRecord, checksum
 from orchestrator.config import TrainConfig
 from orchestrator.distributed.world import World
 from orchestrator.errors import CheckpointError
-from orchestrator.storage.retry import patiently_read
+from orchestrator.storage.retry import read_with_retries
 
 logger = logging.getLogger(__name__)
 
 
-def begin(
+def restore_or_initialize(
     config: TrainConfig,
     world: World,
     store: CheckpointStore,
-    nodes: Nodes,
+    nodes: NodeTopology,
     scratch_args: dict[str, Any],
     rollbacks: Sequence[Rollback] = (),
     tokenizer: dict[str, Any] | None = None,
@@ -59,12 +65,12 @@ def begin(
         saved = places[0].checkpoint
         if is_undone(saved.state, rollbacks):
             continue
-        world.together(lambda saved=saved: check_same_run(config, saved.state, data))  # type: ignore[misc]
+        world.collectively(lambda saved=saved: check_same_run(config, saved.state, data))  # type: ignore[misc]
         state = _build(config, {**saved.state["model_args"], "dropout": config.dropout}, world, is_empty=True)
         if resumed := _fill_from(state, places, world, store, model_only=config.eval_only):
             state.resumed_from = resumed
             return state
-    world.together(store.check_not_lost)
+    world.collectively(store.check_not_lost)
     if config.init_from == "scratch":
         return _build(config, scratch_args, world)
     return _import(config, world, data)
@@ -83,10 +89,10 @@ def _build(config: TrainConfig, model_args: dict[str, Any], world: World, *, is_
     return TrainState(model, optimizer, scaler, config={})
 
 
-def _offered(world: World, store: CheckpointStore, nodes: Nodes) -> Iterator[list[Place]]:
+def _offered(world: World, store: CheckpointStore, nodes: NodeTopology) -> Iterator[list[Source]]:
     """Yield the places of every state, newest state first, nearest place first: the same on all ranks."""
     in_memory = _in_memory(world, nodes)
-    in_storage = world.together(lambda: _names(store, bool(in_memory)) if world.is_main else None)
+    in_storage = world.collectively(lambda: _names(store, bool(in_memory)) if world.is_main else None)
     in_storage = world.broadcast_json(in_storage)
     for name in newest_name_first({*in_memory, *in_storage}):
         places = in_memory.get(name, [])
@@ -94,14 +100,14 @@ def _offered(world: World, store: CheckpointStore, nodes: Nodes) -> Iterator[lis
         if found:
             checkpoint = Checkpoint(name, found)
             folders = dict.fromkeys(checkpoint.files, store.path(name))
-            places = [*places, Place("storage", tuple(range(world.size)), checkpoint, folders, is_storage=True)]
+            places = [*places, Source("storage", tuple(range(world.size)), checkpoint, folders, is_storage=True)]
         if places:
             yield places
 
 
 def _names(store: CheckpointStore, has_others: bool) -> list[str]:
     try:
-        return patiently_read(store.names, store)
+        return read_with_retries(store.names, store)
     except CheckpointError as error:
         if not has_others:
             raise
@@ -111,21 +117,21 @@ def _names(store: CheckpointStore, has_others: bool) -> list[str]:
 
 def _load(store: CheckpointStore, name: str) -> dict[str, Any] | None:
     try:
-        checkpoint = patiently_read(lambda: store.load(name), store)
+        checkpoint = read_with_retries(lambda: store.load(name), store)
     except CheckpointError as error:
         store.reject(name, str(error))
         return None
     return checkpoint.state if checkpoint else None
 
 
-def _in_memory(world: World, nodes: Nodes) -> dict[str, list[Place]]:
+def _in_memory(world: World, nodes: NodeTopology) -> dict[str, list[Source]]:
     """Return the states that are whole in a node's memory, by name; the first rank of every node looks there."""
     mine = {}
     if nodes.memory and nodes.share == 0:
         for name, shares in nodes.memory.generations().items():
             paths = {share: str(nodes.memory.share_path(name, share, len(shares))) for share in shares}
             mine[name] = [[paths[share], checkpoint.state] for share, checkpoint in shares.items()]
-    places: dict[str, list[Place]] = {}
+    places: dict[str, list[Source]] = {}
     for rank, found in enumerate(world.gather_json(mine)):
         ranks = tuple(other for other, node in enumerate(nodes.ids) if node == nodes.ids[rank])
         for name, shares in found.items():
@@ -134,13 +140,13 @@ def _in_memory(world: World, nodes: Nodes) -> dict[str, list[Place]]:
             for folder, share in shares:
                 merged["files"] |= share["files"]
                 folders |= dict.fromkeys(share["files"], folder)
-            place = Place(f"the memory of rank {rank}'s node", ranks, Checkpoint(name, merged), folders)
+            place = Source(f"the memory of rank {rank}'s node", ranks, Checkpoint(name, merged), folders)
             places.setdefault(name, []).append(place)
     return places
 
 
 def _fill_from(
-    state: TrainState, places: list[Place], world: World, store: CheckpointStore, *, model_only: bool
+    state: TrainState, places: list[Source], world: World, store: CheckpointStore, *, model_only: bool
 ) -> Resumed | None:
     """Read and verify a state from its places and fill the live one; None where a file is whole nowhere.
 
@@ -161,7 +167,7 @@ def _fill_from(
             if world.is_main:
                 _fall_back(places, "; ".join(f"{file} in {_listed(refused[file])}" for file in lost), store)
             return None
-        reading = Reading(plan, left, tensors, checkpoint, world, store)
+        reading = ReadOnce(plan, left, tensors, checkpoint, world, store)
         errors = reading.run()
         from_storage_bytes += reading.from_storage_bytes
         for file, readers in plan.items():
@@ -182,7 +188,7 @@ def _fill_from(
     return Resumed(checkpoint, is_durable, size_bytes, total_bytes, time.perf_counter() - began_s)
 
 
-def _fall_back(places: list[Place], why: str, store: CheckpointStore) -> None:
+def _fall_back(places: list[Source], why: str, store: CheckpointStore) -> None:
     """Tell that a state is whole nowhere. One that storage does not know of is lost; the others can be brought back."""
     name = places[0].checkpoint.name
     if any(place.is_storage for place in places):
@@ -196,15 +202,15 @@ def _listed(refused: dict[str, str]) -> str:
 
 
 def _assign(
-    files: dict[str, FileRecord], places: list[Place], refused: dict[str, dict[str, str]], world: World
-) -> Plan:
+    files: dict[str, FileRecord], places: list[Source], refused: dict[str, dict[str, str]], world: World
+) -> ReadPlan:
     """Return from where and by which ranks each file is read.
 
     Where all have it in memory, by all, or on GPUs by one of each node; else by one: from node memory first, then who
     has the least to read.
     """
     load = dict.fromkeys(range(world.size), 0)
-    plan: Plan = {}
+    plan: ReadPlan = {}
     for file in sorted(files, key=lambda file: (-files[file].size_bytes, file)):
         options = [place for place in places if place.label not in refused.get(file, {})]
         at_hand = {rank: place for place in options if not place.is_storage for rank in place.ranks}
@@ -234,7 +240,7 @@ def _live_tensors(state: TrainState, wanted: set[str]) -> dict[str, Tensor]:
         CheckpointError: the saved state has others.
     """
     if "step" in wanted:
-        make_slots(state.optimizer)
+        allocate_moments(state.optimizer)
     live = capture(state)
     tensors = {**live.model, **live.optimizer}
     if tensors.keys() != wanted:
@@ -270,7 +276,7 @@ def _import(config: TrainConfig, world: World, data: Vocabulary) -> TrainState:
     """
     first, reader_of = _readers(config, world)
     is_reader = reader_of[world.rank] == world.rank
-    snapshot = world.together(lambda: _read(config, is_first=world.rank == first) if is_reader else None)
+    snapshot = world.collectively(lambda: _read(config, is_first=world.rank == first) if is_reader else None)
     mine = {**snapshot.model, **snapshot.optimizer} if snapshot else {}
     shapes = {name: list(mine[name].shape) for name in sorted(mine)}
     outlines = world.gather_json([describe(snapshot), shapes] if snapshot else None)
@@ -278,7 +284,7 @@ def _import(config: TrainConfig, world: World, data: Vocabulary) -> TrainState:
     description, names = outlines[first][0], list(outlines[first][1])
     alike = [rank for rank, outline in enumerate(outlines) if outline == outlines[first]]
     saved = undescribe(description, {}, {})
-    world.together(lambda: check_fits(config, config.init_from, saved, data) if world.is_main else None)
+    world.collectively(lambda: check_fits(config, config.init_from, saved, data) if world.is_main else None)
     state = _build(config, {**saved.model_args, "dropout": config.dropout}, world, is_empty=True)
     tensors = _live_tensors(state, set(names))
 
@@ -298,7 +304,7 @@ def _import(config: TrainConfig, world: World, data: Vocabulary) -> TrainState:
     if world.is_main and (others := {rank for rank, outline in enumerate(outlines) if outline} - set(sources)):
         told = config.init_from, ", ".join(map(str, sorted(others))), first
         logger.warning("init_from=%s is another one on the nodes of ranks %s: rank %d's is used by all", *told)
-    world.spread([tensors[name] for name in names], sources)
+    world.broadcast_from_each([tensors[name] for name in names], sources)
     _share_steps(state, tensors)
     _adopt(state, saved, world)
     return state
@@ -310,7 +316,7 @@ def _readers(config: TrainConfig, world: World) -> tuple[int, list[int]]:
     Raises:
         CheckpointError: on every rank alike, if no node has it.
     """
-    origins = world.gather_json(origin_of(config))
+    origins = world.gather_json(source_identity(config))
     if config.init_from != "resume" and not any(origins):
         raise CheckpointError(
             f"init_from={config.init_from}: no worker's node has it; copy it to one, or give a path or URL that all see"
@@ -326,7 +332,7 @@ def _read(config: TrainConfig, *, is_first: bool) -> Snapshot | None:
         CheckpointError, ConfigError: the first one cannot be read.
     """
     try:
-        snapshot = read_start(config)
+        snapshot = read_initial_state(config)
     except Exception as error:  # whatever is wrong with another node's copy, the first one is sent
         if is_first:
             raise

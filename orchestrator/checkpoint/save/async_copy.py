@@ -19,7 +19,7 @@ from orchestrator.checkpoint.tensor_file import bytes_of
 _PIECE_BYTES = 64 * 2**20
 
 
-class Copy:
+class AsyncCopy:
     """One copy of a state; made and joined by the loop's thread, run by another.
 
     scaler: its GradScaler's values, which are copied as well; gpu: where the state lies on one.

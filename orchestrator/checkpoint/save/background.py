@@ -9,7 +9,7 @@ from concurrent.futures import Future
 from typing import Any
 
 
-class Behind:
+class BackgroundQueue:
     """A daemon thread: a call that hangs, on storage that does not answer, never keeps the process from ending.
 
     begin: called in it first of all. last: the future of the call that was submitted last.

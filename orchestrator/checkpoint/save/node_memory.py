@@ -1,7 +1,7 @@
 """The newest states in the memory of this node, which outlive every process on it (not the node).
 
     <memory_dir>/nanogpt-orchestrator-<uid>/<run_id>/checkpoint_<iter_num>_<attempt>.0-of-2/state.json, *.safetensors
-                                                    /.slot-<random>/          a generation that is being written
+                                                    /.buffer-<random>/          a generation that is being written
 
 The ranks of a node share a state between them: what one of them holds is a share, a directory with the files and the
 format of a checkpoint in storage. It is renamed once it is whole, and a generation is whole when all its shares are
@@ -53,7 +53,7 @@ class NodeMemory:
         self._lock = _entered(self.path)
         self._alive: int | None = None
         self._stood_in: list[int] = []  # locks, kept until this process ends
-        for path in self.path.glob(".slot-*"):  # half-written by a process that was killed; nobody else is this early
+        for path in self.path.glob(".buffer-*"):  # half-written by a process that was killed; nobody else is this early
             _delete(path)
         self._older = {path.name for path in _listed(self.path)}
         self.node_id = _written_once(self.root / ".node", os.urandom(8).hex())
@@ -89,20 +89,20 @@ class NodeMemory:
             if match and path.name in self._older and not match[1].endswith(f"_{attempt}"):
                 yield path
 
-    def sign_in(self, attempt: str, share: int) -> None:
+    def hold_liveness_lock(self, attempt: str, share: int) -> None:
         """Show that the process that keeps this share is alive: the lock is held until it signs out or ends."""
         for path in self.path.glob(".alive-*"):
             if not path.name.startswith(f".alive-{attempt}-"):
                 path.unlink(missing_ok=True)
         self._alive = _locked(self._alive_path(attempt, share), fcntl.LOCK_EX)
 
-    def sign_out(self) -> None:
+    def release_liveness_lock(self) -> None:
         """Let another process of this node write this share from now on."""
         if self._alive is not None:
             os.close(self._alive)
             self._alive = None
 
-    def take_place_of(self, attempt: str, share: int) -> bool:
+    def try_stand_in(self, attempt: str, share: int) -> bool:
         """Return whether the process that kept a share is gone, and this is the one that stands in for it."""
         try:
             self._stood_in.append(_locked(self._alive_path(attempt, share), fcntl.LOCK_EX | fcntl.LOCK_NB))
@@ -120,7 +120,7 @@ class NodeMemory:
 
     def close(self, is_finished: bool) -> None:
         """Let go of the run; when it is finished, the last to do so on this node deletes it."""
-        self.sign_out()
+        self.release_liveness_lock()
         os.close(self._lock)
         if is_finished:
             _delete_unused(self.path)
@@ -153,8 +153,8 @@ class NodeMemory:
                 logger.warning("node memory was needed: the states of the ended run %s were deleted there", path.name)
 
 
-class Slot:
-    """Room for one generation of this process's share: files that are mapped, written over and renamed.
+class SnapshotBuffer:
+    """BufferPool for one generation of this process's share: files that are mapped, written over and renamed.
 
     layouts: of its files, by name.
 
@@ -164,7 +164,7 @@ class Slot:
 
     def __init__(self, memory: NodeMemory, layouts: dict[str, Layout]) -> None:
         self._memory = memory
-        self._path = self._begun = memory.path / f".slot-{os.urandom(4).hex()}"
+        self._path = self._begun = memory.path / f".buffer-{os.urandom(4).hex()}"
         self.iter_num = -1  # of the generation that it holds whole, -1 for none
         self.records: dict[str, FileRecord] = {}
         self.layouts = layouts
@@ -172,7 +172,7 @@ class Slot:
         try:
             self._maps = {file: mapped(self._path / file, layout.size_bytes) for file, layout in layouts.items()}
         except OSError:
-            self.withdraw()
+            self.delete()
             raise
         for file, content in self._maps.items():
             content[: len(layouts[file].header)] = layouts[file].header
@@ -181,7 +181,7 @@ class Slot:
         """Return the bytes of every file."""
         return {file: memoryview(content) for file, content in self._maps.items()}
 
-    def begin(self) -> dict[str, memoryview]:
+    def open(self) -> dict[str, memoryview]:
         """Withdraw the generation that was here and return where each tensor's bytes go."""
         self.iter_num = -1
         if self._path != self._begun:
@@ -194,7 +194,7 @@ class Slot:
             for name, (start, end) in layout.spans.items()
         }
 
-    def seal(self, name: str, share: int, shares: int, state: dict[str, Any]) -> None:
+    def publish(self, name: str, share: int, shares: int, state: dict[str, Any]) -> None:
         """Checksum the files, describe them and give the directory the name of the generation that it holds now."""
         for file, content in self._maps.items():
             self.records[file] = FileRecord(len(content), xxhash.xxh3_128(content).hexdigest())
@@ -205,7 +205,7 @@ class Slot:
         self._path.rename(target)
         self._path, self.iter_num = target, int(state["iter_num"])
 
-    def withdraw(self) -> None:
+    def delete(self) -> None:
         """Delete the files."""
         _delete(self._path)
 

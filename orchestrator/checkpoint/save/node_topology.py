@@ -17,7 +17,7 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Nodes:
+class NodeTopology:
     """The nodes of all ranks, and this rank's memory: None on all ranks if it is missing on one.
 
     ids: of every rank's node, by rank; ranks: those on this rank's node.
@@ -50,7 +50,7 @@ class Nodes:
         return {file: tensors for file, tensors in files.items() if rank_of(file) in mine}
 
 
-def meet(world: World, memory_dir: str, run_id: str) -> Nodes:
+def open_node_memory(world: World, memory_dir: str, run_id: str) -> NodeTopology:
     """Open every node's memory; without a memory_dir, or where one node has none, go on without."""
     memory, problem = None, ""
     try:
@@ -64,5 +64,5 @@ def meet(world: World, memory_dir: str, run_id: str) -> Nodes:
     if None in ids:
         if memory:
             memory.close(is_finished=False)
-        return Nodes(None, tuple(str(rank) for rank in range(world.size)), world.rank)
-    return Nodes(memory, ids, world.rank)
+        return NodeTopology(None, tuple(str(rank) for rank in range(world.size)), world.rank)
+    return NodeTopology(memory, ids, world.rank)

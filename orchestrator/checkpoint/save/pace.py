@@ -15,7 +15,7 @@ _STEPS = 20  # of which the median counts
 _BANDWIDTH_FRACTION = 0.3  # by how much a copy on another core slows training down, which needs the same memory
 
 
-class Pace:
+class SnapshotCost:
     """Measures one rank. processes: how many ranks share the cores of this node."""
 
     def __init__(self, device: torch.device, processes: int) -> None:

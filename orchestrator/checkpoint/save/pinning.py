@@ -15,7 +15,7 @@ from functools import partial
 import numpy as np
 import torch
 
-from orchestrator.checkpoint.save.background import Behind
+from orchestrator.checkpoint.save.background import BackgroundQueue
 
 logger = logging.getLogger(__name__)
 
@@ -35,7 +35,7 @@ class Pinned:
         """Register files, while goes_on says so; what cannot be registered is told of once, and left as it is."""
         # A call that fails leaves its error on its thread, for the next kernel there to be blamed for: this one ends.
         # And one that is stuck behind a collective, as calls that make memory may be, keeps only that thread.
-        thread = Behind("pinning", partial(torch.cuda.set_device, self._device))
+        thread = BackgroundQueue("pinning", partial(torch.cuda.set_device, self._device))
         pinning = thread.submit(partial(self._pin, contents, goes_on))
         thread.close()
         while goes_on() and not pinning.done():

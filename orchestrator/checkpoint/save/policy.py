@@ -15,7 +15,7 @@ _BUSY_FRACTION = 0.1  # of the time states may be copied at all: copying takes m
 
 
 @dataclass(frozen=True)
-class Rhythm:
+class SaveIntervals:
     """What the user has asked for.
 
     checkpoint_interval: iterations between checkpoints in storage.
@@ -41,14 +41,14 @@ class Decision:
 
 
 @dataclass
-class Schedule:
-    """What has become of the rhythm so far.
+class SaveScheduler:
+    """What has become of the intervals so far.
 
     owed: the iteration of a checkpoint that came due while storage was busy.
     last: the iteration whose state was taken last.
     """
 
-    rhythm: Rhythm
+    intervals: SaveIntervals
     owed: int | None = None
     last: int = -1
 
@@ -66,7 +66,7 @@ class Schedule:
             skipped = self.owed if self.owed != iter_num else skipped
             self.owed, self.last = None, iter_num
             return Decision(to_memory=True, to_storage=True, skipped=skipped)
-        until_due = -iter_num % self.rhythm.checkpoint_interval
+        until_due = -iter_num % self.intervals.checkpoint_interval
         is_time = iter_num - self.last >= interval and not 0 < until_due < interval  # that one will do as well
         if can_copy and is_time:
             self.last = iter_num

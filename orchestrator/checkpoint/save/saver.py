@@ -20,22 +20,22 @@ from contextlib import contextmanager, suppress
 from functools import partial
 from typing import Any
 
-from orchestrator.checkpoint.save.async_copy import Copy, copy_tensors
-from orchestrator.checkpoint.save.background import Behind
-from orchestrator.checkpoint.save.buffers import Room
+from orchestrator.checkpoint.save.async_copy import AsyncCopy, copy_tensors
+from orchestrator.checkpoint.save.background import BackgroundQueue
+from orchestrator.checkpoint.save.buffers import BufferPool
 from orchestrator.checkpoint.save.gpu import Gpu
-from orchestrator.checkpoint.save.node_memory import Slot, spare_memory_bytes
-from orchestrator.checkpoint.save.node_topology import Nodes
+from orchestrator.checkpoint.save.node_memory import SnapshotBuffer, spare_memory_bytes
+from orchestrator.checkpoint.save.node_topology import NodeTopology
 from orchestrator.checkpoint.save.ownership import Files, files_of, rank_of, tensor_index
-from orchestrator.checkpoint.save.pace import Pace
-from orchestrator.checkpoint.save.policy import Rhythm, Schedule
-from orchestrator.checkpoint.save.upload import Pieces, announce, upload
+from orchestrator.checkpoint.save.pace import SnapshotCost
+from orchestrator.checkpoint.save.policy import SaveIntervals, SaveScheduler
+from orchestrator.checkpoint.save.upload import Pieces, commit, upload
 from orchestrator.checkpoint.snapshot import Snapshot, describe
 from orchestrator.checkpoint.state import ScalerValues, TrainState, capture, forecast
 from orchestrator.checkpoint.store import FORMAT_VERSION, CheckpointStore, checkpoint_name
 from orchestrator.checkpoint.tensor_file import Layout, layout_of, pieces_of, tensor_pieces
 from orchestrator.distributed.world import World
-from orchestrator.errors import CheckpointError, GoneBackError, StorageError, UserError
+from orchestrator.errors import CheckpointError, RolledBackError, StorageError, UserError
 
 logger = logging.getLogger(__name__)
 
@@ -61,22 +61,22 @@ class Saver:
         state: TrainState,
         world: World,
         store: CheckpointStore,
-        nodes: Nodes,
+        nodes: NodeTopology,
         environment: dict[str, Any],
-        rhythm: Rhythm,
+        intervals: SaveIntervals,
     ) -> None:
-        self._world, self._side = world, world.beside()
+        self._world, self._side = world, world.side_group()
         self._store, self._nodes, self.environment = store, nodes, environment
-        self._rhythm, self._schedule = rhythm, Schedule(rhythm)
+        self._intervals, self._scheduler = intervals, SaveScheduler(intervals)
         resumed = state.resumed_from
         is_durable = resumed and resumed.is_durable and state.is_evaluated  # once it is, it is saved again
         self._durable_iter = state.iter_num if is_durable else -1
-        self._copier = Behind("copy of the state", world.choose_device)
-        self._uploader = Behind("upload of a checkpoint", world.choose_device)
-        self._pace = Pace(world.device, nodes.shares)
-        self._room = Room(nodes, world)
-        self._uploading: Slot | None = None
-        self._copy: Copy | None = None
+        self._copier = BackgroundQueue("copy of the state", world.choose_device)
+        self._uploader = BackgroundQueue("upload of a checkpoint", world.choose_device)
+        self._cost = SnapshotCost(world.device, nodes.shares)
+        self._pool = BufferPool(nodes, world)
+        self._uploading: SnapshotBuffer | None = None
+        self._copy: AsyncCopy | None = None
         self._is_copy_for_storage = False
         self._storage_pause_s = 0.0  # for the newest checkpoint: one is on its way at a time
         self._ended: list[Record] = []  # uploads, in the same order on all ranks; the uploader adds to them
@@ -93,25 +93,25 @@ class Saver:
         self._rescue = threading.Lock()
         self._rescued: tuple[int | None] | None = None
         if nodes.memory:
-            nodes.memory.sign_in(world.attempt, nodes.share)
+            nodes.memory.hold_liveness_lock(world.attempt, nodes.share)
             nodes.memory.forget_other_than(world.attempt, keep=resumed.checkpoint.name if resumed else "")
-            self._copier.submit(partial(self._room.reserve, self._layouts(files_of(forecast(state), world.size))))
+            self._copier.submit(partial(self._pool.reserve, self._layouts(files_of(forecast(state), world.size))))
 
-    def ballot(self) -> list[int]:
+    def request(self) -> list[int]:
         """Return this rank's answers to what all ranks must know; they go into the vote of an iteration."""
-        self._pace.step_begins()
-        interval = self._rhythm.snapshot_interval or self._pace.interval()
+        self._cost.step_begins()
+        interval = self._intervals.snapshot_interval or self._cost.interval()
         # Only what every rank has sealed is whole: until then the state before it must not be overwritten anywhere.
         busy = [int(self._copier.is_busy), int(self._uploader.is_busy)]
-        return [*busy, -len(self._ended), interval, int(self._room.is_missing)]
+        return [*busy, -len(self._ended), interval, int(self._pool.is_missing)]
 
-    def heard(self, answers: list[int]) -> None:
+    def apply(self, answers: list[int]) -> None:
         """Take the highest answers of all ranks."""
-        self._pace.step_ended()
+        self._cost.step_ended()
         self._agreed = answers
         self._tell(-answers[2])
 
-    def news(self) -> list[Record]:
+    def take_events(self) -> list[Record]:
         """Return what has become of checkpoints since the last call: the same on all ranks."""
         news, self._news = self._news, []
         return news
@@ -132,13 +132,13 @@ class Saver:
             return
         if not state.optimizer.state:  # nothing was stepped: this is what the run began with
             return
-        is_due = state.iter_num % self._rhythm.checkpoint_interval == 0 and state.iter_num != self._durable_iter
+        is_due = state.iter_num % self._intervals.checkpoint_interval == 0 and state.iter_num != self._durable_iter
         is_copying, is_uploading, _, interval, has_no_memory = self._agreed
         if has_no_memory:
             if is_due:
                 self._save_directly(capture(state, val_loss))
             return
-        decision = self._schedule.decide(state.iter_num, is_due, not is_copying, not is_uploading, interval)
+        decision = self._scheduler.decide(state.iter_num, is_due, not is_copying, not is_uploading, interval)
         if decision.skipped is not None:
             self._skip(decision.skipped)
         if decision.to_memory:
@@ -153,7 +153,7 @@ class Saver:
             self._paused(time.perf_counter() - began_s)
 
     @contextmanager
-    def changing(self) -> Iterator[None]:
+    def state_changing(self) -> Iterator[None]:
         """The time in which the state changes, from one iteration to the next: in it, nothing can be rescued.
 
         It begins when what was offered is copied; on a GPU, also when the gradients are there: of a step that waits
@@ -172,11 +172,11 @@ class Saver:
                 self._gpu.note_change(self._state.scaler)
 
     @contextmanager
-    def rescuing(self) -> Iterator[None]:
+    def rescue_on_failure(self) -> Iterator[None]:
         """When what is done here fails, such as a collective whose peer is gone, rescue the state before telling."""
         try:
             yield
-        except (UserError, GoneBackError):
+        except (UserError, RolledBackError):
             raise
         except Exception:
             self.rescue()
@@ -190,7 +190,7 @@ class Saver:
         For the end of an attempt, from whatever thread: the state changes no more after this. Needs no other rank:
         the shares of those on this node that are gone, or are at another iteration, are written here as well.
         """
-        self._room.is_ending = True
+        self._pool.is_ending = True
         with self._rescue:
             if self._rescued is None:
                 began_s = time.perf_counter()
@@ -209,7 +209,7 @@ class Saver:
         """Let go of the state and of node memory; where the run is finished, its states there are deleted."""
         with self._rescue:
             self._rescued, self._state, self._gpu = self._rescued or (None,), None, None
-        letting_go = self._copier.submit(partial(self._room.let_go, is_finished))
+        letting_go = self._copier.submit(partial(self._pool.let_go, is_finished))
         self._copier.close()
         self._uploader.close()
         with suppress(TimeoutError):  # it ends what it is at first
@@ -224,16 +224,16 @@ class Saver:
             return None
         if self._copier.last:
             self._copier.last.exception(timeout=_ROOM_S)
-        if self._room.is_missing or not self._room.slots or not state.optimizer.state:
+        if self._pool.is_missing or not self._pool.buffers or not state.optimizer.state:
             return None
         scaler = self._gpu.scaler_for_rescue() if self._gpu else None
         snapshot = capture(state, state.val_loss if state.is_evaluated else None, scaler)
         name = checkpoint_name(snapshot.iter_num, self._world.attempt)
         files = files_of(snapshot, self._world.size)
         described = self._description(snapshot, files)
-        if all(slot.iter_num != snapshot.iter_num for slot in self._room.slots):
-            self._copy_now(snapshot, self._room.free_slot(self._uploading), name, self._nodes.share, described)
-        memory.sign_out()
+        if all(buffer.iter_num != snapshot.iter_num for buffer in self._pool.buffers):
+            self._copy_now(snapshot, self._pool.free_buffer(self._uploading), name, self._nodes.share, described)
+        memory.release_liveness_lock()
         missing = [share for share in range(self._nodes.shares) if share != self._nodes.share]
         began_s = time.monotonic()
         while missing := [share for share in missing if not self._is_there(name, share)]:
@@ -241,12 +241,12 @@ class Saver:
             if memory.has_newer(snapshot.iter_num, self._world.attempt):  # of a rank that came further
                 break
             for share in missing:
-                if memory.take_place_of(self._world.attempt, share) or waited_s > stand_in_s:
+                if memory.try_stand_in(self._world.attempt, share) or waited_s > stand_in_s:
                     layouts = self._layouts(files, share)
                     if sum(layout.size_bytes for layout in layouts.values()) > spare_memory_bytes():
                         raise CheckpointError("memory has no room for the share of a rank that is gone")
-                    slot = Slot(memory, layouts)
-                    self._copy_now(snapshot, slot, name, share, described)
+                    buffer = SnapshotBuffer(memory, layouts)
+                    self._copy_now(snapshot, buffer, name, share, described)
                     break
             else:
                 time.sleep(0.01)
@@ -256,36 +256,38 @@ class Saver:
         assert self._nodes.memory
         return self._nodes.memory.share_path(name, share, self._nodes.shares).exists()
 
-    def _copy_now(self, snapshot: Snapshot, slot: Slot, name: str, share: int, described: dict[str, Any]) -> None:
+    def _copy_now(
+        self, snapshot: Snapshot, buffer: SnapshotBuffer, name: str, share: int, described: dict[str, Any]
+    ) -> None:
         copy = self._gpu.copy_for_rescue if self._gpu else copy_tensors
-        copy({**snapshot.model, **snapshot.optimizer}, slot.begin())
-        slot.seal(name, share, self._nodes.shares, described)
+        copy({**snapshot.model, **snapshot.optimizer}, buffer.open())
+        buffer.publish(name, share, self._nodes.shares, described)
 
     def _begin(self, snapshot: Snapshot, to_storage: bool) -> None:
         """Start the copy of a state, the scaler's included, into node memory and, behind it, the upload."""
-        with self._change:  # or a rescue from another thread would use the same slot
+        with self._change:  # or a rescue from another thread would use the same buffer
             self._begin_alone(snapshot, to_storage)
 
     def _begin_alone(self, snapshot: Snapshot, to_storage: bool) -> None:
         began_s = time.perf_counter()
         self._wait_for(self._copier.last)
-        self._pace.begins()
+        self._cost.begins()
         self._is_copy_for_storage, self._storage_pause_s = to_storage, 0.0 if to_storage else self._storage_pause_s
         name = checkpoint_name(snapshot.iter_num, self._world.attempt)
         state = self._description(snapshot, files_of(snapshot, self._world.size))
-        slot = self._room.free_slot(self._uploading)
+        buffer = self._pool.free_buffer(self._uploading)
         assert self._state
-        self._copy = Copy({**snapshot.model, **snapshot.optimizer}, ScalerValues(self._state.scaler), self._gpu)
-        sealed = self._copier.submit(partial(self._to_memory, self._copy, slot, name, state))
+        self._copy = AsyncCopy({**snapshot.model, **snapshot.optimizer}, ScalerValues(self._state.scaler), self._gpu)
+        sealed = self._copier.submit(partial(self._to_memory, self._copy, buffer, name, state))
         if to_storage:
-            self._uploading = slot
+            self._uploading = buffer
             self._durable_iter = snapshot.iter_num  # unless it fails
-            self._uploader.submit(partial(self._to_storage, name, state, slot, sealed))
+            self._uploader.submit(partial(self._to_storage, name, state, buffer, sealed))
         self._paused(time.perf_counter() - began_s)
 
     def _paused(self, seconds: float) -> None:
         self.paused_s += seconds
-        self._pace.paused(seconds)
+        self._cost.paused(seconds)
         if self._is_copy_for_storage:
             self._storage_pause_s += seconds
 
@@ -303,32 +305,32 @@ class Saver:
     def _layouts(self, files: Files, share: int | None = None) -> dict[str, Layout]:
         return {file: layout_of(tensors) for file, tensors in self._nodes.share_of(files, share).items()}
 
-    def _to_memory(self, copy: Copy, slot: Slot, name: str, state: dict[str, Any]) -> None:
-        """Put a state into a slot. On the copier's thread."""
+    def _to_memory(self, copy: AsyncCopy, buffer: SnapshotBuffer, name: str, state: dict[str, Any]) -> None:
+        """Put a state into a buffer. On the copier's thread."""
         began_s, cpu_began_s = time.perf_counter(), time.thread_time()
         try:
-            copy.run(slot.begin())
+            copy.run(buffer.open())
             state["scaler"] = copy.scaler.state_dict()  # for the upload, too
-            slot.seal(name, self._nodes.share, self._nodes.shares, state)
+            buffer.publish(name, self._nodes.share, self._nodes.shares, state)
         except Exception as error:
-            self._room.give_up(error)
+            self._pool.give_up(error)
             raise
         finally:
             copy.release()
-        self._pace.copied(time.perf_counter() - began_s, time.thread_time() - cpu_began_s)
-        self._room.take_all(name)
+        self._cost.copied(time.perf_counter() - began_s, time.thread_time() - cpu_began_s)
+        self._pool.take_all(name)
 
-    def _to_storage(self, name: str, state: dict[str, Any], slot: Slot, sealed: Future[Any]) -> None:
+    def _to_storage(self, name: str, state: dict[str, Any], buffer: SnapshotBuffer, sealed: Future[Any]) -> None:
         """Upload this rank's own files of a state and announce it. On the uploader's thread."""
         began_s = time.perf_counter()
         try:
             sealed.result()
-            mine = {file: c for file, c in slot.contents().items() if rank_of(file) == self._world.rank}
+            mine = {file: c for file, c in buffer.contents().items() if rank_of(file) == self._world.rank}
             sources: dict[str, Pieces] = {file: partial(pieces_of, content) for file, content in mine.items()}
-            part = upload(self._store, name, sources, slot.records, self._moved)
+            part = upload(self._store, name, sources, buffer.records, self._moved)
         except Exception as error:  # of the copy; the other ranks wait to hear of it
             part = {"error": f"{type(error).__name__}: {error}"}
-        why_not = announce(self._side, self._store, name, part, state, self._rhythm.keep)
+        why_not = commit(self._side, self._store, name, part, state, self._intervals.keep)
         self._uploading = None
         self._ended.append(_record(name, state, time.perf_counter() - began_s, why_not))
 
@@ -346,7 +348,7 @@ class Saver:
         mine = {file: tensors for file, tensors in files.items() if rank_of(file) == self._world.rank}
         sources: dict[str, Pieces] = {file: partial(tensor_pieces, tensors) for file, tensors in mine.items()}
         part = upload(self._store, name, sources, {}, self._moved)
-        why_not = announce(self._world, self._store, name, part, state, self._rhythm.keep)
+        why_not = commit(self._world, self._store, name, part, state, self._intervals.keep)
         self._durable_iter = snapshot.iter_num
         self._storage_pause_s = time.perf_counter() - began_s
         self.paused_s += self._storage_pause_s
@@ -357,13 +359,13 @@ class Saver:
         self._wait()
         if state.iter_num == 0 or state.iter_num == self._durable_iter:
             return
-        if self._schedule.owed not in (None, state.iter_num):
-            self._skip(self._schedule.owed)
-        if self._agreed[4] == 0 and self._room.slots and state.optimizer.state:
+        if self._scheduler.owed not in (None, state.iter_num):
+            self._skip(self._scheduler.owed)
+        if self._agreed[4] == 0 and self._pool.buffers and state.optimizer.state:
             self._begin(capture(state, val_loss, scaler={}), to_storage=True)
             self.join()
             self._wait()
-        if state.iter_num != self._durable_iter and (self._agreed[4] or not self._room.slots):
+        if state.iter_num != self._durable_iter and (self._agreed[4] or not self._pool.buffers):
             self._save_directly(capture(state, val_loss))
         if state.iter_num != self._durable_iter:
             why = next(record["why"] for record in reversed(self._ended) if "why" in record)
@@ -374,7 +376,7 @@ class Saver:
         self._wait_for(self._copier.last)  # an error there has been told, and is the upload's too
         if error := self._wait_for(self._uploader.last):
             raise error
-        self._agreed = self._world.vote(self.ballot()).result()
+        self._agreed = self._world.agree(self.request()).result()
         self._tell(len(self._ended))
 
     def _wait_for(self, future: Future[Any] | None) -> BaseException | None:

@@ -17,7 +17,7 @@ from orchestrator.checkpoint.tensor_file import FileRecord, write_file
 from orchestrator.distributed.world import World
 from orchestrator.storage.folders import PROBE_FILE, delete_folder
 from orchestrator.storage.reasons import reason_of
-from orchestrator.storage.retry import is_transient, patiently
+from orchestrator.storage.retry import is_transient, with_retries
 from orchestrator.storage.transfer import is_there, make_folder
 
 logger = logging.getLogger(__name__)
@@ -46,7 +46,7 @@ def upload(
     records = {}
     try:
         for file, pieces in files.items():
-            record = patiently(partial(_write, store, name, file, pieces, written), store)
+            record = with_retries(partial(_write, store, name, file, pieces, written), store)
             if record != expected.get(file, record):
                 raise DamagedSourceError(f"{file} changed in node memory after it was written there")
             records[file] = record.to_json()
@@ -64,7 +64,7 @@ def _write(store: CheckpointStore, name: str, file: str, pieces: Pieces, written
     return write_file(store.fs, store.path(name, file), pieces(), written)
 
 
-def announce(
+def commit(
     world: World, store: CheckpointStore, name: str, part: dict[str, Any], state: dict[str, Any], keep: int
 ) -> str | None:
     """Announce a checkpoint once every rank's part is in storage; return why not, on every rank alike.
@@ -81,7 +81,7 @@ def announce(
         if not failures:
             _prune(store, keep, world.attempt)
     if world.is_main and not all(failure.get("may_pass", True) for failure in failures):
-        _take_back(store, name)
+        _discard(store, name)
     failed = world.broadcast_json([failure["error"] for failure in failures])
     return "; ".join(failed) or None
 
@@ -90,18 +90,18 @@ def _commit(store: CheckpointStore, name: str, state: dict[str, Any], attempt: s
     """Announce it; return why not, if so, as `upload` does."""
 
     def commit() -> list[dict[str, Any]]:
-        if store.is_taken_over(attempt):
+        if store.is_fenced(attempt):
             return [{"error": "a later attempt of this run writes here now, this one was given up"}]
         store.commit(name, state)
         return []
 
     try:
-        return patiently(commit, store)
+        return with_retries(commit, store)
     except Exception as error:  # as above
         return [_failure(error)]
 
 
-def _take_back(store: CheckpointStore, name: str) -> None:
+def _discard(store: CheckpointStore, name: str) -> None:
     """Delete what was written of a checkpoint before the disk was full: it would take the room of the next one."""
     try:
         delete_folder(store.fs, store.path(name))
@@ -111,7 +111,7 @@ def _take_back(store: CheckpointStore, name: str) -> None:
 
 def _prune(store: CheckpointStore, keep: int, attempt: str) -> None:
     try:
-        if not store.insisting(lambda: store.is_taken_over(attempt)):  # a late writer's idea of old may be wrong
+        if not store.insisting(lambda: store.is_fenced(attempt)):  # a late writer's idea of old may be wrong
             store.insisting(lambda: store.prune(keep))
     except UndeletableError as error:
         _keep_all(store, error)
