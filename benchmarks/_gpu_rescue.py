@@ -117,7 +117,7 @@ def rollback(setting: Setting, report: Report) -> None:
     models: list[weakref.ref[Any]] = []
     is_alive: list[bool] = []
     module = vars(loop)
-    begin = module["begin"]
+    begin = module["restore_or_initialize"]
 
     def noted(*args: Any, **more: Any) -> TrainState:
         held_bytes.append(torch.cuda.memory_allocated() if setting.is_on_gpu else 0)
@@ -130,7 +130,7 @@ def rollback(setting: Setting, report: Report) -> None:
         models.append(weakref.ref(state.model))
         return state
 
-    module["begin"] = noted
+    module["restore_or_initialize"] = noted
     loop.train(config, plain_world(config))
     report.figure("held_before_gb", [size / 1e9 for size in held_bytes])
     report.claim("the run has gone back once and has come to its end", len(models) == 2, f"{len(models)} states")

@@ -119,7 +119,7 @@ def train_on(
     """Train as `train` does, until a stretch turns out to have gone wrong.
 
     Raises:
-        GoneBackError: on all ranks alike; the next call begins before that stretch, with other data.
+        RolledBackError: on all ranks alike; the next call begins before that stretch, with other data.
     """
     make_deterministic(config)
 

@@ -168,7 +168,7 @@ class CheckpointStore:
 
         Raises:
             CheckpointError: its state.json is damaged or of another format.
-            UnreadableError: the storage does not answer.
+            StorageUnavailableError: the storage does not answer.
         """
         text = self._read(f"{name}/state.json")
         if text is None or text == _WITHDRAWN_TEXT:
@@ -304,7 +304,7 @@ class CheckpointStore:
         """Return a JSON file's content, {} where it is missing or damaged.
 
         Raises:
-            UnreadableError: the storage does not answer, which is not the same.
+            StorageUnavailableError: the storage does not answer, which is not the same.
         """
         try:
             value = json.loads(self._read(name) or b"{}")

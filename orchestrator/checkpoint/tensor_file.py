@@ -236,7 +236,7 @@ def stream_tensors(
 
     Raises:
         CheckpointError: the file is missing, cut off or damaged.
-        UnreadableError: the storage does not answer.
+        StorageUnavailableError: the storage does not answer.
     """
     try:
         with fs.open(path, "rb") as file:

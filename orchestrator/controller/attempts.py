@@ -90,8 +90,8 @@ class AttemptMonitor(WorkerGroupCallback, ControllerCallback):  # type: ignore[m
         """End an attempt that has its places, before its process group is made; faults: of GPUs, by rank.
 
         Raises:
-            ControllerError: with a mistake of the user's where nothing can have worked before, or GivenUpError, or with
-                what makes Ray start the next group.
+            ControllerError: with a mistake of the user's where nothing can have worked before, or RunAbandonedError, or
+                with what makes Ray start the next group.
         """
         self._is_placing = False
         self._tell("attempt_placed", num_workers=len(workers))

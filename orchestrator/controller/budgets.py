@@ -52,7 +52,7 @@ class Budgets:
         """Charge an ending to its cause's budget; iter_num: how far training has come. Return the seconds to wait.
 
         Raises:
-            GivenUpError: the budget is used up, or a bug of the user's has shown twice at the same place.
+            RunAbandonedError: the budget is used up, or a bug of the user's has shown twice at the same place.
         """
         cause = ending.cause
         if cause is Cause.USER_ERROR:

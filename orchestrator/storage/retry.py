@@ -88,7 +88,7 @@ def read_with_retries(call: Callable[[], T], store: Reconnectable) -> T:
     """Return call()'s value; where storage does not answer, ask again for a while: an older state costs more.
 
     Raises:
-        UnreadableError: it has not answered for READ_AGAIN_FOR_S.
+        StorageUnavailableError: it has not answered for READ_AGAIN_FOR_S.
     """
     return with_retries(call, store, lambda error: isinstance(error, StorageUnavailableError), READ_AGAIN_FOR_S)
 

@@ -1,4 +1,4 @@
-"""Last words: how a thread beside training tells Ray's controller why it ends.
+"""How a thread beside training tells Ray's controller why it ends.
 
 The controller polls every worker for the error of its training function, and takes for that what other threads put
 into a queue of the worker's: Ray Train does so when an upload fails behind. The word and the failure are one thing

@@ -1,4 +1,4 @@
-"""Vigil: what a process that torchrun has started does when its peers are gone. Knows no Ray.
+"""What a process that torchrun has started does when its peers are gone. Knows no Ray.
 
 With NCCL a collective whose peer is gone never returns, in C, where no signal is heard. torchrun ends the processes of
 a group that has lost one: SIGTERM, and SIGKILL half a minute later. In between a thread puts the state into node

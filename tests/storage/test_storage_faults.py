@@ -571,7 +571,7 @@ def test_a_state_that_changes_in_node_memory_is_not_announced(
             flip_bit(path)
             flipped.append(name)
 
-    monkeypatch.setattr(SnapshotBuffer, "seal", seal_and_flip)
+    monkeypatch.setattr(SnapshotBuffer, "publish", seal_and_flip)
     run.slowly(lambda: run.has("checkpoint_failed")).train()
     (failed,) = run.of("checkpoint_failed")
     assert f"checkpoint_{failed:08d}_a" in flipped

@@ -210,7 +210,7 @@ def test_an_evaluation_has_no_moments_and_reads_none(tiny: TrainConfig, monkeypa
     run(replace(tiny, max_iters=8))
     begun: list[TrainState] = []
     original = loop.restore_or_initialize
-    monkeypatch.setattr(loop, "begin", lambda *args: begun.append(original(*args)) or begun[-1])
+    monkeypatch.setattr(loop, "restore_or_initialize", lambda *args: begun.append(original(*args)) or begun[-1])
     _, records = run(replace(tiny, eval_only=True), attempt="b")
     assert not begun[0].optimizer.state
     assert all(parameter.grad is None for parameter in begun[0].model.parameters())

@@ -60,12 +60,12 @@ def test_gcp(metadata: Metadata) -> None:
 
 def azure_event(kind: str, *machines: str, when: str = "Tue, 24 Nov 2026 12:34:56 GMT") -> str:
     event = {"EventType": kind, "NotBefore": when, "Resources": list(machines)}
-    return json.dumps({"Journal": [event]})
+    return json.dumps({"Events": [event]})
 
 
 def test_azure(metadata: Metadata) -> None:
     metadata.required = {"Metadata": "true"}
-    metadata.answers = {"/metadata/instance/compute/name": "vm1", "/metadata/scheduledevents": '{"Journal": []}'}
+    metadata.answers = {"/metadata/instance/compute/name": "vm1", "/metadata/scheduledevents": '{"Events": []}'}
     cloud = Azure(metadata.url)
     assert cloud.read() is None
     for event in (azure_event("Freeze", "vm1"), azure_event("Preempt", "vm2")):
@@ -172,7 +172,7 @@ def test_a_service_that_never_answers_is_given_up_soon() -> None:
 
 
 @pytest.mark.parametrize(
-    "nonsense", ["[]", "3", '{"Journal": null}', "[" * 60000, azure_event("Preempt", "vm1", when="?")]
+    "nonsense", ["[]", "3", '{"Events": null}', "[" * 60000, azure_event("Preempt", "vm1", when="?")]
 )
 def test_the_watcher_outlives_any_answer(metadata: Metadata, nonsense: str) -> None:
     heard = threading.Event()

@@ -31,7 +31,7 @@ StartingPoint = Callable[[int, int], Saver]
 @pytest.fixture
 def start(tiny: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> StartingPoint:
     """Start a rank of a node of `shares` ranks: its state is at the iteration that is given."""
-    monkeypatch.setattr(World, "beside", lambda self: self)  # nothing is sent in a rescue
+    monkeypatch.setattr(World, "side_group", lambda self: self)  # nothing is sent in a rescue
 
     def start(rank: int, iter_num: int, shares: int = 2) -> Saver:
         world = World(rank, shares, attempt=ATTEMPT)
@@ -136,7 +136,7 @@ def test_a_rescue_does_not_wait_for_shares_that_never_come(start: StartingPoint)
     """The copier does, before it deletes the state that this attempt began with; a peer that is gone adds none."""
     survivor = start(0, 7)
     del survivor._pool.buffers[1:]  # as where an older state is here still
-    waiting = survivor._copier.submit(lambda: survivor._room.take_all(checkpoint_name(6, ATTEMPT)))
+    waiting = survivor._copier.submit(lambda: survivor._pool.take_all(checkpoint_name(6, ATTEMPT)))
     with pytest.raises(TimeoutError):
         waiting.result(0.1)
     began_s = time.monotonic()

@@ -131,7 +131,7 @@ def test_a_job_carries_them_hidden() -> None:
     job = worker.job_of(config)
     assert SECRET not in repr(job)
     assert worker.config_of(job) == config
-    assert str(Secret(SECRET)) == "Hidden()"
+    assert str(Secret(SECRET)) == "Secret()"
 
 
 def test_preflight_and_start_open_out_dir_with_them(tiny: TrainConfig, opened: list[Any]) -> None:

@@ -63,7 +63,7 @@ def store(tmp_path: Path) -> CheckpointStore:
 # Does WORK to a small model, so that everything is imported, then to the large one; prints what that took on top.
 MEASURED = """
 import sys
-from orchestrator.checkpoint.restore.init_from import read_start
+from orchestrator.checkpoint.restore.init_from import read_initial_state
 from orchestrator.config import TrainConfig
 from orchestrator.commands.export import ExportConfig, export
 from model import GPT
@@ -94,7 +94,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
 
 
 OUT = "export(ExportConfig(f'{folder}/run'"
-FROM, START = "export(ExportConfig(init_from=f'{folder}", "read_start(TrainConfig(init_from=f'{folder}"
+FROM, START = "export(ExportConfig(init_from=f'{folder}", "read_initial_state(TrainConfig(init_from=f'{folder}"
 
 
 # No more than 1.2 times the largest file is promised. A tensor at a time takes a tenth of it, or what the result takes.
@@ -108,7 +108,7 @@ FROM, START = "export(ExportConfig(init_from=f'{folder}", "read_start(TrainConfi
         pytest.param(f"{FROM}/ckpt.pt', format='hf', to=f'{{folder}}/hf2'))", "ckpt.pt", 0.5, marks=pytest.mark.slow),
         pytest.param(f"{FROM}/hf', to=f'{{folder}}/x.pt'))", "hf/model.safetensors", 0.5, marks=pytest.mark.slow),
         pytest.param(f"{START}/run', block_size=4))", "ckpt.pt", 0.5, marks=pytest.mark.slow),
-        ("read_start(TrainConfig(init_from=f'{folder}/ckpt.pt', block_size=4))", "ckpt.pt", 0.5),
+        ("read_initial_state(TrainConfig(init_from=f'{folder}/ckpt.pt', block_size=4))", "ckpt.pt", 0.5),
         pytest.param(f"{START}/hf', block_size=4))", "hf/model.safetensors", 0.5, marks=pytest.mark.slow),
         ("GPT.from_pretrained(f'{folder}/hf')", "hf/model.safetensors", 1.2),
     ],

@@ -76,7 +76,7 @@ def mapped(store: CheckpointStore, checkpoint: Checkpoint, model_only: bool = Fa
 
     Raises:
         DamagedError: naming the file that is missing or damaged.
-        UnreadableError: the storage does not answer.
+        StorageUnavailableError: the storage does not answer.
     """
     tensors: dict[str, Tensor] = {}
     entries = _entries(checkpoint, model_only)
@@ -119,7 +119,7 @@ def _at_hand(store: CheckpointStore, path: str) -> Iterator[Path]:
 
     Raises:
         DamagedError: it is missing.
-        UnreadableError: the storage does not answer.
+        StorageUnavailableError: the storage does not answer.
     """
     if isinstance(store.fs, LocalFileSystem):
         if not Path(path).is_file():

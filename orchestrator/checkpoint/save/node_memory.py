@@ -1,7 +1,7 @@
 """The newest states in the memory of this node, which outlive every process on it (not the node).
 
     <memory_dir>/nanogpt-orchestrator-<uid>/<run_id>/checkpoint_<iter_num>_<attempt>.0-of-2/state.json, *.safetensors
-                                                    /.buffer-<random>/          a generation that is being written
+                                                    /.slot-<random>/          a generation that is being written
 
 The ranks of a node share a state between them: what one of them holds is a share, a directory with the files and the
 format of a checkpoint in storage. It is renamed once it is whole, and a generation is whole when all its shares are
@@ -53,7 +53,7 @@ class NodeMemory:
         self._lock = _entered(self.path)
         self._alive: int | None = None
         self._stood_in: list[int] = []  # locks, kept until this process ends
-        for path in self.path.glob(".buffer-*"):  # half-written by a process that was killed; nobody else is this early
+        for path in self.path.glob(".slot-*"):  # half-written by a process that was killed; nobody else is this early
             _delete(path)
         self._older = {path.name for path in _listed(self.path)}
         self.node_id = _written_once(self.root / ".node", os.urandom(8).hex())
@@ -164,7 +164,7 @@ class SnapshotBuffer:
 
     def __init__(self, memory: NodeMemory, layouts: dict[str, Layout]) -> None:
         self._memory = memory
-        self._path = self._begun = memory.path / f".buffer-{os.urandom(4).hex()}"
+        self._path = self._begun = memory.path / f".slot-{os.urandom(4).hex()}"
         self.iter_num = -1  # of the generation that it holds whole, -1 for none
         self.records: dict[str, FileRecord] = {}
         self.layouts = layouts
