@@ -276,7 +276,7 @@ def s3(plan: Plan) -> tuple[Figures, dict[str, Any]]:
 def _s3_server(folder: Path) -> Iterator[tuple[Any, Any] | None]:
     """Lend the module of the test servers and an S3 server; None, and a line that says why, where there is none."""
     try:
-        module = importlib.import_module("tests.servers")
+        module = importlib.import_module("tests.support.servers")
     except ImportError as error:
         print(f"memory_vs_s3_restore and read_amplification are left out: {error}; run it in the repository's root")
         yield None

@@ -21,7 +21,7 @@ from orchestrator.config import TrainConfig
 from orchestrator.telemetry.goodput import account
 from orchestrator.telemetry.metrics import read_events, read_metrics
 from tests.conftest import Undisturbed, final_state
-from tests.weights import random_weights
+from tests.support.weights import random_weights
 
 HOSTS = Path(__file__).parents[3] / "shared/testbed/hosts.sh"
 _LONG_S = 240.0
@@ -49,7 +49,7 @@ class Bed:
 
     def start(self, spec: Path, log: Path) -> subprocess.Popen[bytes]:
         """Start a driver on the head."""
-        command = ["bash", str(HOSTS), "exec", "head", sys.executable, "-m", "tests.chaos.driver", str(spec)]
+        command = ["bash", str(HOSTS), "exec", "head", sys.executable, "-m", "tests.support.driver", str(spec)]
         with log.open("wb") as file:
             return subprocess.Popen(command, env=self._environment, stdout=file, stderr=file)
 

@@ -21,9 +21,9 @@ from orchestrator.driver.launch import RunFailedError, launch
 from orchestrator.driver.registry import REGISTRY_FILE
 from orchestrator.host.machine import usable_cpus
 from orchestrator.telemetry.metrics import read_events, read_metrics
-from tests.chaos.clusters import small_cluster
-from tests.chaos.faults import Fault, worker_with
 from tests.conftest import Undisturbed, final_state
+from tests.support.clusters import small_cluster
+from tests.support.faults import Fault, worker_with
 
 pytestmark = pytest.mark.filterwarnings("default")  # Ray and its parts warn of themselves
 
@@ -182,7 +182,7 @@ def test_killed_driver_continues_when_started_again(
     marker, spec = tmp_path / "fired", tmp_path / "spec.json"
     fault = {"point": "after_optimizer", "iter_num": 14, "rank": 1, "marker": str(marker)}
     spec.write_text(json.dumps({"config": asdict(replace(tiny, num_workers=2)), "fault": fault}))
-    command = [sys.executable, "-m", "tests.chaos.driver", str(spec)]
+    command = [sys.executable, "-m", "tests.support.driver", str(spec)]
     killed = subprocess.run(command, timeout=120, capture_output=True, check=False, env=OWN_CLUSTER)
     assert marker.exists(), killed.stderr.decode()
     assert killed.returncode == -signal.SIGKILL
@@ -198,7 +198,7 @@ def test_killed_controller_is_started_again(tiny: TrainConfig, tmp_path: Path, u
     marker, spec = tmp_path / "fired", tmp_path / "spec.json"
     fault = {"point": "forward", "iter_num": 14, "rank": 1, "marker": str(marker)}
     spec.write_text(json.dumps({"config": asdict(replace(tiny, num_workers=2)), "fault": fault, "whom": "controller"}))
-    command = [sys.executable, "-m", "tests.chaos.driver", str(spec)]
+    command = [sys.executable, "-m", "tests.support.driver", str(spec)]
     done = subprocess.run(command, timeout=240, capture_output=True, check=False, text=True, env=OWN_CLUSTER)
     assert done.returncode == 0, done.stderr
     assert marker.exists()

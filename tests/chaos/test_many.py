@@ -23,11 +23,11 @@ from orchestrator.config import TrainConfig
 from orchestrator.driver.launch import launch
 from orchestrator.telemetry.goodput import account
 from orchestrator.telemetry.metrics import read_events, read_metrics
-from tests.chaos.clusters import small_cluster
-from tests.chaos.faults import Fault, worker_with
 from tests.chaos.test_kills import OWN_CLUSTER, causes, steps_repeated
 from tests.conftest import Storage, Undisturbed, final_state
-from tests.servers import S3Server
+from tests.support.clusters import small_cluster
+from tests.support.faults import Fault, worker_with
+from tests.support.servers import S3Server
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("default")]
 
@@ -72,7 +72,7 @@ def test_rays_memory_monitor_is_recognised(tiny: TrainConfig, tmp_path: Path, un
     spec.write_text(json.dumps({"config": asdict(replace(tiny, num_workers=2)), "fault": fault, "whom": "memory"}))
     memory = psutil.virtual_memory()
     limit = {"RAY_memory_usage_threshold": str((memory.used + 4 * 2**30) / memory.total)}
-    command = [sys.executable, "-m", "tests.chaos.driver", str(spec)]
+    command = [sys.executable, "-m", "tests.support.driver", str(spec)]
     done = subprocess.run(
         command, timeout=240, capture_output=True, check=False, text=True, env={**OWN_CLUSTER, **limit}
     )

@@ -23,11 +23,11 @@ from orchestrator.driver.launch import launch
 from orchestrator.telemetry.goodput import account
 from orchestrator.telemetry.metrics import read_events, read_metrics
 from orchestrator.worker import notices
-from tests.chaos.faults import Fault, worker_with
-from tests.chaos.stuck import check_teardown
 from tests.chaos.test_kills import causes, steps_repeated
 from tests.conftest import Undisturbed, final_state
-from tests.metadata import Metadata
+from tests.support.faults import Fault, worker_with
+from tests.support.metadata import Metadata
+from tests.support.stuck import check_teardown
 
 pytestmark = [
     pytest.mark.slow,  # several raylets share two cores

@@ -9,9 +9,9 @@ import pytest
 from orchestrator.checkpoint.snapshot import tensors_equal
 from orchestrator.checkpoint.store import CheckpointStore
 from orchestrator.config import TrainConfig
-from tests import ranks
-from tests.chaos.faults import Fault
 from tests.conftest import Undisturbed, final_state
+from tests.support import ranks
+from tests.support.faults import Fault
 
 
 def whole(out_dir: str) -> set[str]:

@@ -15,10 +15,10 @@ from orchestrator.config import TrainConfig
 from orchestrator.driver.launch import launch
 from orchestrator.telemetry.goodput import account
 from orchestrator.telemetry.metrics import read_events, read_metrics
-from tests.chaos.clusters import small_cluster
-from tests.chaos.faults import Fault, worker_with
-from tests.chaos.stuck import check_teardown
 from tests.conftest import Undisturbed, final_state
+from tests.support.clusters import small_cluster
+from tests.support.faults import Fault, worker_with
+from tests.support.stuck import check_teardown
 
 pytestmark = [
     pytest.mark.stuck_collectives,

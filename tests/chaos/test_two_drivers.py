@@ -27,7 +27,7 @@ from orchestrator.driver import launch
 from orchestrator.driver.lease import LEASE_FILE, Lease
 from orchestrator.errors import ConfigError
 from tests.conftest import Storage, Undisturbed, final_state
-from tests.servers import S3Server
+from tests.support.servers import S3Server
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("default")]  # Ray and its parts warn of themselves
 

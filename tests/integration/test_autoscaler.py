@@ -20,11 +20,11 @@ from orchestrator.driver.launch import launch
 from orchestrator.errors import ConfigError
 from orchestrator.telemetry.goodput import account
 from orchestrator.telemetry.metrics import read_events, read_metrics
-from tests.autoscaling import autoscaling_cluster
-from tests.chaos.faults import worker_with
 from tests.chaos.test_kills import causes
 from tests.chaos.test_nodes import NodeKilled
 from tests.conftest import Undisturbed, final_state
+from tests.support.autoscaling import autoscaling_cluster
+from tests.support.faults import worker_with
 
 pytestmark = [
     pytest.mark.slow,  # machines come after some ten seconds

@@ -16,7 +16,7 @@ from orchestrator.checkpoint.snapshot import tensors_equal
 from orchestrator.config import TrainConfig
 from orchestrator.host.machine import usable_cpus
 from tests.conftest import Undisturbed, final_state, train_with_torchrun
-from tests.ports import free_ports
+from tests.support.ports import free_ports
 
 pytestmark = pytest.mark.filterwarnings("default")  # Ray and its parts warn of themselves
 

@@ -20,8 +20,8 @@ from orchestrator.driver.launch import launch
 from orchestrator.errors import UserError
 from orchestrator.loop import train
 from orchestrator.telemetry.metrics import read_events
-from tests.chaos.clusters import small_cluster
-from tests.chaos.faults import Fault, worker_with
+from tests.support.clusters import small_cluster
+from tests.support.faults import Fault, worker_with
 
 
 @pytest.fixture

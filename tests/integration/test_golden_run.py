@@ -22,8 +22,8 @@ from orchestrator.commands.export import ExportConfig, export
 from orchestrator.commands.inspect_run import InspectConfig, inspect
 from orchestrator.commands.sample import SampleConfig, sample
 from orchestrator.config import TrainConfig, parse
-from tests import ranks
 from tests.conftest import final_state
+from tests.support import ranks
 
 GOLDEN = Path(__file__).resolve().parents[3] / "shared" / "golden"
 FACTS: dict[str, Any] = json.loads((GOLDEN / "run.json").read_text()) if (GOLDEN / "run.json").is_file() else {}

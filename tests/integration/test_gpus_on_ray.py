@@ -21,8 +21,8 @@ from orchestrator.driver.launch import launch
 from orchestrator.errors import UserError
 from orchestrator.worker.environment import DEFAULTS
 from orchestrator.worker.run import run_worker
-from tests.chaos.clusters import small_cluster
-from tests.ports import free_ports, wait_for_port
+from tests.support.clusters import small_cluster
+from tests.support.ports import free_ports, wait_for_port
 
 pytestmark = pytest.mark.filterwarnings("default")  # Ray and its parts warn of themselves
 cpus_only = pytest.mark.skipif(torch.cuda.is_available(), reason="PyTorch can use the GPUs here")

@@ -25,7 +25,7 @@ from orchestrator.checkpoint.snapshot import tensors_equal
 from orchestrator.checkpoint.store import CheckpointStore
 from orchestrator.config import TrainConfig
 from tests.conftest import Undisturbed, final_state
-from tests.ports import free_ports, wait_for_port
+from tests.support.ports import free_ports, wait_for_port
 
 pytestmark = pytest.mark.filterwarnings("default")  # Ray and its parts warn of themselves
 

@@ -27,12 +27,12 @@ from orchestrator.distributed.device import resolve
 from orchestrator.distributed.world import World
 from orchestrator.errors import ConfigError, StorageUnavailableError
 from orchestrator.telemetry.metrics import read_metrics
-from tests import ranks
-from tests.chaos.blackout import Standstill, blackout, struck
-from tests.chaos.faults import Fault
 from tests.conftest import Undisturbed, final_state, in_steps
-from tests.ranks import Ended
-from tests.tmpfs import small_tmpfs
+from tests.support import ranks
+from tests.support.blackout import Standstill, blackout, struck
+from tests.support.faults import Fault
+from tests.support.ranks import Ended
+from tests.support.tmpfs import small_tmpfs
 
 Record = dict[str, Any]
 GIVEN_UP = "a later attempt of this run writes here now, this one was given up"

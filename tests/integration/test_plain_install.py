@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.installation import ROOT, plain_environment
+from tests.support.installation import ROOT, plain_environment
 
 RUN = [
     "--dataset=quickstart",

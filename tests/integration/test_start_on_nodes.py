@@ -22,9 +22,9 @@ from orchestrator.checkpoint.restore.init_from import source_identity
 from orchestrator.checkpoint.snapshot import Snapshot, tensors_equal
 from orchestrator.config import TrainConfig
 from orchestrator.distributed.world import World
-from tests import ranks
 from tests.conftest import final_state
-from tests.weights import random_weights
+from tests.support import ranks
+from tests.support.weights import random_weights
 
 WEIGHTS = "weights"  # a relative path: every node has a folder of its own to find it in
 

@@ -15,7 +15,7 @@ import pytest
 from orchestrator.checkpoint.snapshot import tensors_equal
 from orchestrator.config import TrainConfig
 from tests.conftest import Undisturbed, final_state
-from tests.ports import free_ports
+from tests.support.ports import free_ports
 
 PLAIN = """
 import sys

@@ -15,7 +15,7 @@ from orchestrator.config import TrainConfig
 from orchestrator.driver.launch import launch
 from orchestrator.telemetry.metrics import read_events
 from orchestrator.worker.run import run_worker
-from tests.chaos.clusters import small_cluster
+from tests.support.clusters import small_cluster
 
 pytestmark = pytest.mark.filterwarnings("default")  # Ray and its parts warn of themselves
 

@@ -10,8 +10,8 @@ import torch
 
 from orchestrator.checkpoint.snapshot import Snapshot
 from orchestrator.config import TrainConfig
-from tests import ranks
 from tests.conftest import final_state
+from tests.support import ranks
 
 WORLD_SIZES = (1, 2, 3)  # of 4 micro-steps, 3 processes do 2, 1 and 1
 

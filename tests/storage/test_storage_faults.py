@@ -42,11 +42,10 @@ from orchestrator.storage.transfer import locate
 from orchestrator.telemetry.emit import open_telemetry
 from orchestrator.telemetry.format import print_record
 from orchestrator.telemetry.metrics import read_metrics
-from tests import ranks
-from tests.chaos import faults
 from tests.conftest import Storage, Undisturbed, forget_clients, in_steps
-from tests.servers import Fault, FaultyProxy, S3Server, SFTPServer
-from tests.tmpfs import small_tmpfs
+from tests.support import faults, ranks
+from tests.support.servers import Fault, FaultyProxy, S3Server, SFTPServer
+from tests.support.tmpfs import small_tmpfs
 
 Record = dict[str, Any]
 Calm = Callable[[TrainConfig], Snapshot]

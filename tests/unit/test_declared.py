@@ -10,7 +10,7 @@ from pathlib import Path
 
 from packaging.utils import canonicalize_name
 
-from tests.installation import PROJECT, ROOT, closure, declared
+from tests.support.installation import PROJECT, ROOT, closure, declared
 
 OURS = {"orchestrator", "model"}
 USERS_EXTRAS = [extra for extra in PROJECT["optional-dependencies"] if extra not in ("test", "dev")]

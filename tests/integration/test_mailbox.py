@@ -1,0 +1,79 @@
+"""How workers and their driver talk: records arrive in order, the wish to stop comes back, and training never waits."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import ray
+
+from orchestrator.cluster.mailbox import MailboxClient, MailboxReader, open_mailbox
+from tests.support.clusters import small_cluster
+
+pytestmark = pytest.mark.filterwarnings("default")  # Ray and its parts warn of themselves
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cluster() -> Iterator[None]:
+    with small_cluster():
+        yield
+
+
+def test_records_arrive_in_order_and_the_wish_to_stop_comes_back() -> None:
+    mailbox = open_mailbox()
+    mailbox, listener = MailboxClient(mailbox), MailboxReader(mailbox)
+    told = [{"iter": it} for it in range(100)]
+    for record in told[:50]:
+        mailbox.post(record)
+    mailbox.hurry()
+    for record in told[50:]:
+        mailbox.post(record)
+    taken = listener.take(stop=False)
+    assert not mailbox.should_stop()
+    taken += listener.take(stop=True)
+    deadline_s = time.monotonic() + 60
+    while not mailbox.should_stop():
+        assert time.monotonic() < deadline_s
+        time.sleep(0.05)
+    mailbox.close()
+    while len(taken) < len(told):  # a take may come to nothing on a busy machine, and loses nothing
+        assert time.monotonic() < deadline_s
+        taken += listener.take(stop=True)
+    assert taken == told
+    assert listener.take(stop=True) == []
+
+
+def test_an_answer_that_is_lost_loses_no_record() -> None:
+    mailbox = open_mailbox()
+    ray.get(mailbox.post.remote([{"iter": it} for it in range(5)]))
+    ray.get(mailbox.take.remote(False, 0))  # as of a driver that has waited long enough
+    listener = MailboxReader(mailbox)
+    assert listener.take(stop=False) == [{"iter": it} for it in range(5)]
+    ray.get(mailbox.post.remote([{"iter": 5}]))
+    assert listener.take(stop=False) == [{"iter": 5}]
+
+
+class Silent:
+    def post(self, _records: list[dict[str, Any]]) -> bool:
+        time.sleep(3600)
+        return False
+
+
+def test_training_does_not_wait_for_a_board_that_does_not_answer() -> None:
+    mailbox = ray.remote(Silent).options(num_cpus=0).remote()
+    mailbox = MailboxClient(mailbox)
+    longest_s = 0.0
+    deadline_s = time.monotonic() + 3
+    while time.monotonic() < deadline_s:  # some posts are under way by then
+        began_s = time.monotonic()
+        mailbox.post({"iter": 0})
+        assert not mailbox.should_stop()
+        longest_s = max(longest_s, time.monotonic() - began_s)
+        time.sleep(0.01)
+    ray.kill(mailbox)  # so that what it was asked ends, and the mailbox's thread does before the cluster
+    mailbox.close()
+    assert not [thread for thread in threading.enumerate() if thread.name == "mailbox"]
+    assert longest_s < 4  # the mailbox itself waits for an answer for five seconds

@@ -1,0 +1,112 @@
+"""Several ranks of the plain loop as processes of this machine, without Ray or torchrun: a second instead of ten.
+
+They are forked from a server that has imported everything already. Each may have a node memory of its own, as if it
+were alone on its node, and faults.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from orchestrator.config import TrainConfig
+
+_START = multiprocessing.get_context("forkserver")
+_START.set_forkserver_preload(["orchestrator.loop", "tests.support.faults", "torch._dynamo"])
+_GRACE_S = 3.0  # in which the others notice that one is gone; Ray would kill them sooner
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How the ranks ended: exit codes by rank, -9 for SIGKILL, and what all of them have said."""
+
+    codes: list[int | None]
+    said: str
+
+    @property
+    def is_done(self) -> bool:
+        return all(code == 0 for code in self.codes)
+
+
+def train(
+    config: TrainConfig,
+    world_size: int,
+    log: Path,
+    faults: Sequence[Any] = (),
+    memory_dirs: Sequence[str] | None = None,
+    prepare: Callable[[int], None] | None = None,
+    timeout_s: float = 120.0,
+) -> Ended:
+    """Train with world_size processes until they end; once one is killed, the others have a few seconds to leave.
+
+    memory_dirs: one per rank; ranks with the same one are on one node.
+    prepare: called in every process with its rank, first of all.
+    """
+    meeting = log.with_suffix(".meeting")
+    processes = []
+    for rank in range(world_size):
+        mine = replace(config, memory_dir=memory_dirs[rank]) if memory_dirs else config
+        armed = [fault for fault in faults if fault.rank == rank]
+        args = (mine, rank, world_size, meeting, armed, str(log), prepare)
+        processes.append(_START.Process(target=_run, args=args, daemon=True))
+    for process in processes:
+        process.start()
+    _wait(processes, time.monotonic() + timeout_s)
+    return Ended([process.exitcode for process in processes], log.read_text())
+
+
+def _wait(processes: list[Any], deadline_s: float) -> None:
+    while any(process.is_alive() for process in processes):
+        if any(process.exitcode not in (None, 0) for process in processes):
+            deadline_s = min(deadline_s, time.monotonic() + _GRACE_S)
+        if time.monotonic() > deadline_s:
+            for process in processes:
+                process.kill()
+        time.sleep(0.02)
+    for process in processes:
+        process.join()
+
+
+def _run(
+    config: TrainConfig,
+    rank: int,
+    world_size: int,
+    meeting: Path,
+    faults: list[Any],
+    log: str,
+    prepare: Callable[[int], None] | None,
+) -> None:
+    descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(descriptor, 1)
+    os.dup2(descriptor, 2)
+
+    import logging
+
+    import torch.distributed as dist
+
+    from orchestrator import loop
+    from orchestrator.distributed.device import resolve
+    from orchestrator.distributed.join import new_attempt
+    from orchestrator.distributed.world import World
+    from orchestrator.telemetry.emit import open_telemetry
+    from orchestrator.telemetry.format import print_record
+    from tests.support.faults import arm
+
+    logging.basicConfig(level=logging.INFO, format=f"rank {rank}: %(message)s", stream=sys.stderr)
+    if prepare:
+        prepare(rank)
+    for fault in faults:
+        arm(fault)
+    config = resolve(config)
+    dist.init_process_group("gloo", init_method=meeting.as_uri(), rank=rank, world_size=world_size)
+    world = World(rank, world_size)
+    world = replace(world, attempt=world.broadcast_json(new_attempt()))
+    with open_telemetry(config, world, print_record) as tell:
+        loop.train(config, world, tell)
+    dist.destroy_process_group()
