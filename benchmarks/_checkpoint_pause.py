@@ -28,7 +28,7 @@ from orchestrator.checkpoint.save.saver import Saver
 from orchestrator.checkpoint.state import TrainState
 from orchestrator.checkpoint.store import CheckpointStore
 from orchestrator.distributed.world import World
-from orchestrator.loop import join_run
+from orchestrator.training.attempt import join_run
 
 _NEVER = 10**7  # iterations between checkpoints in storage: one is due when the benchmark sets iter_num to a multiple
 _BLOCK = 2  # steps in which a state is copied and checksummed, if one step is long enough to copy it in

@@ -30,7 +30,7 @@ from orchestrator.checkpoint.save.saver import Saver
 from orchestrator.checkpoint.state import TrainState
 from orchestrator.checkpoint.store import CheckpointStore
 from orchestrator.distributed.world import World
-from orchestrator.loop import join_run
+from orchestrator.training.attempt import join_run
 
 _LONGEST_S = 900.0
 _POLL_S = 0.005

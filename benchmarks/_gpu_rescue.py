@@ -23,6 +23,7 @@ from benchmarks._gpu_watch import in_steps, watching
 from orchestrator.checkpoint.save.saver import Saver
 from orchestrator.checkpoint.state import TrainState
 from orchestrator.distributed.join import plain_world
+from orchestrator.training.attempt import Callbacks
 
 _STUCK_AT, _STUCK_S, _RESCUE_S = 5, 20.0, 5.0
 _MODEL = {"n_layer": 4, "n_head": 16, "n_embd": 1024, "gradient_accumulation_steps": 1, "batch_size": 4}
@@ -55,13 +56,14 @@ def _rescue(setting: Setting, report: Report, changes: dict[str, Any], begin_at:
     asked = iter(range(begin_at, 1000))
     with watching() as watched:
 
-        def should_stop() -> int:
+        def stop_request() -> int:
             if next(asked) == _STUCK_AT:
                 expected, scaler = watched.tensors(), watched.states[-1].scaler.state_dict()
                 _get_stuck(setting, lambda: _told_rescue(setting, report, watched.savers[-1], expected, scaler))
             return 0
 
-        loop.train(config, plain_world(config), should_stop=in_steps(should_stop), began=watched.savers.append)
+        hooks = Callbacks(stop_request=in_steps(stop_request), ready=watched.savers.append)
+        loop.train(config, plain_world(config), hooks)
     raise RuntimeError("the loop came to its end, and was to be ended by the rescue")
 
 

@@ -28,7 +28,9 @@ from orchestrator.config import TrainConfig, check
 from orchestrator.distributed.device import resolve
 from orchestrator.distributed.join import plain_world
 from orchestrator.distributed.numerics import agree_to_compile
-from orchestrator.loop import Record, train
+from orchestrator.loop import train
+from orchestrator.telemetry.records import Begin, Record, Step
+from orchestrator.training.attempt import Callbacks
 
 TRAIN = "benchmarks._gpu_runs:train_here"
 KILL_AT, MAX_ITERS = 6, 12
@@ -78,23 +80,23 @@ def train_here(
     world = plain_world(config)
     asked = iter(range(sys.maxsize))
 
-    def should_stop() -> int:
+    def stop_request() -> int:
         if next(asked) == kill_at and world.rank == world.size - 1:
             os.kill(os.getpid(), signal.SIGKILL)
         return 0
 
     began_s = time.monotonic()
 
-    def tell(record: Record) -> None:
-        if record["kind"] == "begin":
-            report.figure("at", record["iter"])
-        if record["kind"] == "step" and not steps:
+    def take(record: Record) -> None:
+        if isinstance(record, Begin):
+            report.figure("at", record.iter)
+        if isinstance(record, Step) and not steps:
             steps.append(round(time.monotonic() - began_s, 2))
             report.figure("first_step_s", steps[0])
 
     steps: list[float] = []
     report.figure("is_compiled", agree_to_compile(config, world).compile)
-    train(config, world, tell, should_stop=in_steps(should_stop))
+    train(config, world, Callbacks(take, stop_request=in_steps(stop_request)))
     if setting.is_on_gpu:
         report.figure("peak_gb", torch.cuda.max_memory_allocated() / 1e9)
 

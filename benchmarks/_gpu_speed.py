@@ -24,6 +24,8 @@ from benchmarks.train_step import PlainGPT
 from model import GPT, GPTConfig
 from model.generation import SamplingPolicy, choose
 from orchestrator.distributed.join import plain_world
+from orchestrator.telemetry.records import Record, Step
+from orchestrator.training.attempt import Callbacks
 
 SIDES = ("nanogpt", "strict", "nondeterministic")
 AT_MOST = {"nondeterministic": 1.02, "strict": 1.10}  # times nanoGPT's
@@ -122,14 +124,14 @@ def our_steps(setting: Setting, report: Report, changes: dict[str, Any]) -> None
     clock, synchronisations = _Clock(report), _Synchronisations()
     asked = iter(range(10**6))
 
-    def tell(record: loop.Record) -> None:
-        if record["kind"] == "step":
+    def take(record: Record) -> None:
+        if isinstance(record, Step):
             clock.block()
-            report.figure("told_mfu", record.get("mfu"))
-            if setting.is_on_gpu and record["iter"] == _BLOCK * (_BLOCKS + 1):
+            report.figure("told_mfu", record.mfu)
+            if setting.is_on_gpu and record.iter == _BLOCK * (_BLOCKS + 1):
                 synchronisations.begin()
 
-    def should_stop() -> int:
+    def stop_request() -> int:
         if next(asked) <= _BLOCK * (_BLOCKS + 1) + _COUNTED:
             return 0
         if setting.is_on_gpu:
@@ -138,7 +140,7 @@ def our_steps(setting: Setting, report: Report, changes: dict[str, Any]) -> None
 
     resolved = settings(setting, setting.folder / "out" / "run", {**more, **changes})
     try:
-        loop.train(resolved, plain_world(resolved), tell, should_stop=in_steps(should_stop))
+        loop.train(resolved, plain_world(resolved), Callbacks(take, stop_request=in_steps(stop_request)))
     except StopError:
         _tell(setting, report, clock)
 

@@ -21,6 +21,8 @@ from benchmarks._gpu_kernels import hold
 from benchmarks._gpu_runs import settings
 from benchmarks._gpu_watch import StopError, in_steps, watching
 from orchestrator.distributed.join import plain_world
+from orchestrator.telemetry.records import Record, Step
+from orchestrator.training.attempt import Callbacks
 
 _SMALL = {"n_layer": 12, "n_head": 12, "n_embd": 768, "gradient_accumulation_steps": 1, "batch_size": 1}  # 124M
 _EVERY, _STEPS = 20, 150  # iterations between states, and in all
@@ -40,7 +42,7 @@ def pauses(setting: Setting, report: Report) -> None:
     stall, memory = _Stall(), Path(setting.memory_dir)
     with watching() as watched:
 
-        def should_stop() -> int:
+        def stop_request() -> int:
             if next(asked) < _STEPS + 1:
                 return 0
             time.sleep(1.0)  # until the newest copy is whole
@@ -52,17 +54,16 @@ def pauses(setting: Setting, report: Report) -> None:
             _tell_copy(setting, report, pinned, size_gb, seconds)
             raise StopError
 
-        def tell(record: loop.Record) -> None:
-            if record["kind"] == "step":
-                marks.append((record["iter"], time.perf_counter(), watched.savers[-1].paused_s))
+        def take(record: Record) -> None:
+            if isinstance(record, Step):
+                marks.append((record.iter, time.perf_counter(), watched.savers[-1].paused_s))
                 copied.update(int(path.name.split("_")[1]) for path in memory.rglob("checkpoint_*"))
             if len(marks) == _EVERY:  # by then node memory is reserved
                 report.figure("longest_stall_of_a_thread_ms", stall.longest_ms())
 
         with suppress(StopError):
-            loop.train(
-                config, plain_world(config), tell, should_stop=in_steps(should_stop), began=watched.savers.append
-            )
+            hooks = Callbacks(take, stop_request=in_steps(stop_request), ready=watched.savers.append)
+            loop.train(config, plain_world(config), hooks)
     _tell_pauses(setting, report, marks, copied)
 
 

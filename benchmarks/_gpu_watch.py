@@ -10,9 +10,9 @@ from typing import Any
 
 from torch import Tensor
 
-import orchestrator.loop as loop
 from orchestrator.checkpoint.save.saver import Saver
 from orchestrator.checkpoint.state import TrainState, capture
+from orchestrator.training import attempt
 
 
 def in_steps(should_stop: Callable[[], int]) -> Callable[[], int]:
@@ -40,15 +40,15 @@ class Watched:
 @contextmanager
 def watching() -> Iterator[Watched]:
     """Lend the state that the loop trains meanwhile: what is rescued is compared with it, bit by bit."""
-    watched, module = Watched(), vars(loop)
-    begin = module["begin"]
+    watched, module = Watched(), vars(attempt)
+    begin = module["restore_or_initialize"]
 
     def noted(*args: Any, **more: Any) -> TrainState:
         watched.states.append(begin(*args, **more))
         return watched.states[-1]
 
-    module["begin"] = noted
+    module["restore_or_initialize"] = noted
     try:
         yield watched
     finally:
-        module["begin"] = begin
+        module["restore_or_initialize"] = begin

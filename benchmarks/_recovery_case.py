@@ -70,11 +70,10 @@ def worker_with(strike: Strike | None, timed: str | None = None) -> Callable[[di
         import ray.train
 
         from benchmarks.goodput import Timed
-        from orchestrator import loop
         from orchestrator.checkpoint.save.saver import Saver
         from orchestrator.cluster.mailbox import MailboxClient
         from orchestrator.distributed.world import Agreement, World
-        from orchestrator.training import lr_schedule
+        from orchestrator.training import lr_schedule, step
         from orchestrator.training.guard import Guard
         from orchestrator.worker.run import run_worker
         from orchestrator.worker.watchdog import Watchdog
@@ -86,11 +85,11 @@ def worker_with(strike: Strike | None, timed: str | None = None) -> Callable[[di
                 strike.at(rank, it)
             return original(config, it)
 
-        vars(loop)["learning_rate"] = learning_rate
+        vars(step)["learning_rate"] = learning_rate
         if not timed or rank:
             return run_worker(job)
         watch = Timed(timed)
-        watch.wrap(World, "vote")
+        watch.wrap(World, "agree")
         watch.wrap(Agreement, "result")
         watch.wrap(Saver, "request", "apply", "offer", "take_events", "join")
         watch.wrap(Guard, "judge", "note")

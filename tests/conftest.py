@@ -97,9 +97,9 @@ def train_with_torchrun(config: TrainConfig, world_size: int) -> None:
     assert done.returncode == 0, done.stderr.decode()
 
 
-def in_steps(should_stop: Callable[[], int]) -> Callable[[], int]:
-    """Return a should_stop whose calls count iterations: in an evaluation, with every batch, it answers 0."""
-    return lambda: 0 if sys._getframe(1).f_code.co_name == "evaluate" else should_stop()
+def in_steps(stop_request: Callable[[], int]) -> Callable[[], int]:
+    """Return a stop_request whose calls count iterations: in an evaluation, with every batch, it answers 0."""
+    return lambda: 0 if sys._getframe(1).f_code.co_name == "evaluate" else stop_request()
 
 
 def final_state(out_dir: str) -> Snapshot:

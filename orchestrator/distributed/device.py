@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import logging
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from orchestrator.config import TrainConfig
 from orchestrator.distributed.world import World
@@ -81,3 +84,18 @@ def local_device(config: TrainConfig, local_rank: int) -> torch.device:
     device = torch.device("cuda", local_rank % torch.cuda.device_count())
     torch.cuda.set_device(device)
     return device
+
+
+def autocast(config: TrainConfig) -> AbstractContextManager[Any]:
+    """Return the context in which the model computes in dtype; its weights stay float32."""
+    if config.dtype == "float32":
+        return nullcontext()
+    return torch.autocast(config.device.split(":")[0], dtype=getattr(torch, config.dtype))
+
+
+def to_device(batch: tuple[Tensor, Tensor], device: torch.device) -> tuple[Tensor, Tensor]:
+    """Move a batch; to a GPU from pinned memory, so that the copy runs behind the computation."""
+    if device.type == "cpu":
+        return batch
+    X, Y = batch
+    return X.pin_memory().to(device, non_blocking=True), Y.pin_memory().to(device, non_blocking=True)

@@ -1,15 +1,106 @@
-"""Gradients are averaged over ranks where they lie: in DDP's buckets, and nowhere else. Knows neither Ray nor the loop.
+"""How ranks share the work of one model: DDP, with one set of gradients. Knows neither Ray, checkpoints nor the loop.
 
-Every micro-step adds to the buckets, as long as nobody sets a gradient to None: then DDP's memory is all that there is.
+The loop asks a `Parallelism`; `ReplicatedTraining` is the one that there is. Gradients are averaged where they lie, in
+DDP's buckets, and exist nowhere else: every micro-step adds to the buckets, as long as nobody sets a gradient to None.
 Annotations are read when this is imported: DDP compares those of a hook with its own types.
 """
 
+from contextlib import AbstractContextManager, nullcontext
+from typing import Protocol
+
+import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.futures import Future
 from torch.nn.parallel import DistributedDataParallel
 
+from orchestrator.config import TrainConfig
+from orchestrator.distributed.device import autocast
 from orchestrator.distributed.world import World
+
+
+class Parallelism(Protocol):
+    """A model as the loop trains it on all ranks.
+
+    net: the model for forward passes without gradients, compiled if config.compile.
+    micro_steps: those of an iteration that this rank computes, numbered over all ranks.
+    weight: the factor of a micro-step's loss with which the gradients come to the mean over all micro-steps.
+    is_replicated: whether every rank holds all weights, so that ranks can compare theirs.
+    """
+
+    net: nn.Module
+    micro_steps: range
+    weight: float
+    is_replicated: bool
+
+    def __call__(self, idx: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the logits and the loss of (B, T) token ids and targets."""
+
+    def accumulate(self, micro_step: int) -> AbstractContextManager[None]:
+        """Return the context of a micro-step's forward and backward; in the last one, gradients are averaged."""
+
+    def clip(self, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler, grad_clip: float) -> Tensor:
+        """Scale the gradient down to the norm grad_clip, unless that is 0; return the norm that it had."""
+
+    def zero_grad(self, optimizer: torch.optim.Optimizer) -> None:
+        """Flush the gradients."""
+
+
+class ReplicatedTraining:
+    """A whole replica on every rank; DDP averages the gradients. A single rank needs no DDP."""
+
+    is_replicated = True
+
+    def __init__(self, model: nn.Module, config: TrainConfig, world: World) -> None:
+        self._model, self._config, self._device = model, config, world.device
+        self.net = compiled(model, config)
+        self.micro_steps = range(world.rank, config.gradient_accumulation_steps, world.size)
+        self.weight = world.size / config.gradient_accumulation_steps  # DDP divides by world.size
+        self._ddp = wrap(self.net, world) if world.size > 1 else None
+        if self._ddp:
+            self.warm_up(self._ddp)
+
+    def __call__(self, idx: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the logits and the loss of (B, T) token ids and targets."""
+        logits, loss = (self._ddp or self.net)(idx, targets)
+        return logits, loss
+
+    def accumulate(self, micro_step: int) -> AbstractContextManager[None]:
+        """Return the context of a micro-step's forward and backward; in the last one, DDP averages."""
+        is_last = micro_step == self.micro_steps[-1]
+        return self._ddp.no_sync() if self._ddp and not is_last else nullcontext()
+
+    def clip(self, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler, grad_clip: float) -> Tensor:
+        """Scale the gradient down to the norm grad_clip, unless that is 0; return the norm that it had."""
+        parameters = list(self._model.parameters())
+        if grad_clip == 0.0:
+            return torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        scaler.unscale_(optimizer)
+        return torch.nn.utils.clip_grad_norm_(parameters, grad_clip)
+
+    def zero_grad(self, optimizer: torch.optim.Optimizer) -> None:
+        """Flush the gradients; those in DDP's buckets stay there as zeros, or they would exist twice."""
+        optimizer.zero_grad(set_to_none=self._ddp is None)
+
+    def warm_up(self, ddp: DistributedDataParallel) -> None:
+        """Run one throw-away forward and backward, so that every attempt sums gradients in the same order.
+
+        After its first backward DDP rebuilds its buckets in the order in which gradients became ready, and with that
+        the order of summation over three or more ranks. Without this, a resumed run's first step would be summed in
+        the first order where the undisturbed run's was summed in the second, and the bits would differ. The gradients
+        stay, as zeros, for DDP to move into the new buckets.
+        """
+        rows = self._config.batch_size if self._config.compile else 1  # another shape would be compiled anew
+        X, Y = torch.zeros((2, rows, self._config.block_size), dtype=torch.int64, device=self._device).unbind()
+        with autocast(self._config):
+            _, loss = ddp(X, Y)
+        loss.backward()
+        ddp.zero_grad(set_to_none=False)
+
+
+def compiled(model: nn.Module, config: TrainConfig) -> nn.Module:
+    """Return the model as it is called: through the compiler, if config.compile."""
+    return torch.compile(model) if config.compile else model  # type: ignore[return-value]
 
 
 def wrap(net: nn.Module, world: World) -> DistributedDataParallel:

@@ -1,7 +1,4 @@
-"""This process before training starts: its device, number format, threads, and its place among the others.
-
-Knows no Ray. A plain process and `torchrun` get their World here; a Ray worker brings its own (`worker.py`).
-"""
+"""The last bits: we fix what decides them, note what we cannot fix, and tell what has changed. Knows no Ray."""
 
 from __future__ import annotations
 
@@ -10,7 +7,7 @@ import importlib.metadata
 import logging
 import os
 import platform
-from dataclasses import replace
+from dataclasses import asdict, dataclass, fields, replace
 from importlib.util import find_spec
 from itertools import groupby
 from typing import Any
@@ -25,6 +22,7 @@ from orchestrator.host.compile_cache import keep_compiled
 logger = logging.getLogger(__name__)
 
 _CUBLAS, _CUBLAS_DETERMINISTIC = "CUBLAS_WORKSPACE_CONFIG", (":4096:8", ":16:8")
+_OF_THE_DATA = ("data", "train_tokens", "val_tokens")
 
 
 def agree_to_compile(config: TrainConfig, world: World) -> TrainConfig:
@@ -92,23 +90,79 @@ def free_memory(config: TrainConfig, device: torch.device) -> None:
         torch.cuda.empty_cache()
 
 
-def environment(config: TrainConfig, world: World, data: dict[str, Any]) -> dict[str, Any]:
-    """Return what else decides the bits, to be stored with every checkpoint; data: as of `change_of_data`.
+@dataclass(frozen=True, kw_only=True)
+class NumericsFingerprint:
+    """Everything besides the state that decides the bits of the next one; stored with every checkpoint.
 
-    Call it on all ranks.
+    data: the dataset's fingerprint; train_tokens, val_tokens: the lengths of its splits. nodes: which ranks share one.
+    None: not of this machine, or of a version of this program that did not note it.
     """
-    on_gpu = world.device.type == "cuda"
-    return {
-        "world_size": world.size,
-        **data,
-        "torch": torch.__version__,
-        "device_name": torch.cuda.get_device_name(world.device) if on_gpu else platform.machine(),
-        "dtype": config.dtype,
-        "compile": config.compile,
-        "threads": torch.get_num_threads(),
-        **(_gpu_libraries() if on_gpu else {}),
-        **({"nodes": _nodes(world)} if on_gpu and config.backend == "nccl" and world.size > 2 else {}),
-    }
+
+    world_size: int | None = None
+    data: str | None = None
+    train_tokens: int | None = None
+    val_tokens: int | None = None
+    torch: str | None = None
+    device_name: str | None = None
+    dtype: str | None = None
+    compile: bool | None = None
+    threads: int | None = None
+    cuda: str | None = None
+    cudnn: int | None = None
+    nccl: str | None = None
+    triton: str | None = None
+    nodes: str | None = None
+
+    @classmethod
+    def of_this_rank(
+        cls,
+        config: TrainConfig,
+        world: World,
+        data: str,
+        train_tokens: int | None = None,
+        val_tokens: int | None = None,
+    ) -> NumericsFingerprint:
+        """Return this rank's. Call it on all ranks."""
+        on_gpu = world.device.type == "cuda"
+        return cls(
+            world_size=world.size,
+            data=data,
+            train_tokens=train_tokens,
+            val_tokens=val_tokens,
+            torch=torch.__version__,
+            device_name=torch.cuda.get_device_name(world.device) if on_gpu else platform.machine(),
+            dtype=config.dtype,
+            compile=config.compile,
+            threads=torch.get_num_threads(),
+            nodes=_nodes(world) if on_gpu and config.backend == "nccl" and world.size > 2 else None,
+            **(_gpu_libraries() if on_gpu else {}),
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        """Return what is known, as JSON values."""
+        return {name: value for name, value in asdict(self).items() if value is not None}
+
+    @classmethod
+    def from_json(cls, value: dict[str, Any]) -> NumericsFingerprint:
+        """Return the fingerprint of JSON values; keys of newer versions are left out."""
+        return cls(**{each.name: value[each.name] for each in fields(cls) if each.name in value})
+
+    def changes(self, before: NumericsFingerprint) -> list[str]:
+        """Return what is other than before, the dataset apart; what either does not know is no change."""
+        was = before.to_json()
+        now = {name: value for name, value in self.to_json().items() if name not in _OF_THE_DATA}
+        return [f"{name} {was[name]} -> {value}" for name, value in now.items() if was.get(name, value) != value]
+
+    def change_of_data(self, before: NumericsFingerprint) -> str:
+        """Return in which way the dataset has become another one, "" if it has not."""
+        if before.data in (None, self.data):
+            return ""
+        counts = []
+        for split in ("train", "val"):
+            had, has = getattr(before, f"{split}_tokens"), getattr(self, f"{split}_tokens")
+            if had not in (None, has):
+                counts.append(f"{split}.bin had {had:,} tokens, now {has:,}")
+        return ", ".join(counts) or "as many tokens, but others"
 
 
 def _gpu_libraries() -> dict[str, Any]:
@@ -127,18 +181,3 @@ def _nodes(world: World) -> str:
     """Return which ranks are on which nodes: NCCL chooses by that, and by their wiring, in which order it adds up."""
     found = groupby(world.gather_json(platform.node()))
     return ", ".join(f"{name} x{len(list(ranks))}" for name, ranks in found)
-
-
-def change_of_data(before: dict[str, Any], now: dict[str, Any]) -> str:
-    """Return in which way a dataset has become another one, "" if it has not.
-
-    before, now: {data: its fingerprint, train_tokens, val_tokens: how many}; older runs know the fingerprint alone.
-    """
-    if before.get("data", now["data"]) == now["data"]:
-        return ""
-    counts = []
-    for split in ("train", "val"):
-        had, has = before.get(f"{split}_tokens"), now[f"{split}_tokens"]
-        if had not in (None, has):
-            counts.append(f"{split}.bin had {had:,} tokens, now {has:,}")
-    return ", ".join(counts) or "as many tokens, but others"

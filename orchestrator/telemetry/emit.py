@@ -1,4 +1,4 @@
-"""What the loop calls with a record: it stamps the record and hands it to the display and to the run's sinks."""
+"""The way of a record out of the loop: stamped, as JSON, to the display and to the run's sinks."""
 
 from __future__ import annotations
 
@@ -11,29 +11,30 @@ from typing import Any
 from orchestrator.config import TrainConfig
 from orchestrator.distributed.world import World
 from orchestrator.storage.options import redacted, storage_options_of
+from orchestrator.telemetry.records import Note, Record, to_json
 from orchestrator.telemetry.sinks import Sinks, open_sinks
 
-Record = dict[str, Any]
+JsonRecord = dict[str, Any]
 
 
 @contextmanager
 def open_telemetry(
-    config: TrainConfig, world: World, show: Callable[[Record], None]
+    config: TrainConfig, world: World, show: Callable[[JsonRecord], None]
 ) -> Iterator[Callable[[Record], None]]:
-    """Lend a function that takes records: show gets each at once, metrics.jsonl, TensorBoard and W&B on rank 0 too.
+    """Lend `emit`, which stamps a record and passes it to show and, on rank 0, to metrics.jsonl, TensorBoard and W&B.
 
     Raises:
         ConfigError: on all ranks, if W&B or TensorBoard is asked for and not installed.
     """
     sinks = world.collectively(lambda: _open(config, world) if world.is_main else Sinks([]))
 
-    def tell(record: Record) -> None:
-        stamped = {**record, "attempt": world.attempt, "time": time.time()}
+    def emit(record: Record) -> None:
+        stamped = {**to_json(record), "attempt": world.attempt, "time": time.time()}
         show(stamped)
         sinks.write(stamped)
 
     try:
-        yield tell
+        yield emit
     finally:
         sinks.close()
 
@@ -52,11 +53,11 @@ def _open(config: TrainConfig, world: World) -> Sinks:
 
 
 class PostingHandler(logging.Handler):
-    """Turns log lines into records of kind `note`."""
+    """Posts log lines as notes."""
 
-    def __init__(self, post: Callable[[Record], None]) -> None:
+    def __init__(self, post: Callable[[JsonRecord], None]) -> None:
         super().__init__()
         self._post = post
 
     def emit(self, entry: logging.LogRecord) -> None:
-        self._post({"kind": "note", "level": entry.levelname, "text": entry.getMessage()})
+        self._post(to_json(Note(level=entry.levelname, text=entry.getMessage())))

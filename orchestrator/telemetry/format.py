@@ -2,16 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
-Record = dict[str, Any]
+from orchestrator.telemetry.records import (
+    Begin,
+    CheckpointFailed,
+    CheckpointSaved,
+    CheckpointSkipped,
+    Evaluation,
+    Note,
+    Record,
+    RollingBack,
+    Step,
+    StepSkipped,
+    from_json,
+)
 
 
-def line_of(record: Record) -> str | None:
-    """Return the line of a record, None for one that is for machines only."""
-    line = _LINES.get(record["kind"])
-    return line(record) if line else None
+def line_of(value: dict[str, Any]) -> str | None:
+    """Return the line of a record, given as JSON, None for one that is for machines only."""
+    record = from_json(value)
+    return _line(record) if record else None
 
 
 def stopped_line(iter_num: int, max_iters: int, out_dir: str, *, eval_only: bool) -> str:
@@ -23,58 +34,60 @@ def stopped_line(iter_num: int, max_iters: int, out_dir: str, *, eval_only: bool
     return f"stopped at iteration {iter_num} of {max_iters}, saved in {out_dir}; the same command goes on from there"
 
 
-def print_record(record: Record) -> None:
-    """Print the line of a record to stdout."""
-    if line := line_of(record):
+def print_record(value: dict[str, Any]) -> None:
+    """Print the line of a record, given as JSON, to stdout."""
+    if line := line_of(value):
         print(line, flush=True)
 
 
-def _step(r: Record) -> str:
+def _line(record: Record) -> str | None:
+    match record:
+        case Step():
+            return _step(record)
+        case Evaluation():
+            return _evaluation(record)
+        case Begin():
+            return _begin(record)
+        case CheckpointSaved(name=name, seconds=seconds, pause_s=pause_s):
+            return f"saved {name} in {seconds:.2f} s, training paused for {pause_s * 1000:.0f} ms"
+        case CheckpointSkipped(name=name, why=why):
+            return f"skipped {name}: {why}"
+        case CheckpointFailed(name=name, why=why):
+            return f"{name} was not saved: {why}"
+        case StepSkipped(iter=it, why=why, in_a_row=in_a_row, skipped=skipped):
+            return f"iter {it}: step skipped, {why} ({in_a_row} in a row, {skipped} in all)"
+        case RollingBack(to_iter=to_iter, skipped_iters=skipped, why=why):
+            return f"going back to iteration {to_iter}, skipping the data of {skipped}: {why}"
+        case Note(text=text):
+            return text
+    return None
+
+
+def _step(r: Step) -> str:
     computed = ""
-    if r["mfu"] is not None:
-        computed = f", mfu {r['mfu'] * 100:.2f}%"
-    elif r["tflops"] is not None:
-        computed = f", {r['tflops']:.1f} TFLOP/s"
-    return f"iter {r['iter']}: loss {r['loss']:.4f}, time {r['dt_s'] * 1000:.2f}ms{computed}"
+    if r.mfu is not None:
+        computed = f", mfu {r.mfu * 100:.2f}%"
+    elif r.tflops is not None:
+        computed = f", {r.tflops:.1f} TFLOP/s"
+    return f"iter {r.iter}: loss {r.loss:.4f}, time {r.dt_s * 1000:.2f}ms{computed}"
 
 
-def _eval(r: Record) -> str:
-    more = f", perplexity {r['perplexity']:.3f}" if "perplexity" in r else ""
-    more += f", {r['bits_per_byte']:.4f} bits per byte" if "bits_per_byte" in r else ""
-    return f"step {r['iter']}: train loss {r['train_loss']:.4f}, val loss {r['val_loss']:.4f}{more}"
+def _evaluation(r: Evaluation) -> str:
+    more = f", perplexity {r.perplexity:.3f}" if r.perplexity is not None else ""
+    more += f", {r.bits_per_byte:.4f} bits per byte" if r.bits_per_byte is not None else ""
+    return f"step {r.iter}: train loss {r.train_loss:.4f}, val loss {r.val_loss:.4f}{more}"
 
 
-def _begin(r: Record) -> str:
-    origin = f"resuming {r['from']} ({_source(r)})" if r["from"] else "beginning"
+def _begin(r: Begin) -> str:
+    origin = f"resuming {r.from_} ({_source(r)})" if r.from_ else "beginning"
     return (
-        f"{origin} at iteration {r['iter']} of {r['max_iters']}: {r['num_params'] / 1e6:.2f}M parameters, "
-        f"{r['tokens_per_iter']:,} tokens per iteration, {r['world_size']} worker(s) on {r['device']}, {r['dtype']}"
+        f"{origin} at iteration {r.iter} of {r.max_iters}: {r.num_params / 1e6:.2f}M parameters, "
+        f"{r.tokens_per_iter:,} tokens per iteration, {r.world_size} worker(s) on {r.device}, {r.dtype}"
     )
 
 
-def _source(r: Record) -> str:
-    memory_bytes = r["size_bytes"] - r["from_storage_bytes"]
-    parts = {"node memory": max(0, memory_bytes), "storage": r["from_storage_bytes"]}
+def _source(r: Begin) -> str:
+    size_bytes, from_storage_bytes = r.size_bytes or 0, r.from_storage_bytes or 0
+    parts = {"node memory": max(0, size_bytes - from_storage_bytes), "storage": from_storage_bytes}
     read = " and ".join(f"{size / 1e6:.1f} MB of {place}" for place, size in parts.items() if size)
-    return f"{read} in {r['restore_s']:.2f} s"
-
-
-def _checkpoint(r: Record) -> str:
-    return f"saved {r['name']} in {r['seconds']:.2f} s, training paused for {r['pause_s'] * 1000:.0f} ms"
-
-
-_LINES: dict[str, Callable[[Record], str]] = {
-    "step": _step,
-    "eval": _eval,
-    "begin": _begin,
-    "checkpoint": _checkpoint,
-    "checkpoint_skipped": lambda r: f"skipped {r['name']}: {r['why']}",
-    "checkpoint_failed": lambda r: f"{r['name']} was not saved: {r['why']}",
-    "step_skipped": lambda r: (
-        f"iter {r['iter']}: step skipped, {r['why']} ({r['in_a_row']} in a row, {r['skipped']} in all)"
-    ),
-    "rollback": lambda r: (
-        f"going back to iteration {r['to_iter']}, skipping the data of {r['skipped_iters']}: {r['why']}"
-    ),
-    "note": lambda r: r["text"],
-}
+    return f"{read} in {r.restore_s or 0.0:.2f} s"

@@ -19,7 +19,23 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
-Record = dict[str, Any]
+from orchestrator.telemetry.records import (
+    AttemptEnded,
+    AttemptPlaced,
+    AttemptRunning,
+    AttemptStarting,
+    AttemptWaiting,
+    Begin,
+    CheckpointSaved,
+    DriverEnded,
+    DriverStarted,
+    Evaluation,
+    Failure,
+    RollingBack,
+    Step,
+    StepWindow,
+    from_json,
+)
 
 ENTRIES = ("productive", "pause", "start_up", "detection", "recovery", "waiting", "lost")
 # of an incident, in order: what each one lasts until
@@ -70,15 +86,42 @@ class Ledger:
         """Return the productive part of the time, 0 before any passed."""
         return self.seconds["productive"] / self.wall_s if self.wall_s else 0.0
 
-    def add(self, record: Record) -> None:
-        """Take a record; those of kinds that say nothing about time are welcome too."""
-        handle = getattr(self, f"_on_{record['kind']}", None)
-        if handle:
-            handle(record, float(record["time"]))
-        if record["kind"] in ("step", "steps", "eval", "checkpoint"):
-            self._told_s = float(record["time"])
-        if record["kind"] == "step":
-            self.iter_num = max(self.iter_num, record["iter"] + 1)
+    def add(self, value: dict[str, Any]) -> None:
+        """Take a record, given as JSON; those of kinds that say nothing about time are welcome too."""
+        record, time_s = from_json(value), float(value["time"])
+        match record:
+            case DriverStarted():
+                self._driver_started(time_s)
+            case AttemptStarting() | AttemptWaiting():
+                self._attempt_asked_for_room(time_s)
+            case AttemptPlaced():
+                self._pass(time_s)
+                self._phase("place", time_s)
+                self._is_placing = False
+            case AttemptRunning():
+                self._pass(time_s)
+                self._phase("start", time_s)
+            case Begin():
+                self._began(record, time_s)
+            case StepWindow():
+                self._stepped(record, time_s)
+            case Failure():
+                self._failed(record, time_s)
+            case RollingBack():
+                self._pass(time_s)
+                self._incident("bad_numbers", "", time_s)
+                self._entry = self._before = "recovery"
+            case AttemptEnded():
+                self._attempt_ended(time_s)
+            case DriverEnded():
+                self._attempt_ended(time_s)
+                self._is_driven, self._is_placing = False, False
+                self._open = None
+                self._entry = "start_up"
+        if isinstance(record, Step | StepWindow | Evaluation | CheckpointSaved):
+            self._told_s = time_s
+        if isinstance(record, Step):
+            self.iter_num = max(self.iter_num, record.iter + 1)
 
     def _pass(self, until_s: float, entry: str | None = None) -> None:
         """Book the time up to a moment; clocks of two machines differ a little, and nothing passes twice."""
@@ -96,7 +139,7 @@ class Ledger:
             self._open.phases[name] = self._open.phases.get(name, 0.0) + max(0.0, until_s - self._mark_s)
             self._mark_s = until_s
 
-    def _on_driver_started(self, record: Record, time_s: float) -> None:  # noqa: ARG002
+    def _driver_started(self, time_s: float) -> None:
         if self._is_driven:  # the one before ended without a word
             self._pass(max(self._told_s, self._now_s or 0.0))
             self._incident("driver_lost", "the driver's", self._told_s or time_s)
@@ -107,84 +150,58 @@ class Ledger:
         self._is_driven, self._is_placing = True, False
         self._entry = self._before = "recovery" if self._open else "start_up"
 
-    def _on_attempt_starting(self, record: Record, time_s: float) -> None:  # noqa: ARG002
+    def _attempt_asked_for_room(self, time_s: float) -> None:
         self._pass(time_s, "waiting" if self._is_placing else None)  # asked before, and got no machines
         self._phase("wait" if self._is_placing else "tear_down", time_s)
         self._is_placing = True
 
-    def _on_attempt_waiting(self, record: Record, time_s: float) -> None:  # noqa: ARG002
-        self._pass(time_s, "waiting" if self._is_placing else None)
-        self._phase("wait" if self._is_placing else "tear_down", time_s)
-        self._is_placing = True
-
-    def _on_attempt_placed(self, record: Record, time_s: float) -> None:  # noqa: ARG002
-        self._pass(time_s)
-        self._phase("place", time_s)
-        self._is_placing = False
-
-    def _on_attempt_running(self, record: Record, time_s: float) -> None:  # noqa: ARG002
-        self._pass(time_s)
-        self._phase("start", time_s)
-
-    def _on_begin(self, record: Record, time_s: float) -> None:
+    def _began(self, record: Begin, time_s: float) -> None:
         self._pass(time_s)
         self.attempts += 1
-        repeated = max(0, self.iter_num - record["iter"])
+        repeated = max(0, self.iter_num - record.iter)
         if repeated:
             self._move(repeated * (self.median_s or 0.0), "productive", "lost")
         if self._open:
-            restore_s = float(record.get("restore_s", 0.0))
-            self._phase("set_up", time_s - restore_s)
+            self._phase("set_up", time_s - (record.restore_s or 0.0))
             self._phase("restore", time_s)
             self._open.steps_repeated = repeated
-        self.iter_num = record["iter"]
+        self.iter_num = record.iter
         self._first_s, self._told_s = None, time_s
 
-    def _on_steps(self, record: Record, time_s: float) -> None:
-        worked_s = record["step_s"] + record["eval_s"]
+    def _stepped(self, window: StepWindow, time_s: float) -> None:
         if self._entry != "productive":  # the first window of an attempt
-            self._pass(time_s - worked_s)
+            self._pass(time_s - (window.step_s + window.eval_s))
             self._entry = "productive"
-            self._first_s = record["step_s"] if record["count"] == 1 else None
+            self._first_s = window.step_s if window.count == 1 else None
             self._phase("first_step", time_s)
             self._open = None
-        elif self._first_s is not None and record["median_s"] is not None:  # it compiled, or filled caches
-            self._move(self._first_s - record["median_s"], "productive", self._before)
+        elif self._first_s is not None and window.median_s is not None:  # it compiled, or filled caches
+            self._move(self._first_s - window.median_s, "productive", self._before)
             self._first_s = None
         self._pass(time_s)
-        self._move(record["pause_s"], "productive", "pause")
-        self.iter_num = max(self.iter_num, record["iter"])
-        if record["median_s"] is not None and record["count"] > 1:
-            self.median_s = record["median_s"]
+        self._move(window.pause_s, "productive", "pause")
+        self.iter_num = max(self.iter_num, window.iter)
+        if window.median_s is not None and window.count > 1:
+            self.median_s = window.median_s
 
-    def _on_failure(self, record: Record, time_s: float) -> None:
-        reached_s = min(float(record.get("reached_at_s", self._told_s or time_s)), time_s)
+    def _failed(self, failure: Failure, time_s: float) -> None:
+        told_s = self._told_s or time_s
+        reached_s = min(told_s if failure.reached_at_s is None else failure.reached_at_s, time_s)
         if self._entry == "productive":
             self._pass(reached_s)
             self._pass(time_s, "detection")
         else:  # it failed before it had done an iteration
             self._pass(time_s)
             reached_s = time_s
-        self.iter_num = max(self.iter_num, record.get("reached_iter", 0))
-        self._incident(record["cause"], record.get("node", ""), reached_s)
+        self.iter_num = max(self.iter_num, failure.reached_iter or 0)
+        self._incident(failure.cause, failure.node or "", reached_s)
         self._phase("detect", time_s)
-        self._phase("rescue", time_s + record.get("rescue_s", 0.0))
+        self._phase("rescue", time_s + (failure.rescue_s or 0.0))
         self._entry = self._before = "recovery"
 
-    def _on_rollback(self, record: Record, time_s: float) -> None:  # noqa: ARG002
-        self._pass(time_s)
-        self._incident("bad_numbers", "", time_s)
-        self._entry = self._before = "recovery"
-
-    def _on_attempt_ended(self, record: Record, time_s: float) -> None:  # noqa: ARG002
+    def _attempt_ended(self, time_s: float) -> None:
         self._pass(time_s, "start_up" if self._entry == "productive" else None)
         self._phase("tear_down", time_s)
-
-    def _on_driver_ended(self, record: Record, time_s: float) -> None:
-        self._on_attempt_ended(record, time_s)
-        self._is_driven, self._is_placing = False, False
-        self._open = None
-        self._entry = "start_up"
 
     def _incident(self, cause: str, where: str, reached_s: float) -> None:
         self._open = Incident(reached_s, cause, where, self.iter_num)
@@ -192,8 +209,8 @@ class Ledger:
         self._mark_s = reached_s
 
 
-def account(records: Iterable[Record]) -> Ledger:
-    """Return the ledger of a run's events and metrics, in whatever order they are given."""
+def account(records: Iterable[dict[str, Any]]) -> Ledger:
+    """Return the ledger of a run's events and metrics, given as JSON in whatever order."""
     ledger = Ledger()
     for record in sorted(records, key=lambda record: float(record["time"])):
         ledger.add(record)

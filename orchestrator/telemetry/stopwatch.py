@@ -11,7 +11,7 @@ _WINDOW_S = 10.0
 
 
 class Stopwatch:
-    """Started before the first iteration; that one is a window of its own, since compilers and caches make it long."""
+    """The first iteration is a window of its own, since compilers and caches make it long."""
 
     def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
         self._clock = clock
@@ -19,6 +19,10 @@ class Stopwatch:
         self._steps_s: list[float] = []
         self._eval_s = self._paused_s = 0.0
         self._is_first = True
+
+    def start(self) -> None:
+        """Begin the first iteration now: what came before is no iteration's time."""
+        self._lap_s = self._clock()
 
     def evaluated(self) -> None:
         """Note the end of an evaluation."""

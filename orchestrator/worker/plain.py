@@ -27,7 +27,7 @@ from orchestrator.storage.options import storage_options_of
 from orchestrator.telemetry.display import quiet, until_nobody_reads
 from orchestrator.telemetry.emit import open_telemetry
 from orchestrator.telemetry.format import print_record, stopped_line
-from orchestrator.training.attempt import Outcome, StopRequest
+from orchestrator.training.attempt import Callbacks, Outcome, StopRequest
 from orchestrator.training.lr_schedule import tell_doubts
 from orchestrator.worker import environment as worker_environment
 from orchestrator.worker.torchrun import PeerLossGuard
@@ -87,13 +87,13 @@ def _train(config: TrainConfig) -> Outcome:
     if finished:
         raise FinishedRunError(finished)
     be_outlasted()
-    with _stop_asked() as asked, open_telemetry(config, world, _show) as tell, PeerLossGuard(config, world) as vigil:
+    with _stop_asked() as asked, open_telemetry(config, world, _show) as emit, PeerLossGuard(config, world) as vigil:
 
-        def should_stop() -> int:
+        def stop_request() -> int:
             vigil.beat()
             return StopRequest.STOP if asked else StopRequest.NONE
 
-        return train(config, world, tell, should_stop=should_stop, began=vigil.guard)
+        return train(config, world, Callbacks(emit, stop_request=stop_request, ready=vigil.guard))
 
 
 @contextmanager

@@ -24,7 +24,7 @@ from orchestrator.cluster.mailbox import MailboxClient
 from orchestrator.config import TrainConfig
 from orchestrator.distributed.device import local_device, resolve
 from orchestrator.distributed.join import new_attempt
-from orchestrator.distributed.numerics import change_of_data
+from orchestrator.distributed.numerics import NumericsFingerprint
 from orchestrator.distributed.world import World
 from orchestrator.errors import CheckpointError, DataError, StorageUnavailableError, UserError
 from orchestrator.host.gpus import wait_until_free
@@ -32,7 +32,8 @@ from orchestrator.loop import train
 from orchestrator.storage.options import Secret, redacted, storage_options_of
 from orchestrator.storage.retry import read_with_retries
 from orchestrator.telemetry.emit import PostingHandler, open_telemetry
-from orchestrator.training.attempt import StopRequest
+from orchestrator.telemetry.records import CheckpointSaved
+from orchestrator.training.attempt import Callbacks, StopRequest
 from orchestrator.worker.drain import leave, notice
 from orchestrator.worker.failure import AttemptFailedError, Cause, WorkerFailure, classify
 from orchestrator.worker.final_reports import failure_reporter
@@ -59,13 +60,13 @@ def run_worker(job: dict[str, Any]) -> dict[str, Any]:
     watcher: Watcher | None = None
     watchdog = Watchdog(config.hang_timeout_s, partial(_hangs, config, world, failure_reporter()))
 
-    def should_stop() -> int:
+    def stop_request() -> int:
         watchdog.beat(_savers[-1].changed_at_s if _savers else 0.0)
         if mailbox.should_stop():
             return StopRequest.STOP
         return StopRequest.PREEMPTED if notice() else StopRequest.NONE
 
-    def begin(saver: Saver) -> None:
+    def ready(saver: Saver) -> None:
         _savers[:] = [saver]
         first = mailbox.first("surroundings", saver.environment)
         world.collectively(lambda: _check_same_data(config, first, saver.environment))
@@ -73,8 +74,8 @@ def run_worker(job: dict[str, Any]) -> dict[str, Any]:
     try:
         watcher = world.collectively(_watch_cloud)
         world.collectively(lambda: _check_shared(config, job))
-        with open_telemetry(config, world, mailbox.post) as tell:
-            outcome = train(config, world, tell, _register, should_stop, begin)
+        with open_telemetry(config, world, mailbox.post) as emit:
+            outcome = train(config, world, Callbacks(emit, _register, stop_request, ready))
         if outcome.preempted:
             text = notice() or "another rank's machine is taken away"
             now_s = time.time()
@@ -205,21 +206,22 @@ def _check_same_data(config: TrainConfig, first: dict[str, Any], now: dict[str, 
     Raises:
         DataError: it is another.
     """
-    if change := change_of_data(first, now):
+    before = NumericsFingerprint.from_json(first)
+    if change := NumericsFingerprint.from_json(now).change_of_data(before):
         raise DataError(
             f"{Path(config.data_dir, config.dataset)} was changed while this run used it: {change}. Put back what it "
             "was and give the same command again; to go on with other data, give it without doing so"
         )
 
 
-def _register(record: dict[str, Any]) -> None:
+def _register(saved: CheckpointSaved) -> None:
     """Tell Ray of a committed checkpoint, which is in its place already, whole and checked: nothing is uploaded."""
     run = ray.train.get_context().get_storage()
-    checkpoint = Checkpoint(f"{run.experiment_fs_path}/{record['name']}", filesystem=run.storage_filesystem)
-    metrics = {"iter_num": record["iter"], **{key: record[key] for key in ("best_val_loss", "val_loss")}}
+    checkpoint = Checkpoint(f"{run.experiment_fs_path}/{saved.name}", filesystem=run.storage_filesystem)
+    metrics = {"iter_num": saved.iter, "best_val_loss": saved.best_val_loss, "val_loss": saved.val_loss}
     ray.train.report(
         metrics,
         checkpoint,
-        checkpoint_dir_name=record["name"],
+        checkpoint_dir_name=saved.name,
         checkpoint_upload_mode=CheckpointUploadMode.NO_UPLOAD,
     )

@@ -8,13 +8,14 @@ import pickle
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from orchestrator.config import TrainConfig
 from orchestrator.distributed.device import resolve
-from orchestrator.distributed.numerics import change_of_data
+from orchestrator.distributed.numerics import NumericsFingerprint
 from orchestrator.distributed.world import World
 from orchestrator.driver.launch import launch
 from orchestrator.errors import UserError
@@ -76,6 +77,10 @@ def test_a_new_command_may_have_other_data_and_says_so_loudly(
     assert "THE DATASET IS NOT THE ONE" in caplog.text
     assert "train.bin had 1,000,000 tokens, now 500,000; it goes on with this one" in caplog.text
     assert "the last bits may differ" not in caplog.text
+
+
+def change_of_data(before: dict[str, Any], now: dict[str, Any]) -> str:
+    return NumericsFingerprint.from_json(now).change_of_data(NumericsFingerprint.from_json(before))
 
 
 def test_what_has_changed_is_told() -> None:

@@ -8,7 +8,6 @@ import shutil
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +26,7 @@ from orchestrator.distributed.device import resolve
 from orchestrator.distributed.world import World
 from orchestrator.errors import ConfigError, StorageUnavailableError
 from orchestrator.telemetry.metrics import read_metrics
+from orchestrator.training.attempt import Callbacks, Outcome
 from tests.conftest import Undisturbed, final_state, in_steps
 from tests.support import ranks
 from tests.support.blackout import Standstill, blackout, struck
@@ -564,7 +564,12 @@ def test_without_node_memory(tiny: TrainConfig, folder: Path, undisturbed: Undis
 
 def stop_after_nine(_rank: int) -> None:
     calls = iter(range(10**6))
-    loop.train = partial(loop.train, should_stop=in_steps(lambda: next(calls) >= 9))
+    original = loop.train
+
+    def train(config: TrainConfig, world: World, hooks: Callbacks) -> Outcome:
+        return original(config, world, replace(hooks, stop_request=in_steps(lambda: next(calls) >= 9)))
+
+    loop.train = train  # type: ignore[assignment]
 
 
 @pytest.mark.slow

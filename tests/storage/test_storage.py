@@ -34,6 +34,7 @@ from orchestrator.storage.transfer import locate, make_folder
 from orchestrator.telemetry.emit import open_telemetry
 from orchestrator.telemetry.format import print_record
 from orchestrator.telemetry.metrics import read_metrics
+from orchestrator.training.attempt import Callbacks
 from tests.conftest import Storage, Undisturbed, enter, forget_clients, in_steps
 from tests.support.servers import S3Server, SFTPServer, free_ports
 
@@ -75,9 +76,9 @@ def run(config: TrainConfig, attempt: str, stop_after: int | None = None) -> Non
     """Train in this process, with telemetry as `python -m orchestrator.loop` has it."""
     world = World(attempt=attempt)
     calls = iter(range(10**6))
-    with open_telemetry(config, world, print_record) as tell:
+    with open_telemetry(config, world, print_record) as emit:
         is_over = in_steps(lambda: stop_after is not None and next(calls) >= stop_after)
-        train(resolve(config), world, tell, should_stop=is_over)
+        train(resolve(config), world, Callbacks(emit, stop_request=is_over))
 
 
 def state_in(config: TrainConfig) -> Snapshot:

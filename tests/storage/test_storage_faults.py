@@ -39,9 +39,11 @@ from orchestrator.loop import train
 from orchestrator.storage import retry, transfer
 from orchestrator.storage.options import storage_options_of
 from orchestrator.storage.transfer import locate
+from orchestrator.telemetry import records
 from orchestrator.telemetry.emit import open_telemetry
 from orchestrator.telemetry.format import print_record
 from orchestrator.telemetry.metrics import read_metrics
+from orchestrator.training.attempt import Callbacks
 from tests.conftest import Storage, Undisturbed, forget_clients, in_steps
 from tests.support import faults, ranks
 from tests.support.servers import Fault, FaultyProxy, S3Server, SFTPServer
@@ -88,17 +90,17 @@ class Run:
         world = World(attempt=self.attempt)
         iterations = iter(range(10**6))
 
-        def should_stop() -> bool:
+        def stop_request() -> bool:
             self.each()
             return self.stop_after is not None and next(iterations) >= self.stop_after
 
-        with open_telemetry(self.config, world, print_record) as tell:
+        with open_telemetry(self.config, world, print_record) as emit:
 
-            def note(record: Record) -> None:
-                self.records.append({**record, "mark": self.mark()})
-                tell(record)
+            def note(record: records.Record) -> None:
+                self.records.append({**records.to_json(record), "mark": self.mark()})
+                emit(record)
 
-            train(resolve(self.config), world, note, should_stop=in_steps(should_stop))
+            train(resolve(self.config), world, Callbacks(note, stop_request=in_steps(stop_request)))
         return self
 
     def of(self, kind: str) -> list[int]:

@@ -35,6 +35,8 @@ from orchestrator.storage.transfer import atomic_write, exists, local_copy, loca
 from orchestrator.telemetry.emit import open_telemetry
 from orchestrator.telemetry.format import print_record
 from orchestrator.telemetry.metrics import MetricsLog, read_metrics
+from orchestrator.telemetry.records import Record, to_json
+from orchestrator.training.attempt import Callbacks
 from tests.conftest import Storage, enter, forget_clients
 from tests.support.servers import FaultyProxy, S3Server, free_ports
 
@@ -87,17 +89,17 @@ def run(
     records = [] if records is None else records
     world = World(attempt=attempt)
 
-    def should_stop() -> int:
+    def stop_request() -> int:
         each()
         return 0
 
-    with open_telemetry(config, world, print_record) as tell:
+    with open_telemetry(config, world, print_record) as emit:
 
-        def note(record: dict[str, Any]) -> None:
-            records.append(record)
-            tell(record)
+        def note(record: Record) -> None:
+            records.append(to_json(record))
+            emit(record)
 
-        train(resolve(config), world, note, should_stop=should_stop)
+        train(resolve(config), world, Callbacks(note, stop_request=stop_request))
     return records
 
 

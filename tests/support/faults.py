@@ -93,6 +93,7 @@ def arm(fault: Fault) -> None:
     from orchestrator.checkpoint.store import CheckpointStore
     from orchestrator.distributed import gradients
     from orchestrator.distributed.world import World
+    from orchestrator.training import attempt
 
     step = {"iter_num": -1}
     times = {"reached": 0}
@@ -116,7 +117,7 @@ def arm(fault: Fault) -> None:
 
         setattr(owner, name, wraps(original)(wrapped))
 
-    original_seed, original_evaluate, original_write = loop.seed_dropout, loop.evaluate, durable.write_file
+    original_seed, original_evaluate, original_write = loop.seed_dropout, attempt.evaluate, durable.write_file
 
     def seed_dropout(dropout: float, seed: int, iter_num: int, micro_step: int) -> None:
         step["iter_num"] = iter_num
@@ -135,13 +136,13 @@ def arm(fault: Fault) -> None:
 
         return original_write(fs, path, pieces, told)
 
-    loop.seed_dropout, loop.evaluate, durable.write_file = seed_dropout, evaluate, write_file
+    loop.seed_dropout, attempt.evaluate, durable.write_file = seed_dropout, evaluate, write_file
     optim.register_optimizer_step_pre_hook(lambda *_: reached("optimizer", step["iter_num"], is_exact=True))
     optim.register_optimizer_step_post_hook(lambda *_: reached("after_optimizer", step["iter_num"], is_exact=True))
     wrap(durable, "_write", lambda _store, name, *_: _iter_of(name), before="upload", after="write")
     wrap(CheckpointStore, "commit", lambda _store, name, *_: _iter_of(name), before="commit", after="committed")
     wrap(gradients, "average", lambda *_: step["iter_num"], after="reduce")
-    wrap(loop, "warm_up", lambda *_: fault.iter_num, before="warm_up")
+    wrap(gradients.ReplicatedTraining, "warm_up", lambda *_: fault.iter_num, before="warm_up")
     wrap(World, "agree", lambda *_: step["iter_num"] + 1, after="all_reduce")
     wrap(reading, "stream_tensors", lambda *_: fault.iter_num, before="restore")
     wrap(SnapshotBuffer, "publish", lambda _slot, name, *_: _iter_of(name), before="seal", after="sealed")

@@ -21,10 +21,10 @@ class Poison:
         if rank != self.rank:
             return
         from model import GPT
-        from orchestrator import loop
+        from orchestrator.training import attempt
 
         now = {"iter": -1}
-        original_iter, original_forward = loop.data_iter, GPT.forward
+        original_iter, original_forward = attempt.data_iter, GPT.forward
 
         def data_iter(*args: Any) -> int:
             now["iter"] = original_iter(*args)
@@ -36,7 +36,7 @@ class Poison:
                 loss = loss * self.value
             return logits, loss
 
-        loop.data_iter, GPT.forward = data_iter, forward  # type: ignore[assignment,method-assign]
+        attempt.data_iter, GPT.forward = data_iter, forward  # type: ignore[assignment,method-assign]
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,6 @@ class FlippedBit:
             return
         from pathlib import Path
 
-        from orchestrator import loop
         from orchestrator.training.guard import Guard
 
         original = Guard.judge
@@ -63,4 +62,4 @@ class FlippedBit:
                 next(guard._state.model.parameters()).data.view(torch.int32)[0, 0] ^= 1 << 20
             return original(guard, *args)
 
-        loop.Guard.judge = judge  # type: ignore[method-assign]
+        Guard.judge = judge  # type: ignore[method-assign]

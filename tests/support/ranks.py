@@ -96,6 +96,7 @@ def _run(
     from orchestrator.distributed.world import World
     from orchestrator.telemetry.emit import open_telemetry
     from orchestrator.telemetry.format import print_record
+    from orchestrator.training.attempt import Callbacks
     from tests.support.faults import arm
 
     logging.basicConfig(level=logging.INFO, format=f"rank {rank}: %(message)s", stream=sys.stderr)
@@ -107,6 +108,6 @@ def _run(
     dist.init_process_group("gloo", init_method=meeting.as_uri(), rank=rank, world_size=world_size)
     world = World(rank, world_size)
     world = replace(world, attempt=world.broadcast_json(new_attempt()))
-    with open_telemetry(config, world, print_record) as tell:
-        loop.train(config, world, tell)
+    with open_telemetry(config, world, print_record) as emit:
+        loop.train(config, world, Callbacks(emit))
     dist.destroy_process_group()

@@ -27,6 +27,8 @@ from orchestrator.distributed.world import World
 from orchestrator.driver.preflight import plan
 from orchestrator.errors import CheckpointError
 from orchestrator.loop import train
+from orchestrator.telemetry.records import to_json
+from orchestrator.training.attempt import Callbacks
 
 Refused = Callable[..., str]
 
@@ -365,7 +367,7 @@ def damage(out_dir: str, iter_num: int, pattern: str = "model-*") -> str:
 def resumed(config: TrainConfig) -> int:
     """Train two more iterations and return where that began."""
     began: list[int] = []
-    train(resolve(config), World(attempt="again"), lambda record: began.append(record["iter"]))
+    train(resolve(config), World(attempt="again"), Callbacks(lambda record: began.append(to_json(record)["iter"])))
     return began[0]
 
 

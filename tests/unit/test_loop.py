@@ -26,9 +26,12 @@ from orchestrator.data.dataset import open_dataset
 from orchestrator.distributed.device import resolve
 from orchestrator.distributed.world import World
 from orchestrator.errors import CheckpointError, ConfigError, StorageError
-from orchestrator.loop import dropout_seed, train
+from orchestrator.loop import train
 from orchestrator.telemetry.format import line_of
-from orchestrator.training.attempt import Outcome, StopRequest
+from orchestrator.telemetry.records import to_json
+from orchestrator.training import attempt
+from orchestrator.training.attempt import Callbacks, Outcome, StopRequest, batch_order
+from orchestrator.training.step import dropout_seed
 from tests.conftest import in_steps
 
 Record = dict[str, Any]
@@ -40,8 +43,10 @@ def run(config: TrainConfig, stop_after: int | None = None, attempt: str = "a") 
     outcome = train(
         resolve(config),
         World(attempt=attempt),
-        records.append,
-        should_stop=in_steps(lambda: stop_after is not None and next(calls) >= stop_after),
+        Callbacks(
+            lambda record: records.append(to_json(record)),
+            stop_request=in_steps(lambda: stop_after is not None and next(calls) >= stop_after),
+        ),
     )
     return outcome, records
 
@@ -106,14 +111,14 @@ def test_epochs_go_on_with_another_batch(
     assert "goes on at block" not in caplog.text
     assert last_state(config).config["epoch_began"] == [5, 80]
     seen = [start for (iter_num, _), starts in sorted(drawn.items()) if iter_num < 10 for start in starts]
-    data = open_dataset(config.data_dir, config.dataset, loop.batch_order(config))
+    data = open_dataset(config.data_dir, config.dataset, batch_order(config))
     n_tokens = len(data.files.splits["train"])
-    one = replace(loop.batch_order(config), batch_size=1, gradient_accumulation_steps=1)
+    one = replace(batch_order(config), batch_size=1, gradient_accumulation_steps=1)
     assert seen == [int(real(one, n_tokens, "train", i, 0)[0]) for i in range(5 * 16 + 5 * 6)]
 
 
 def told_in_evaluation(at_iter: int, answer: int, after: int = 2) -> Any:
-    """Return a should_stop that gives its answer in the evaluation of an iteration: at its `after`-th batch."""
+    """Return a stop_request that gives its answer in the evaluation of an iteration: at its `after`-th batch."""
     asked = {"steps": -1, "batches": 0}
     original = loop.seed_dropout
 
@@ -121,11 +126,11 @@ def told_in_evaluation(at_iter: int, answer: int, after: int = 2) -> Any:
         asked.update(steps=iter_num, batches=0)
         original(dropout, seed, iter_num, micro_step)
 
-    def should_stop() -> int:
+    def stop_request() -> int:
         asked["batches"] += 1
         return answer if asked["steps"] == at_iter - 1 and asked["batches"] >= after else StopRequest.NONE
 
-    return seed_dropout, should_stop, asked
+    return seed_dropout, stop_request, asked
 
 
 @pytest.mark.parametrize(
@@ -138,9 +143,9 @@ def test_an_evaluation_is_broken_off_and_done_by_the_next_attempt(
     disturbed = replace(tiny, eval_iters=50)
     run(undisturbed)
     with monkeypatch.context() as patch:
-        seed_dropout, should_stop, asked = told_in_evaluation(at_iter, answer)
+        seed_dropout, stop_request, asked = told_in_evaluation(at_iter, answer)
         patch.setattr(loop, "seed_dropout", seed_dropout)
-        outcome = train(resolve(disturbed), World(attempt="a"), should_stop=should_stop)
+        outcome = train(resolve(disturbed), World(attempt="a"), Callbacks(stop_request=stop_request))
     assert asked["batches"] < 5, "within a batch"
     assert (outcome.iter_num, outcome.stopped, outcome.preempted) == (at_iter, True, answer == StopRequest.PREEMPTED)
     (checkpoint,) = [each for each in CheckpointStore(tiny.out_dir).newest_first() if each.iter_num == at_iter]
@@ -160,7 +165,7 @@ def test_an_evaluation_is_broken_off_and_done_by_the_next_attempt(
 
 
 def test_a_stop_before_the_first_iteration_leaves_nothing(tiny: TrainConfig) -> None:
-    outcome = train(resolve(tiny), World(attempt="a"), should_stop=lambda: StopRequest.STOP)
+    outcome = train(resolve(tiny), World(attempt="a"), Callbacks(stop_request=lambda: StopRequest.STOP))
     assert outcome == Outcome(0, 1e9, stopped=True)
     assert CheckpointStore(tiny.out_dir).names() == []
     assert run(tiny, attempt="b")[0].iter_num == tiny.max_iters
@@ -170,7 +175,7 @@ def test_an_evaluation_alone_is_stopped_and_changes_nothing(tiny: TrainConfig) -
     run(replace(tiny, max_iters=8))
     before = contents(tiny.out_dir)
     config = replace(tiny, eval_only=True, eval_iters=10**6)
-    outcome = train(resolve(config), World(attempt="b"), should_stop=lambda: StopRequest.STOP)
+    outcome = train(resolve(config), World(attempt="b"), Callbacks(stop_request=lambda: StopRequest.STOP))
     assert (outcome.stopped, outcome.iter_num) == (True, 8)
     assert contents(tiny.out_dir) == before
 
@@ -209,8 +214,8 @@ def contents(out_dir: str) -> dict[Path, bytes]:
 def test_an_evaluation_has_no_moments_and_reads_none(tiny: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     run(replace(tiny, max_iters=8))
     begun: list[TrainState] = []
-    original = loop.restore_or_initialize
-    monkeypatch.setattr(loop, "restore_or_initialize", lambda *args: begun.append(original(*args)) or begun[-1])
+    original = attempt.restore_or_initialize
+    monkeypatch.setattr(attempt, "restore_or_initialize", lambda *args: begun.append(original(*args)) or begun[-1])
     _, records = run(replace(tiny, eval_only=True), attempt="b")
     assert not begun[0].optimizer.state
     assert all(parameter.grad is None for parameter in begun[0].model.parameters())
@@ -222,7 +227,7 @@ def test_an_evaluation_has_no_moments_and_reads_none(tiny: TrainConfig, monkeypa
 def test_an_evaluation_tells_perplexity_and_bits_per_byte(tiny: TrainConfig) -> None:
     run(replace(tiny, max_iters=8))
     _, (_, record) = run(replace(tiny, eval_only=True), attempt="b")
-    data = open_dataset(tiny.data_dir, tiny.dataset, loop.batch_order(tiny))
+    data = open_dataset(tiny.data_dir, tiny.dataset, batch_order(tiny))
     assert data.tokenizer
     tokens = data.files.splits["val"]
     text_bytes = len(data.tokenizer.decode(tokens).encode())

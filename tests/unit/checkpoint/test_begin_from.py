@@ -27,6 +27,8 @@ from orchestrator.distributed.world import World
 from orchestrator.driver.preflight import plan
 from orchestrator.errors import CheckpointError, ConfigError, DataError, FinishedRunError, UserError
 from orchestrator.loop import train
+from orchestrator.telemetry.records import to_json
+from orchestrator.training.attempt import Callbacks
 from orchestrator.worker import plain
 from tests.conftest import final_state
 from tests.support import ranks
@@ -54,7 +56,7 @@ def begun(config: TrainConfig) -> tuple[int, Snapshot]:
     """Plan and train; return the iteration where that began, and the end."""
     plan(config)
     began: list[int] = []
-    train(resolve(check(config)), World(), lambda record: began.append(record["iter"]))
+    train(resolve(check(config)), World(), Callbacks(lambda record: began.append(to_json(record)["iter"])))
     return began[0], final_state(config.out_dir)
 
 

@@ -10,13 +10,16 @@ import pytest
 import torch
 
 from model import GPT
-from orchestrator import loop
 from orchestrator.checkpoint.restore import restore
 from orchestrator.checkpoint.save.saver import Saver
 from orchestrator.config import TrainConfig
 from orchestrator.distributed import numerics as process
 from orchestrator.distributed.device import resolve
 from orchestrator.distributed.world import World
+from orchestrator.loop import train
+from orchestrator.telemetry.records import Record, RollingBack
+from orchestrator.training import attempt
+from orchestrator.training.attempt import Callbacks
 from tests.support.fake_cuda import fake_cuda
 
 
@@ -24,7 +27,7 @@ from tests.support.fake_cuda import fake_cuda
 def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
     """The batches of iterations 6 and 7 make the loss bad."""
     drawn = [-1]
-    data_iter, forward = loop.data_iter, GPT.forward
+    data_iter, forward = attempt.data_iter, GPT.forward
 
     def noted(*args: Any) -> int:
         drawn[0] = data_iter(*args)
@@ -35,7 +38,7 @@ def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
         is_bad = loss is not None and model.training and drawn[0] in (6, 7)
         return logits, loss * float("nan") if is_bad else loss
 
-    monkeypatch.setattr(loop, "data_iter", noted)
+    monkeypatch.setattr(attempt, "data_iter", noted)
     monkeypatch.setattr(GPT, "forward", poisonous)
 
 
@@ -55,9 +58,9 @@ def test_the_old_state_is_gone_before_the_new_one_is_built(tiny: TrainConfig, mo
     monkeypatch.setattr(restore, "_build", noted)
     savers: list[Saver] = []  # kept, as a worker keeps what can rescue its state
     config = resolve(replace(tiny, max_bad_steps=2, max_iters=12, lr_decay_iters=12, eval_interval=100))
-    records: list[dict[str, Any]] = []
-    loop.train(config, World(attempt="a"), records.append, began=savers.append)
-    assert [record["to_iter"] for record in records if record["kind"] == "rollback"] == [4]
+    records: list[Record] = []
+    train(config, World(attempt="a"), Callbacks(records.append, ready=savers.append))
+    assert [record.to_iter for record in records if isinstance(record, RollingBack)] == [4]
     assert len(models) == len(savers) == 2
     assert alive == [False]
     assert savers[0]._pool.buffers == []

@@ -33,7 +33,7 @@ class Watch:
         from orchestrator.distributed import gradients
 
         seen: dict[str, Any] = {"model": None, "buckets": set()}
-        original_wrap, original_average, original_seed = loop.wrap, gradients.average, loop.seed_dropout
+        original_wrap, original_average, original_seed = gradients.wrap, gradients.average, loop.seed_dropout
 
         def wrapped(net: nn.Module, world: World) -> DistributedDataParallel:
             seen["model"] = net
@@ -55,7 +55,7 @@ class Watch:
                 seen["buckets"].clear()
             original_seed(dropout, seed, iter_num, micro_step)
 
-        loop.wrap, gradients.average, loop.seed_dropout = wrapped, average, seed_dropout
+        gradients.wrap, gradients.average, loop.seed_dropout = wrapped, average, seed_dropout
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16"])

@@ -16,10 +16,10 @@ import torch
 from orchestrator.checkpoint.store import CheckpointStore
 from orchestrator.config import TrainConfig
 from orchestrator.distributed.device import agree_on_dtype, device_here, resolve
-from orchestrator.distributed.numerics import environment, make_deterministic
+from orchestrator.distributed.numerics import NumericsFingerprint, make_deterministic
 from orchestrator.distributed.world import World
 from orchestrator.errors import ConfigError
-from orchestrator.loop import warn_if_numerics_changed
+from orchestrator.training.changes import warn_if_numerics_changed
 from tests.support import ranks
 
 GPU_KINDS = ("cuda", "mps", "xpu")
@@ -152,7 +152,7 @@ class Ranks(World):
 
 @pytest.fixture
 def gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Answers of a GPU to what `environment` asks it."""
+    """Answers of a GPU to what the fingerprint asks it."""
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda _device: "NVIDIA H100 80GB HBM3")
     monkeypatch.setattr(torch.distributed, "is_nccl_available", lambda: True)
     monkeypatch.setattr(torch.cuda.nccl, "version", lambda: (2, 27, 5))
@@ -161,20 +161,20 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("orchestrator.distributed.numerics.platform.node", lambda: "node-a")
 
 
-def surroundings(config: TrainConfig, others: tuple[str, ...] = (), backend: str = "nccl") -> dict[str, object]:
+def fingerprint(config: TrainConfig, others: tuple[str, ...] = (), backend: str = "nccl") -> dict[str, Any]:
     config = replace(config, device="cuda", backend=backend, dtype="bfloat16")
     world = Ranks(size=1 + len(others), device=torch.device("cuda", 0), others=others)
-    return environment(config, world, {"data": "d"})
+    return NumericsFingerprint.of_this_rank(config, world, "d").to_json()
 
 
 @pytest.mark.usefixtures("gpu")
 def test_what_decides_bits_on_gpus_is_kept_with_the_state(tiny: TrainConfig) -> None:
-    kept = surroundings(tiny)
+    kept = fingerprint(tiny)
     assert (kept["cuda"], kept["cudnn"], kept["nccl"]) == ("13.0", 91500, "2.27.5")
-    assert "nodes" not in surroundings(tiny, ("node-b",)), "of two ranks: a + b is b + a"
-    assert "nodes" not in surroundings(tiny, ("node-a", "node-b"), backend="gloo")
-    assert surroundings(tiny, ("node-a", "node-b"))["nodes"] == "node-a x2, node-b x1"
-    on_cpu = environment(tiny, World(size=3), {"data": "d"})
+    assert "nodes" not in fingerprint(tiny, ("node-b",)), "of two ranks: a + b is b + a"
+    assert "nodes" not in fingerprint(tiny, ("node-a", "node-b"), backend="gloo")
+    assert fingerprint(tiny, ("node-a", "node-b"))["nodes"] == "node-a x2, node-b x1"
+    on_cpu = NumericsFingerprint.of_this_rank(tiny, World(size=3), "d").to_json()
     assert on_cpu.keys() == {"world_size", "data", "torch", "device_name", "dtype", "compile", "threads"}
 
 
@@ -182,14 +182,14 @@ def test_what_decides_bits_on_gpus_is_kept_with_the_state(tiny: TrainConfig) -> 
 def test_a_warning_tells_what_has_changed_and_not_what_was_never_noted(
     tiny: TrainConfig, caplog: pytest.LogCaptureFixture
 ) -> None:
-    now = surroundings(tiny, ("node-a", "node-b"))
+    now = fingerprint(tiny, ("node-a", "node-b"))
     state: Any = SimpleNamespace(resumed_from=SimpleNamespace(checkpoint=SimpleNamespace(state={})))
     older = {key: value for key, value in now.items() if key not in ("cuda", "cudnn", "nccl", "triton", "nodes")}
     state.resumed_from.checkpoint.state["environment"] = older
-    warn_if_numerics_changed(now, World(), state)
+    warn_if_numerics_changed(NumericsFingerprint.from_json(now), World(), state)
     assert not caplog.records
     state.resumed_from.checkpoint.state["environment"] = {**now, "nccl": "2.26.2", "nodes": "node-a x3"}
-    warn_if_numerics_changed(now, World(), state)
+    warn_if_numerics_changed(NumericsFingerprint.from_json(now), World(), state)
     (record,) = caplog.records
     assert record.getMessage() == (
         "the last bits may differ from an undisturbed run's: nccl 2.26.2 -> 2.27.5, "

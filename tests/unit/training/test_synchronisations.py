@@ -24,6 +24,8 @@ from orchestrator.data.dataset import Dataset
 from orchestrator.distributed.device import resolve
 from orchestrator.distributed.world import World
 from orchestrator.loop import train
+from orchestrator.training import attempt
+from orchestrator.training.step import dropout_seed
 
 ON_DEVICE = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -45,7 +47,7 @@ class Reads(TorchDispatchMode):
 def noted(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Any]]:
     """Lend the list of what happens, in its order."""
     events: list[Any] = []
-    draw, seed, evaluate = Dataset.batch, loop.seed_dropout, loop.evaluate
+    draw, seed, evaluate = Dataset.batch, loop.seed_dropout, attempt.evaluate
 
     def batch(data: Dataset, split: Any, iter_num: int, micro_step: int, *, evaluation: bool = False) -> Any:
         events.append("evaluation's batch" if evaluation else ("draw", iter_num, micro_step))
@@ -73,7 +75,7 @@ def noted(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Any]]:
 
     monkeypatch.setattr(Dataset, "batch", batch)
     monkeypatch.setattr(loop, "seed_dropout", seed_dropout)
-    monkeypatch.setattr(loop, "evaluate", evaluated)
+    monkeypatch.setattr(attempt, "evaluate", evaluated)
     for name in ("tolist", "cpu", "numpy"):
         monkeypatch.setattr(Tensor, name, read(name))
     hook = register_optimizer_step_pre_hook(lambda *_: events.append("step"))
@@ -121,5 +123,5 @@ def test_dropout_is_seeded_where_there_is_dropout(tiny: TrainConfig, monkeypatch
     train(resolve(replace(tiny, max_iters=2, dropout=0.0)), World(attempt="a"))
     without = list(seeds)
     train(resolve(replace(tiny, max_iters=2, out_dir=f"{tiny.out_dir}-b")), World(attempt="b"))
-    in_steps = [loop.dropout_seed(tiny.seed, it, micro_step) for it in range(2) for micro_step in range(4)]
+    in_steps = [dropout_seed(tiny.seed, it, micro_step) for it in range(2) for micro_step in range(4)]
     assert seeds[len(without) :] == [*without, *in_steps]

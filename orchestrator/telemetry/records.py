@@ -1,0 +1,274 @@
+"""The records of a run: one frozen dataclass for each kind, and their JSON form.
+
+The loop emits the kinds of the first part, the driver and the controller those of the second. metrics.jsonl,
+events.jsonl and the mailbox hold JSON; a reader turns it into a type with `from_json`. In JSON a record has besides
+its own keys the `attempt` that computed it and its `time` (seconds since 1970): `emit.py` and `journal.py` stamp them.
+
+A field without a default is always written. A field with one is left out while it has that value.
+Must not know who writes or shows a record.
+"""
+
+from __future__ import annotations
+
+from dataclasses import MISSING, dataclass, fields
+from typing import Any, ClassVar, get_args
+
+# ---- what the loop emits; iter: the iteration that the record belongs to
+
+
+@dataclass(frozen=True, kw_only=True)
+class Begin:
+    """An attempt begins, with the state `from_` (None: a new one). The fields with defaults tell how that was read."""
+
+    kind: ClassVar = "begin"
+    iter: int
+    max_iters: int
+    from_: str | None
+    restore_s: float | None = None
+    size_bytes: int | None = None
+    from_storage_bytes: int | None = None
+    num_params: int
+    tokens_per_iter: int
+    world_size: int
+    device: str
+    dtype: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Step:
+    """A logged iteration. mfu: 1.0 is the card's peak; tflops: TFLOP/s; None each while it is not known."""
+
+    kind: ClassVar = "step"
+    iter: int
+    loss: float
+    lr: float
+    dt_s: float
+    mfu: float | None
+    tflops: float | None
+    tokens_per_s: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepWindow:
+    """`count` iterations in a row, up to `iter`: their seconds, and those of evaluations and pauses among them."""
+
+    kind: ClassVar = "steps"
+    iter: int
+    count: int
+    step_s: float
+    median_s: float | None
+    longest_s: float | None
+    eval_s: float
+    pause_s: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepSkipped:
+    """A bad step, which no rank has taken. skipped: in all; in_a_row: up to this one."""
+
+    kind: ClassVar = "step_skipped"
+    iter: int
+    why: str
+    skipped: int
+    in_a_row: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluation:
+    """The losses of both splits; with eval_only also perplexity and, where the tokens are known, bits per byte."""
+
+    kind: ClassVar = "eval"
+    iter: int
+    train_loss: float
+    val_loss: float
+    lr: float
+    mfu: float | None
+    tflops: float | None
+    perplexity: float | None = None
+    bits_per_byte: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointSaved:
+    """A checkpoint is committed in storage. seconds: the upload took; pause_s: training waited."""
+
+    kind: ClassVar = "checkpoint"
+    iter: int
+    name: str
+    seconds: float
+    best_val_loss: float
+    val_loss: float | None
+    pause_s: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointSkipped:
+    """A checkpoint was due and a newer one has taken its place."""
+
+    kind: ClassVar = "checkpoint_skipped"
+    iter: int
+    name: str
+    why: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointFailed:
+    """A checkpoint could not be saved, and training goes on."""
+
+    kind: ClassVar = "checkpoint_failed"
+    iter: int
+    name: str
+    seconds: float
+    why: str
+    pause_s: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class RollingBack:
+    """The attempt ends here; the next one begins at to_iter and skips the data of skipped_iters iterations."""
+
+    kind: ClassVar = "rollback"
+    iter: int
+    to_iter: int
+    skipped_iters: int
+    why: str
+
+
+# ---- what the driver and the controller emit; number: of the attempt
+
+
+@dataclass(frozen=True, kw_only=True)
+class Note:
+    """A line for people; level: logging's name, "" for a plain one."""
+
+    kind: ClassVar = "note"
+    level: str = ""
+    text: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class DriverStarted:
+    """A driver holds the run's lease."""
+
+    kind: ClassVar = "driver_started"
+    start_id: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class DriverEnded:
+    """A driver ends. outcome: `finished`, or the name of the exception that ended it."""
+
+    kind: ClassVar = "driver_ended"
+    outcome: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttemptStarting:
+    """Ray Train asks for the resources of a group of workers."""
+
+    kind: ClassVar = "attempt_starting"
+    number: int
+    num_workers: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttemptWaiting:
+    """The cluster has no room for a group. room: for so many workers; least: so many are needed."""
+
+    kind: ClassVar = "attempt_waiting"
+    room: int | None = None
+    least: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttemptPlaced:
+    """The workers of a group are on their nodes."""
+
+    kind: ClassVar = "attempt_placed"
+    number: int
+    num_workers: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttemptRunning:
+    """The workers of a group run our code."""
+
+    kind: ClassVar = "attempt_running"
+    number: int
+    num_workers: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttemptEnded:
+    """A group of workers is gone."""
+
+    kind: ClassVar = "attempt_ended"
+    number: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Failure:
+    """An attempt fails. cause: one of worker/failure.py's, `resized` or `controller_lost`; node: where.
+
+    reached_iter: the iteration whose state is safe; reached_at_s: when it was completed (seconds since 1970).
+    """
+
+    kind: ClassVar = "failure"
+    number: int | None = None
+    cause: str
+    ranks: list[int] | None = None
+    node: str | None = None
+    text: str
+    traceback: str | None = None
+    rescue_s: float | None = None
+    ranks_rescued: int | None = None
+    reached_iter: int | None = None
+    reached_at_s: float | None = None
+
+
+Record = (
+    Begin
+    | Step
+    | StepWindow
+    | StepSkipped
+    | Evaluation
+    | CheckpointSaved
+    | CheckpointSkipped
+    | CheckpointFailed
+    | RollingBack
+    | Note
+    | DriverStarted
+    | DriverEnded
+    | AttemptStarting
+    | AttemptWaiting
+    | AttemptPlaced
+    | AttemptRunning
+    | AttemptEnded
+    | Failure
+)
+_TYPES: dict[str, type[Record]] = {each.kind: each for each in get_args(Record)}
+
+
+def to_json(record: Record) -> dict[str, Any]:
+    """Return a record as JSON values, its kind first."""
+    values = {each: getattr(record, each.name) for each in fields(record)}
+    told = {_key(each.name): x for each, x in values.items() if each.default is MISSING or x != each.default}
+    return {"kind": record.kind, **told}
+
+
+def from_json(value: dict[str, Any]) -> Record | None:
+    """Return the record of JSON values, None for a kind that this version does not know.
+
+    Keys of newer versions are left out. A key that an older version did not write is None, or the field's default.
+    """
+    its_type = _TYPES.get(value["kind"])
+    if its_type is None:
+        return None
+    defaults: dict[str, Any] = {
+        each.name: None if each.default is MISSING else each.default for each in fields(its_type)
+    }
+    return its_type(**{name: value.get(_key(name), default) for name, default in defaults.items()})
+
+
+def _key(name: str) -> str:
+    return name.removesuffix("_")  # `from` is a word of Python's
