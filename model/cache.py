@@ -6,13 +6,11 @@ Must not know what the tokens are for, nor the model beyond its sizes.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from model.gpt import GPT
+from model.config import GPTConfig
 
 
 @dataclass
@@ -40,9 +38,11 @@ class KVCache:
         self.layers = [LayerCache(k, v) for k, v in memory]
 
     @classmethod
-    def for_model(cls, model: GPT, batch_size: int, max_tokens: int) -> KVCache:
-        """Return an empty cache of max_tokens positions for batch_size rows, in the type that the model computes in."""
-        config, weight = model.config, model.lm_head.weight
+    def empty(cls, config: GPTConfig, batch_size: int, max_tokens: int, weight: Tensor) -> KVCache:
+        """Return an empty cache of max_tokens positions for batch_size rows, in the type that the model computes in.
+
+        weight: one of the model's.
+        """
         device = weight.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
         shape = (config.n_layer, batch_size, config.n_head, max_tokens, config.n_embd // config.n_head)

@@ -1,23 +1,21 @@
 """Continues token ids with a GPT: draws by temperature, top-k and top-p, from a model that remembers what it has read.
 
-Must not know text, files or how a model is built; the model is any callable that takes `(idx, cache=...)`.
+Must not know text, files or how a model is built: it asks a `LanguageModel`, which a GPT is.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from model.cache import KVCache
+from model.config import GPTConfig
 from model.linear import Copies
-
-if TYPE_CHECKING:
-    from model.gpt import GPT
 
 Generators = torch.Generator | Sequence[torch.Generator] | None
 
@@ -27,6 +25,22 @@ Generators = torch.Generator | Sequence[torch.Generator] | None
 ROUNDING = {torch.float32: 2**-16, torch.bfloat16: 2**-5, torch.float16: 2**-8, torch.float64: 2**-40}
 TF32_ROUNDING = 2**-8  # float32 products on a GPU that rounds their factors
 _TINY = 1e-30  # a temperature below is as good as 0, and would make logits infinite
+
+
+class LanguageModel(Protocol):
+    """A model that text can be continued with."""
+
+    config: GPTConfig
+
+    @property
+    def lm_head(self) -> nn.Linear:
+        """The layer that makes logits."""
+
+    def __call__(self, idx: Tensor, *, cache: KVCache | None = None) -> tuple[Tensor, Tensor | None]:
+        """Return the logits (B, 1, V) after (B, T) token ids, which follow those in the cache, and no loss."""
+
+    def modules(self) -> Iterator[nn.Module]:
+        """Yield all layers."""
 
 
 class NotFiniteError(ArithmeticError):
@@ -65,7 +79,12 @@ class SamplingPolicy:
 
 @torch.no_grad()
 def stream(
-    model: GPT, idx: Tensor, max_new_tokens: int, choice: SamplingPolicy, generator: Generators, end: int | None
+    model: LanguageModel,
+    idx: Tensor,
+    max_new_tokens: int,
+    choice: SamplingPolicy,
+    generator: Generators,
+    end: int | None,
 ) -> Iterator[Tensor]:
     """Yield one next token for each row of (B, T) token ids, as (B, 1), at most max_new_tokens times.
 
@@ -98,10 +117,10 @@ class Reader:
     elsewhere, nothing that is remembered holds any longer, and each token costs a pass over the whole context.
     """
 
-    def __init__(self, model: GPT, batch_size: int, max_tokens: int) -> None:
+    def __init__(self, model: LanguageModel, batch_size: int, max_tokens: int) -> None:
         self.model, self.block_size = model, model.config.block_size
-        self.cache = KVCache.for_model(model, batch_size, min(max_tokens, self.block_size))
-        self.copies = Copies(model, batch_size)
+        self.cache = KVCache.empty(model.config, batch_size, min(max_tokens, self.block_size), model.lm_head.weight)
+        self.copies = Copies(model.modules(), batch_size)
         self.is_approximate = False  # whether the last logits came from remembered keys and values
 
     def read(self, idx: Tensor) -> Tensor:
@@ -111,7 +130,7 @@ class Reader:
         self.is_approximate = True
         with self.copies:
             logits, _ = self.model(idx[:, self.cache.length :], cache=self.cache)  # (B, 1, V)
-        return logits[:, -1]  # type: ignore[no-any-return]
+        return logits[:, -1]
 
     def reread(self, idx: Tensor) -> Tensor:
         """Return the same from a pass over the whole context, bit for bit what the model gives without a cache."""
@@ -121,7 +140,7 @@ class Reader:
         else:
             self.cache.clear()
             logits, _ = self.model(idx, cache=self.cache)
-        return logits[:, -1]  # type: ignore[no-any-return]
+        return logits[:, -1]
 
 
 def is_clear(logits: Tensor) -> bool:

@@ -19,10 +19,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from model import generation as sampling
 from model.cache import KVCache, LayerCache
 from model.config import GPTConfig
-from model.generation import Generators, SamplingPolicy
+from model.generation import Generators, SamplingPolicy, stream
 from model.linear import Linear
 from model.pretrained import read_pretrained
 
@@ -250,7 +249,7 @@ class GPT(nn.Module):
         """
         if idx.dim() != 2 or idx.size(1) == 0:
             raise ValueError(f"idx must be (B, T) token ids with T at least 1, got shape {tuple(idx.shape)}")
-        return sampling.stream(self, idx, max_new_tokens, SamplingPolicy(temperature, top_k, top_p), generator, end)
+        return stream(self, idx, max_new_tokens, SamplingPolicy(temperature, top_k, top_p), generator, end)
 
     def crop_block_size(self, block_size: int) -> None:
         """Shorten the context, for instance of a pretrained GPT-2, to block_size positions.

@@ -8,6 +8,7 @@ Must not know what the layer is for.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from functools import cache
 from typing import Any
 
@@ -51,13 +52,14 @@ class Linear(nn.Linear):
 
 
 class Copies:
-    """Copies of a model's large layers, in oneDNN's order, for many products of n_rows rows while none is trained.
+    """Copies of the large ones of a model's layers, in oneDNN's order, for many products of n_rows rows.
 
-    They are used within a `with`. There are none for one row, nor of a model so large that they would be missed.
+    They are used within a `with`, in which nothing is trained. There are none for one row, nor of a model so large that
+    they would be missed.
     """
 
-    def __init__(self, model: nn.Module, n_rows: int) -> None:
-        large = [m for m in model.modules() if isinstance(m, Linear) and _is_large(m.weight, m.weight)]
+    def __init__(self, layers: Iterable[nn.Module], n_rows: int) -> None:
+        large = [m for m in layers if isinstance(m, Linear) and _is_large(m.weight, m.weight)]
         fits = sum(layer.weight.nbytes for layer in large) <= _MOST_COPIED_BYTES
         pays = fits and 1 < n_rows <= _MOST_ROWS and has_onednn()
         self._copies = [(layer, _reordered(layer.weight, n_rows)) for layer in large if pays]

@@ -22,7 +22,7 @@ from orchestrator.distributed.join import new_attempt
 from orchestrator.distributed.numerics import agree_to_compile, free_memory
 from orchestrator.distributed.world import World
 from orchestrator.errors import RolledBackError
-from orchestrator.training.attempt import NO_HOOKS, Hooks, Outcome, open_attempt
+from orchestrator.training.attempt import NO_HOOKS, Attempt, Hooks, Outcome, open_attempt
 from orchestrator.training.step import seed_dropout, set_learning_rate
 
 
@@ -56,63 +56,68 @@ def train_on(config: TrainConfig, world: World, hooks: Hooks) -> Outcome:
         RolledBackError: on all ranks alike; the next call begins before that stretch, with other data.
     """
     run = open_attempt(config, world, hooks)
-    state, saver, guard = run.state, run.saver, run.guard
-    model: Parallelism = ReplicatedTraining(state.model, config, world)
+    model = ReplicatedTraining(run.state.model, config, world)
+    with run.saver.rescue_on_failure():
+        return iterate(run, model)
+
+
+def iterate(run: Attempt, model: Parallelism) -> Outcome:
+    """Evaluate, save and step, until max_iters is reached or a rank is asked to stop."""
+    config, world, state, saver, guard = run.config, run.world, run.state, run.saver, run.guard
     batches = run.batches(model.micro_steps)
     X, Y = next(batches)  # the very first
     agreement = world.agree([0, *saver.request()])
     run.stopwatch.start()
-    with saver.rescue_on_failure():
-        while True:
-            stop, *answers = agreement.result()  # of all ranks, asked while the last step ran
-            saver.apply(answers)
+    while True:
+        stop, *answers = agreement.result()  # of all ranks, asked while the last step ran
+        saver.apply(answers)
 
-            # evaluate the loss on both splits, if that is due
-            stop = run.evaluate_if_due(model.net, stop)
-            is_last = state.iter_num >= config.max_iters or bool(stop)
+        # evaluate the loss on both splits, if that is due
+        stop = run.evaluate_if_due(model.net, stop)
+        is_last = state.iter_num >= config.max_iters or bool(stop)
 
-            # weights that differ between ranks were damaged: no state that has them may be kept
-            if model.is_replicated and (rollback := guard.compare_replicas()):
-                run.roll_back(rollback)
+        # weights that differ between ranks were damaged: no state that has them may be kept
+        if model.is_replicated and (rollback := guard.compare_replicas()):
+            run.roll_back(rollback)
 
-            # keep the state in node memory and in storage as they are due; it is copied while the next step runs
-            saver.offer(state, state.val_loss, is_last)
-            run.record_checkpoints()
-            if is_last:
-                return run.finish(stop)
+        # keep the state in node memory and in storage, as they are due; it is copied while the next step runs
+        saver.offer(state, state.val_loss, is_last)
+        run.record_checkpoints()
+        if is_last:
+            return run.finish(stop)
 
-            # forward and backward this rank's micro-steps; gradients are averaged over ranks in the last one
-            t0 = time.perf_counter()
-            agreement = world.agree([hooks.stop_request(), *saver.request()])  # answered while the step runs
-            lr = set_learning_rate(state.optimizer, config, state.iter_num)
-            loss_sum = torch.zeros((), device=world.device)
-            for micro_step in model.micro_steps:
-                seed_dropout(state.model.config.dropout, config.seed, state.iter_num, micro_step)
-                with model.accumulate(micro_step):
-                    with autocast(config):
-                        _, loss = model(X, Y)
-                    loss_sum += loss.detach()
-                    state.scaler.scale(loss * model.weight).backward()  # type: ignore[no-untyped-call]
-                X, Y = next(batches)  # drawn and sent while the GPU is still at the backward pass
+        # forward and backward this rank's micro-steps; gradients are averaged over ranks in the last one
+        t0 = time.perf_counter()
+        agreement = world.agree([run.hooks.stop_request(), *saver.request()])  # answered while the step runs
+        lr = set_learning_rate(state.optimizer, config, state.iter_num)
+        loss_sum = torch.zeros((), device=world.device)
+        for micro_step in model.micro_steps:
+            seed_dropout(state.model.config.dropout, config.seed, state.iter_num, micro_step)
+            with model.accumulate(micro_step):
+                with autocast(config):
+                    _, loss = model(X, Y)
+                loss_sum += loss.detach()
+                state.scaler.scale(loss * model.weight).backward()  # type: ignore[no-untyped-call]
+            X, Y = next(batches)  # drawn and sent while the GPU is still at the backward pass
 
-            # clip; the numbers that decide about the step come from the GPU in one message, the only one that is waited
-            # for: once it is here, the gradients are there, and what comes after it runs behind the next iteration
-            norm = model.clip(state.optimizer, state.scaler, config.grad_clip)
-            loss_scale = state.scaler.scale(torch.ones_like(loss_sum))  # 1, but for float16
-            numbers = torch.stack((norm, loss_sum, loss_scale)).tolist()
-            verdict = guard.judge(*numbers)
+        # clip; the numbers that decide about the step come from the GPU in one message, and we wait for no other: once
+        # it is here, the gradients are there, and what comes after it runs behind the next iteration
+        norm = model.clip(state.optimizer, state.scaler, config.grad_clip)
+        loss_scale = state.scaler.scale(torch.ones_like(loss_sum))  # 1, but for float16
+        numbers = torch.stack((norm, loss_sum, loss_scale)).tolist()
+        verdict = guard.judge(*numbers)
 
-            # step, unless the numbers are bad: then all ranks skip it alike
-            with saver.state_changing():  # once what was offered is copied
-                if verdict.is_good:
-                    state.scaler.step(state.optimizer)
-                    state.scaler.update()
-                guard.note(verdict)
-                state.iter_num += 1
-            model.zero_grad(state.optimizer)
+        # step, unless the numbers are bad: then all ranks skip it alike
+        with saver.state_changing():  # once the state that was offered is copied
+            if verdict.is_good:
+                state.scaler.step(state.optimizer)
+                state.scaler.update()
+            guard.note(verdict)  # part of the state
+            state.iter_num += 1
+        model.zero_grad(state.optimizer)
 
-            # timing and logging; too many bad steps in a row end the attempt
-            run.record_step(verdict, lr, numbers[1], len(model.micro_steps), t0)
+        # timing and logging; too many bad steps in a row end the attempt
+        run.record_step(verdict, lr, numbers[1], len(model.micro_steps), t0)
 
 
 if __name__ == "__main__":

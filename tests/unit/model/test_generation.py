@@ -169,7 +169,7 @@ def test_skipped_draws_leave_the_generator_as_draws_do(top_k: int | None) -> Non
 
 def test_a_cache_takes_a_prompt_then_single_tokens() -> None:
     model = new_gpt(SMALL)
-    cache = KVCache.for_model(model, 1, 8)
+    cache = KVCache.empty(model.config, 1, 8, model.lm_head.weight)
     with torch.no_grad():
         model(torch.zeros((1, 6), dtype=torch.long), cache=cache)
         with pytest.raises(ValueError, match="one token at a time"):
@@ -211,22 +211,22 @@ def test_copies_of_weights_are_for_several_rows_and_for_the_time_of_a_with() -> 
     torch.manual_seed(0)
     layer, x = Linear(512, 2048), torch.randn(4, 1, 512)
     plain = layer(x)
-    with Copies(layer, 1):
+    with Copies([layer], 1):
         assert layer.copy is None
-    with Copies(layer, 4):
+    with Copies([layer], 4):
         assert layer.copy is not None
         layer.weight, weight = nn.Parameter(torch.zeros_like(layer.weight)), layer.weight
         torch.testing.assert_close(layer(x), plain, rtol=1e-5, atol=1e-6)
         layer.weight = weight
     assert layer.copy is None
-    with mock.patch("model.linear._MOST_COPIED_BYTES", layer.weight.nbytes - 1), Copies(layer, 4):
+    with mock.patch("model.linear._MOST_COPIED_BYTES", layer.weight.nbytes - 1), Copies([layer], 4):
         assert layer.copy is None
 
 
 @torch.no_grad()
 def test_without_those_operators_a_layer_is_plain() -> None:
     layer, x = Linear(512, 2048), torch.randn(4, 512)
-    with mock.patch("model.linear.has_onednn", return_value=False), Copies(layer, 4):
+    with mock.patch("model.linear.has_onednn", return_value=False), Copies([layer], 4):
         assert torch.equal(layer(x), nn.Linear.forward(layer, x))
 
 
