@@ -29,19 +29,23 @@ def peak_flops(card: str) -> float | None:
 
 
 class Flops:
-    """A running average, as nanoGPT's. On a CPU there is nothing to compare it with, and nothing is told."""
+    """A running average, as nanoGPT's. On a CPU we have nothing to compare it with, and do not know it."""
 
     def __init__(self, device: torch.device) -> None:
-        self._is_told = device.type == "cuda"
-        self._peak = peak_flops(torch.cuda.get_device_name(device)) if self._is_told else None
+        self._is_on_gpu = device.type == "cuda"
+        self._peak = peak_flops(torch.cuda.get_device_name(device)) if self._is_on_gpu else None
         self._per_s: float | None = None
 
     def add(self, per_s: float) -> None:
         """Take in the FLOP/s of an iteration."""
         self._per_s = per_s if self._per_s is None else 0.9 * self._per_s + 0.1 * per_s
 
-    def told(self) -> dict[str, float | None]:
-        """Return mfu (1.0 is the card's peak) and tflops (TFLOP/s), None each where it is not known, or not yet."""
-        if self._per_s is None or not self._is_told:
-            return {"mfu": None, "tflops": None}
-        return {"mfu": self._per_s / self._peak if self._peak else None, "tflops": self._per_s / 1e12}
+    @property
+    def mfu(self) -> float | None:
+        """Model FLOPs utilisation, 1.0 is the card's peak; None while it is not known."""
+        return self._per_s / self._peak if self._per_s is not None and self._peak else None
+
+    @property
+    def tflops(self) -> float | None:
+        """TFLOP/s of this GPU; None while they are not known."""
+        return self._per_s / 1e12 if self._per_s is not None and self._is_on_gpu else None

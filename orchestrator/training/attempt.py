@@ -122,7 +122,7 @@ class Attempt:
         self._flops = Flops(self.world.device)
         self.stopwatch = Stopwatch()
 
-    def record(self, record: Record) -> None:
+    def emit(self, record: Record) -> None:
         """Pass a record to the hooks, on rank 0."""
         if self.world.is_main:
             self.hooks.record(record)
@@ -153,13 +153,14 @@ class Attempt:
         losses, stop = evaluate(net, self.data, config, self.world, self.hooks.stop_request, stop)
         if losses:
             more = perplexity(losses["val"], self.data) if config.eval_only and self.world.is_main else {}
-            self.record(
+            self.emit(
                 Evaluation(
                     iter=state.iter_num,
                     train_loss=losses["train"],
                     val_loss=losses["val"],
                     lr=learning_rate(config, state.iter_num),
-                    **self._flops.told(),
+                    mfu=self._flops.mfu,
+                    tflops=self._flops.tflops,
                     **more,
                 )
             )
@@ -174,7 +175,7 @@ class Attempt:
         for event in self.saver.take_events():
             record = from_json({"iter": self.state.iter_num, **event})
             assert record
-            self.record(record)
+            self.emit(record)
             if isinstance(record, CheckpointSaved):
                 self.hooks.committed(record)
 
@@ -186,24 +187,25 @@ class Attempt:
         """
         iter_num, config = self.state.iter_num - 1, self.config
         if not verdict.is_good:
-            self.record(StepSkipped(iter=iter_num, why=verdict.why, **self.guard.counts()))
+            self.emit(StepSkipped(iter=iter_num, why=verdict.why, **self.guard.counts()))
             if rollback := self.guard.after(verdict):
                 self.roll_back(rollback)
         if window := self.stopwatch.stepped(self.saver.paused_s):
-            self.record(StepWindow(iter=self.state.iter_num, **window))
+            self.emit(StepWindow(iter=self.state.iter_num, **window))
         if iter_num % config.log_interval:
             return
         dt_s = time.perf_counter() - t0
         if iter_num >= self._began_at + 5:  # let the loop settle a bit
             flops = self.state.model.estimate_mfu(config.batch_size * n_micro_steps, dt_s, peak_flops=1.0)
             self._flops.add(flops)
-        self.record(
+        self.emit(
             Step(
                 iter=iter_num,
                 loss=loss_sum / n_micro_steps,
                 lr=lr,
                 dt_s=dt_s,
-                **self._flops.told(),
+                mfu=self._flops.mfu,
+                tflops=self._flops.tflops,
                 tokens_per_s=tokens_per_iter(config) / dt_s,
             )
         )
@@ -214,7 +216,7 @@ class Attempt:
         Raises:
             RolledBackError: always, on all ranks alike.
         """
-        self.record(RollingBack(iter=self.state.iter_num, **asdict(rollback)))
+        self.emit(RollingBack(iter=self.state.iter_num, **asdict(rollback)))
         store, undone = self.store, [*self.rollbacks, rollback]
         self.world.collectively(
             lambda: with_retries(lambda: write_rollbacks(store, undone), store) if self.world.is_main else None
@@ -228,7 +230,7 @@ class Attempt:
         is_complete = (state.iter_num >= config.max_iters or config.eval_only) and state.is_evaluated
         is_preempted = stop == StopRequest.PREEMPTED and not is_complete
         if not config.eval_only:
-            self.record(StepWindow(iter=state.iter_num, **self.stopwatch.window(self.saver.paused_s)))
+            self.emit(StepWindow(iter=state.iter_num, **self.stopwatch.window(self.saver.paused_s)))
         self.saver.close(is_finished=not is_preempted)
         return Outcome(state.iter_num, state.best_val_loss, bool(stop and not is_complete), is_preempted)
 
