@@ -197,6 +197,14 @@ def test_a_warning_tells_what_has_changed_and_not_what_was_never_noted(
     )
 
 
+def test_a_fingerprint_of_another_version_is_read(tiny: TrainConfig) -> None:
+    now = NumericsFingerprint.of_this_rank(tiny, World(), "d", train_tokens=5, val_tokens=6)
+    assert NumericsFingerprint.from_json({**now.to_json(), "of a newer version": 1}) == now
+    older = NumericsFingerprint.from_json({"torch": "2.6.0", "threads": now.threads})
+    assert now.changes(older) == [f"torch 2.6.0 -> {now.torch}"]
+    assert now.change_of_data(older) == ""
+
+
 def test_bfloat16_is_taken_only_where_the_card_has_it(tiny: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
