@@ -24,7 +24,6 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from orchestrator.checkpoint.formats.run_tokenizer import keep_tokenizer
-from orchestrator.checkpoint.orphans import delete_orphans
 from orchestrator.checkpoint.restore.init_from import scratch_args
 from orchestrator.checkpoint.restore.restore import restore_or_initialize
 from orchestrator.checkpoint.rollbacks import (
@@ -56,7 +55,8 @@ from orchestrator.distributed.numerics import (
 from orchestrator.distributed.world import World
 from orchestrator.errors import DataError, RolledBackError
 from orchestrator.storage.options import redacted, storage_options_of
-from orchestrator.storage.retry import with_retries
+from orchestrator.storage.orphans import delete_orphans
+from orchestrator.storage.run_folder import RunFolder
 from orchestrator.telemetry.flops import Flops
 from orchestrator.telemetry.stopwatch import Stopwatch
 from orchestrator.training.attempt import Outcome, StopRequest, batch_order
@@ -88,6 +88,7 @@ def train(
     committed: Callable[[Record], None] = lambda _record: None,
     should_stop: Callable[[], int] = lambda: StopRequest.NONE,
     began: Callable[[Saver], None] = lambda _saver: None,
+    folder: RunFolder | None = None,
 ) -> Outcome:
     """Train from the newest state in out_dir, or from init_from, to max_iters; config is resolved for this machine.
 
@@ -96,21 +97,24 @@ def train(
     should_stop: if it answers StopRequest.STOP or PREEMPTED on any rank, all save and leave after the iteration; in an
         evaluation, which is broken off, after the batch.
     began: receives what can rescue the state, before the first iteration.
+    folder: the run's, if this process has opened it.
 
     Raises:
         UserError: on all ranks alike, if data or checkpoints do not fit.
     """
     config = agree_to_compile(agree_on_dtype(config, world), world)
+    run_folder = folder or RunFolder(config.out_dir, storage_options_of(config))
     while True:
         with suppress(RolledBackError):  # on all ranks alike; behind this, no error holds on to the old state
-            return train_on(config, world, tell, committed, should_stop, began)
+            return train_on(config, world, run_folder, tell, committed, should_stop, began)
         free_memory(config, world.device)
-        world = replace(world, attempt=world.broadcast_json(new_attempt()))
+        world = replace(world, attempt=world.on_main(new_attempt))
 
 
 def train_on(
     config: TrainConfig,
     world: World,
+    folder: RunFolder,
     tell: Callable[[Record], None],
     committed: Callable[[Record], None],
     should_stop: Callable[[], int],
@@ -125,10 +129,10 @@ def train_on(
 
     # the data: a batch is a pure function of (seed, split, iter_num, micro_step), so there is no loader state
     data = world.collectively(lambda: open_dataset(config.data_dir, config.dataset, batch_order(config)))
-    store = CheckpointStore(config.out_dir, storage_options_of(config))
+    store = CheckpointStore(folder)
 
     # the state: the newest that is whole in a node's memory or in storage, or what init_from names
-    rollbacks = read_rollbacks(store, world)
+    rollbacks = read_rollbacks(folder, world)
     nodes = join_run(config, world, store, rollbacks)
     tokenizer = data.tokenizer.to_json() if data.tokenizer else None
     state = restore_or_initialize(
@@ -141,7 +145,7 @@ def train_on(
     counts = {f"{split}_tokens": len(tokens) for split, tokens in data.files.splits.items()}
     surroundings = environment(config, world, {"data": data.fingerprint(), **counts})
     world.collectively(lambda: warn_if_numerics_changed(surroundings, world, state))
-    world.collectively(lambda: keep(data.tokenizer, config, world, store))
+    world.on_main(lambda: keep(data.tokenizer, config, folder))
 
     def say(kind: str, **values: Any) -> None:
         if world.is_main:
@@ -160,9 +164,7 @@ def train_on(
     def go_back(rollback: Rollback) -> None:
         say("rollback", **asdict(rollback))
         undone = [*rollbacks, rollback]
-        world.collectively(
-            lambda: with_retries(lambda: write_rollbacks(store, undone), store) if world.is_main else None
-        )
+        world.on_main(lambda: write_rollbacks(folder, undone))
         saver.close(is_finished=False)
         raise RolledBackError(rollback.why)
 
@@ -284,13 +286,13 @@ def join_run(
         return open_node_memory(world, "", "")
 
     def join() -> str:
-        store.fence(world.attempt)
-        delete_orphans(store)
+        store.folder.fence(world.attempt)
+        delete_orphans(store.folder)
         delete_undone(store, rollbacks)
-        return store.identify()
+        return store.folder.run_id()
 
-    run_id = world.collectively(lambda: with_retries(join, store) if world.is_main else "")
-    return open_node_memory(world, config.memory_dir, world.broadcast_json(run_id))
+    run_id = world.on_main(lambda: store.folder.with_retries(join))
+    return open_node_memory(world, config.memory_dir, run_id)
 
 
 def go_on(data: Dataset, before: dict[str, Any], iter_num: int, world: World) -> Dataset:
@@ -309,10 +311,10 @@ def carried(data: Dataset) -> Record:
     return began | ({"tokenizer": data.tokenizer.to_json()} if data.tokenizer else {})
 
 
-def keep(tokenizer: Tokenizer | None, config: TrainConfig, world: World, store: CheckpointStore) -> None:
+def keep(tokenizer: Tokenizer | None, config: TrainConfig, folder: RunFolder) -> None:
     """Put a tokenizer's file into out_dir, so that the run can be sampled wherever it is."""
-    if world.is_main and not config.eval_only:
-        with_retries(lambda: keep_tokenizer(store, tokenizer), store)
+    if not config.eval_only:
+        folder.with_retries(lambda: keep_tokenizer(folder, tokenizer))
 
 
 def warn_if_numerics_changed(now: Record, world: World, state: TrainState) -> None:
@@ -321,7 +323,7 @@ def warn_if_numerics_changed(now: Record, world: World, state: TrainState) -> No
     Raises:
         DataError: this rank has other data than rank 0.
     """
-    data_of_main = world.broadcast_json(now["data"])
+    data_of_main = world.on_main(lambda: now["data"])
     if data_of_main != now["data"]:
         raise DataError(f"{platform.node()} has another dataset than rank 0: prepare the same one on every node")
     before = state.resumed_from.checkpoint.state["environment"] if state.resumed_from else now

@@ -26,8 +26,8 @@ from fsspec import AbstractFileSystem
 from fsspec.implementations.local import LocalFileSystem
 from torch import Tensor
 
-from orchestrator.errors import CheckpointError, StorageUnavailableError
-from orchestrator.storage.reasons import reason_of
+from orchestrator.errors import CheckpointError, MissingFileError, StorageUnavailableError
+from orchestrator.storage.reasons import translated
 
 _DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F64": torch.float64, "I64": torch.int64}
 _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
@@ -211,7 +211,8 @@ def _whole_blocks(content: memoryview) -> int:
 
 def _give_up(file: Any) -> None:
     """Drop a file that was begun. Closing it would make an object of its first half."""
-    with contextlib.suppress(Exception):  # the error that led here is the one to tell
+    # the error that led here is the one to tell
+    with contextlib.suppress(CheckpointError), translated("the file cannot be dropped"):
         if hasattr(file, "discard") and hasattr(file, "blocksize"):  # fsspec's own buffered file, on an object store
             file.closed = True  # or its destructor would send what is in the buffer
             file.discard()
@@ -238,20 +239,17 @@ def stream_tensors(
         CheckpointError: the file is missing, cut off or damaged.
         StorageUnavailableError: the storage does not answer.
     """
-    try:
-        with fs.open(path, "rb") as file:
-            source = _Verified(file, path, record, read)
-            for name, dtype, shape in _entries(source):
-                tensor = (place or _new)(name, dtype, shape)
-                source.fill(pieces(tensor))
-                yield name, tensor
-            source.finish()
-    except FileNotFoundError:
-        raise CheckpointError(f"{path} is missing") from None
-    except CheckpointError:
-        raise
-    except Exception as error:  # every storage library has exceptions of its own
-        raise StorageUnavailableError(f"{path} cannot be read: {reason_of(error)}") from error
+    with translated(f"{path} cannot be read", StorageUnavailableError):
+        try:
+            with fs.open(path, "rb") as file:
+                source = _Verified(file, path, record, read)
+                for name, dtype, shape in _entries(source):
+                    tensor = (place or _new)(name, dtype, shape)
+                    source.fill(pieces(tensor))
+                    yield name, tensor
+                source.finish()
+        except FileNotFoundError:
+            raise MissingFileError(f"{path} is missing") from None
 
 
 def read_tensors(fs: AbstractFileSystem, path: str, record: FileRecord) -> dict[str, Tensor]:
