@@ -120,7 +120,8 @@ def write_file(
     digest = xxhash.xxh3_128()
     size_bytes = 0
     file = _LocalFile(path) if type(fs) is LocalFileSystem else fs.open(path, "wb")
-    try:
+    with contextlib.ExitStack() as on_failure:
+        on_failure.callback(_give_up, file)
         for piece in pieces:
             file.write(piece)
             digest.update(piece)
@@ -130,9 +131,7 @@ def write_file(
         if isinstance(fs, LocalFileSystem):
             os.fsync(file.fileno())  # what is announced must survive a power cut; and some disks are full only here
         file.close()
-    except BaseException:
-        _give_up(file)
-        raise
+        on_failure.pop_all()
     fs.invalidate_cache(fs._parent(path))
     stored_bytes = fs.info(path)["size"]
     if stored_bytes != size_bytes:  # some clients report success for half a file
