@@ -124,7 +124,8 @@ def is_transient(error: BaseException) -> bool:
         if isinstance(root, OSError) and root.errno in _LASTING:
             return False
         root = root.__cause__
-    return isinstance(error, Exception) and not isinstance(error, (TypeError, AttributeError, LookupError))
+    fault = error.__cause__ or error if isinstance(error, UserError) else error
+    return isinstance(fault, Exception) and not isinstance(fault, (TypeError, AttributeError, LookupError))
 
 
 def has_expired(error: BaseException) -> bool:

@@ -23,7 +23,7 @@ from orchestrator.storage import retry
 from orchestrator.storage.identity import id_in_folder
 from orchestrator.storage.location import Connection, check_place
 from orchestrator.storage.reasons import has_expired, is_refused, lacks_bucket, reason_of, translated
-from orchestrator.storage.transfer import append_lines, delete_folder, is_there, make_folder, replaced
+from orchestrator.storage.transfer import append_lines, atomic_write_to, delete_folder, is_there, make_folder
 
 RUN_FILE = "run.json"
 _ATTEMPT_FILE = "attempt.json"
@@ -90,10 +90,10 @@ class RunFolder:
         self._ask(f"{self.path(name)} cannot be written", put)
 
     def write_whole(self, name: str, text: str, *, is_lasting: bool = True) -> None:
-        """Write a file whole or not at all; is_lasting: see `transfer.replaced`."""
+        """Write a file whole or not at all; is_lasting: see `transfer.atomic_write_to`."""
 
         def replace() -> None:
-            with replaced(self.fs, self.path(name), self._url(name), is_lasting=is_lasting) as file:
+            with atomic_write_to(self.fs, self.path(name), self._url(name), is_lasting=is_lasting) as file:
                 file.write_text(text)
 
         self._connection.call(replace)

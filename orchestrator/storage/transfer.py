@@ -48,7 +48,7 @@ def local_copy(url: str, storage_options: dict[str, Any] | None = None) -> Itera
     fs, path = locate(url, storage_options)
     with ExitStack() as stack:
         try:
-            file = stack.enter_context(copied(fs, path))
+            file = stack.enter_context(local_copy_of(fs, path))
         except MissingFileError as error:
             what = "the path" if isinstance(fs, LocalFileSystem) else "bucket and path"
             raise CheckpointError(f"{url}: no such file; check {what}") from error
@@ -58,7 +58,7 @@ def local_copy(url: str, storage_options: dict[str, Any] | None = None) -> Itera
 
 
 @contextmanager
-def copied(fs: Any, path: str) -> Iterator[Path]:
+def local_copy_of(fs: Any, path: str) -> Iterator[Path]:
     """Lend a file as `local_copy` does.
 
     Raises:
@@ -91,12 +91,12 @@ def atomic_write(url: str, storage_options: dict[str, Any] | None = None) -> Ite
     """
     fs, path = locate(url, storage_options)
     check_place(fs, path, url)
-    with replaced(fs, path, url) as scratch_file:
+    with atomic_write_to(fs, path, url) as scratch_file:
         yield scratch_file
 
 
 @contextmanager
-def replaced(fs: Any, path: str, url: str, *, is_lasting: bool = True) -> Iterator[Path]:
+def atomic_write_to(fs: Any, path: str, url: str, *, is_lasting: bool = True) -> Iterator[Path]:
     """Lend a scratch file as `atomic_write` does; url: for messages.
 
     Local: a temporary name beside it, then a rename. Object stores, which cannot rename: one put, checked by size.

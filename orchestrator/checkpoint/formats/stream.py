@@ -16,7 +16,7 @@ from orchestrator.checkpoint.snapshot import Snapshot
 from orchestrator.checkpoint.store import Checkpoint, CheckpointStore
 from orchestrator.checkpoint.tensor_file import stream_tensors
 from orchestrator.errors import CheckpointError, DamagedError, StorageUnavailableError
-from orchestrator.storage.transfer import copied
+from orchestrator.storage.transfer import local_copy_of
 
 T = TypeVar("T")
 
@@ -81,7 +81,7 @@ def mapped(store: CheckpointStore, checkpoint: Checkpoint, model_only: bool = Fa
     entries = _entries(checkpoint, model_only)
     for file, record in (checkpoint.model_files if model_only else checkpoint.files).items():
         try:
-            with copied(store.folder.fs, store.folder.path(checkpoint.name, file)) as path:
+            with local_copy_of(store.folder.fs, store.folder.path(checkpoint.name, file)) as path:
                 for _ in stream_tensors(LocalFileSystem(), str(path), record):  # one after the other, and dropped
                     pass
                 tensors |= _mapped(path, {name: each for name, each in entries.items() if each["file"] == file})
