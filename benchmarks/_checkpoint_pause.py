@@ -28,6 +28,7 @@ from orchestrator.checkpoint.save.saver import Saver
 from orchestrator.checkpoint.state import TrainState
 from orchestrator.checkpoint.store import CheckpointStore
 from orchestrator.distributed.world import World
+from orchestrator.storage.run_folder import RunFolder
 from orchestrator.training.attempt import join_run
 
 _NEVER = 10**7  # iterations between checkpoints in storage: one is due when the benchmark sets iter_num to a multiple
@@ -79,7 +80,7 @@ class Saving:
         self._training = training
         self._world = World(attempt="benchmark")
         config = settings(size, str(out_dir), str(memory_dir))
-        store = CheckpointStore(config.out_dir)
+        store = CheckpointStore(RunFolder(config.out_dir))
         nodes = join_run(config, self._world, store)
         self._saver = Saver(training.state, self._world, store, nodes, {}, SaveIntervals(_NEVER, keep=1))
         self._vote = self._world.agree([0, *self._saver.request()])

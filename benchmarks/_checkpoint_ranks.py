@@ -30,6 +30,7 @@ from orchestrator.checkpoint.save.saver import Saver
 from orchestrator.checkpoint.state import TrainState
 from orchestrator.checkpoint.store import CheckpointStore
 from orchestrator.distributed.world import World
+from orchestrator.storage.run_folder import RunFolder
 from orchestrator.training.attempt import join_run
 
 _LONGEST_S = 900.0
@@ -131,10 +132,10 @@ def prepare(member: Member) -> str:
 
 def open_saver(member: Member, out_dir: str, memory_dir: str) -> None:
     """Begin to keep the state of a run in out_dir; with memory_dir "" straight from the live tensors."""
-    attempt = member.world.broadcast_json(os.urandom(4).hex())
+    attempt = member.world.on_main(lambda: os.urandom(4).hex())
     world = World(member.world.rank, member.world.size, attempt=attempt)
     config = settings(member.size, out_dir, memory_dir)
-    store = CheckpointStore(out_dir)
+    store = CheckpointStore(RunFolder(out_dir))
     nodes = join_run(config, world, store)
     member.savers[out_dir] = Saver(member.state, world, store, nodes, {}, SaveIntervals(1, 1, 1))
 
@@ -182,7 +183,7 @@ def restore(member: Member, out_dir: str, expected: str, memory_dir: str = "") -
     memory_dir: where the states of processes that have ended lie, "" to leave them aside.
     """
     config = settings(member.size, out_dir, memory_dir)
-    store = CheckpointStore(out_dir)
+    store = CheckpointStore(RunFolder(out_dir))
     # Who joins a run takes it over from those that write there.
     nodes = join_run(config, member.world, store) if memory_dir else open_node_memory(member.world, "", "")
     dist.barrier()

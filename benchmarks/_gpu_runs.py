@@ -29,6 +29,7 @@ from orchestrator.distributed.device import resolve
 from orchestrator.distributed.join import plain_world
 from orchestrator.distributed.numerics import agree_to_compile
 from orchestrator.loop import train
+from orchestrator.storage.run_folder import RunFolder
 from orchestrator.telemetry.records import Begin, Record, Step
 from orchestrator.training.attempt import Callbacks
 
@@ -111,10 +112,10 @@ def checksums(out_dir: Path) -> dict[str, str]:
     Raises:
         RuntimeError: there is none.
     """
-    store = CheckpointStore(str(out_dir))
+    store = CheckpointStore(RunFolder(str(out_dir)))
     if not (last := next(store.newest_first(), None)):
         raise RuntimeError(f"{out_dir} has no checkpoint")
-    files = sorted(Path(store.path(last.name)).glob("*.safetensors"))
+    files = sorted(Path(store.folder.path(last.name)).glob("*.safetensors"))
     return {file.name: xxhash.xxh3_128(file.read_bytes()).hexdigest() for file in files}
 
 

@@ -22,6 +22,7 @@ from typing import Any
 import psutil
 
 from benchmarks._processes import workers_of
+from orchestrator.storage.run_folder import RunFolder
 
 # Not the cluster that this process may be in; and no dashboard is waited for, by either side.
 os.environ.update(RAY_AUTH_MODE="disabled", RAY_USAGE_STATS_ENABLED="0", OMP_NUM_THREADS="1")
@@ -183,7 +184,7 @@ def main(case: dict[str, Any]) -> None:
         from orchestrator.telemetry.goodput import account
         from orchestrator.telemetry.metrics import read_events, read_metrics
 
-        ledger = account([*read_events(config.out_dir), *read_metrics(config.out_dir)])
+        ledger = account([*read_events(RunFolder(config.out_dir)), *read_metrics(RunFolder(config.out_dir))])
         result |= {"incidents": [{"cause": each.cause, **each.phases} for each in ledger.incidents]}
         result |= {"ledger": ledger.seconds}
     print(json.dumps(result))

@@ -24,6 +24,7 @@ from typing import Any
 import psutil
 
 from benchmarks._topics import prepare_topics
+from orchestrator.storage.run_folder import RunFolder
 from orchestrator.telemetry.metrics import read_events, read_metrics
 
 PHASES = {  # each lasts until this record
@@ -76,7 +77,7 @@ def phases_of(command: list[str], environment: dict[str, str]) -> dict[str, floa
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr
     out_dir = command[-1].partition("=")[2]
-    records = [*read_events(out_dir), *read_metrics(out_dir)]
+    records = [*read_events(RunFolder(out_dir)), *read_metrics(RunFolder(out_dir))]
     phases, last_s = {}, began_s
     for phase, kind in PHASES.items():
         times = [record["time"] for record in records if record["kind"] == kind]

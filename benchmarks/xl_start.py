@@ -24,6 +24,8 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from orchestrator.storage.run_folder import RunFolder
+
 AT_LEAST, AT_MOST = {"speedup": 3.0}, {"rss_ratio": 1.15, "receiving_rss_ratio": 1.05}
 SIZES = {"xl": "gpt2-xl", "124M": "gpt2"}
 
@@ -122,7 +124,7 @@ def ours(folder: str, rank: int = 0, world_size: int = 1, meeting: str = "") -> 
     restore_or_initialize(
         config,
         World(rank, world_size),
-        CheckpointStore(config.out_dir),
+        CheckpointStore(RunFolder(config.out_dir)),
         NodeTopology(None, ("here",) * world_size, rank),
         {},
     )

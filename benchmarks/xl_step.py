@@ -27,6 +27,7 @@ from benchmarks._processes import workers_of
 from benchmarks._topics import prepare_topics
 from benchmarks.xl_start import SIZES, write_weights
 from orchestrator.checkpoint.store import Checkpoint, CheckpointStore
+from orchestrator.storage.run_folder import RunFolder
 from orchestrator.telemetry.metrics import read_events, read_metrics
 
 SETTINGS = (
@@ -79,7 +80,7 @@ def train(folder: Path, side: str, *, is_killed: bool) -> dict[str, Any]:
     command = [sys.executable, "-m", "orchestrator", "train", *SETTINGS, f"--init_from={folder / 'weights'}"]
     # Ray's monitor knows no swap: it would end the worker as soon as memory alone is full
     variables = {"RAY_AUTH_MODE": "disabled", "RAY_ADDRESS": "local", "RAY_memory_monitor_refresh_ms": "0"}
-    store, peak_bytes, killed_at_s = CheckpointStore(out_dir), 0, 0.0
+    store, peak_bytes, killed_at_s = CheckpointStore(RunFolder(out_dir)), 0, 0.0
     with Path(folder, "log").open("w+") as log:
         driver = subprocess.Popen(
             [*command, f"--data_dir={folder / 'data'}", f"--out_dir={out_dir}"],
@@ -97,7 +98,7 @@ def train(folder: Path, side: str, *, is_killed: bool) -> dict[str, Any]:
         if driver.returncode:
             log.seek(0)
             raise RuntimeError(f"{side} has failed:\n{log.read()[-5000:]}")
-    records = read_metrics(out_dir)
+    records = read_metrics(RunFolder(out_dir))
     steps = {record["iter"]: record for record in records if record["kind"] == "step"}
     found: dict[str, Any] = {
         "peak_gb": peak_bytes / 1e9,
@@ -105,7 +106,7 @@ def train(folder: Path, side: str, *, is_killed: bool) -> dict[str, Any]:
         "save_s": max(record["seconds"] for record in records if record["kind"] == "checkpoint"),
     }
     if is_killed:
-        begun = [record for record in (*records, *read_events(out_dir)) if record["kind"] == "begin"]
+        begun = [record for record in (*records, *read_events(RunFolder(out_dir))) if record["kind"] == "begin"]
         if not killed_at_s or len(begun) != 2 or begun[-1]["iter"] != 1:
             raise RuntimeError(f"the worker was not killed between its steps: {begun}")
         found |= {"restore_s": begun[-1]["restore_s"], "kill_to_next_step_s": steps[1]["time"] - killed_at_s}
@@ -114,7 +115,7 @@ def train(folder: Path, side: str, *, is_killed: bool) -> dict[str, Any]:
         raise RuntimeError(f"{side} has not saved its second step")
     found["checksums"] = {file: record.xxh3_128 for file, record in last.files.items()}
     for checkpoint in store.newest_first():
-        store.fs.rm(store.path(checkpoint.name), recursive=True)
+        store.folder.fs.rm(store.folder.path(checkpoint.name), recursive=True)
     return found
 
 

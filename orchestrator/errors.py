@@ -25,7 +25,15 @@ class DamagedError(CheckpointError):
 
 
 class StorageUnavailableError(CheckpointError):
-    """Storage that did not answer, or not to the end: no sign of damage, and it may pass."""
+    """Storage that failed in a way that may pass, such as one that did not answer to the end: no sign of damage."""
+
+
+class MissingFileError(CheckpointError):
+    """A file that is not there."""
+
+
+class UndeletableError(CheckpointError):
+    """Storage that can be written does not let us delete."""
 
 
 class StorageError(Exception):

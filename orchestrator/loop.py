@@ -22,40 +22,45 @@ from orchestrator.distributed.join import new_attempt
 from orchestrator.distributed.numerics import agree_to_compile, free_memory
 from orchestrator.distributed.world import World
 from orchestrator.errors import RolledBackError
+from orchestrator.storage.options import storage_options_of
+from orchestrator.storage.run_folder import RunFolder
 from orchestrator.training.attempt import NO_HOOKS, Attempt, Hooks, Outcome, open_attempt
 from orchestrator.training.step import seed_dropout, set_learning_rate
 
 
-def train(config: TrainConfig, world: World, hooks: Hooks = NO_HOOKS) -> Outcome:
+def train(config: TrainConfig, world: World, hooks: Hooks = NO_HOOKS, folder: RunFolder | None = None) -> Outcome:
     """Train from the newest state in out_dir, or from init_from, to max_iters; config is resolved for this machine.
+
+    folder: the run's, if this process has opened it.
 
     Raises:
         UserError: on all ranks alike, if data or checkpoints do not fit.
     """
     config = agree_to_compile(agree_on_dtype(config, world), world)
+    folder = folder or RunFolder(config.out_dir, storage_options_of(config))
     if config.eval_only:
-        return evaluate_only(config, world, hooks)
+        return evaluate_only(config, world, folder, hooks)
     while True:
         with suppress(RolledBackError):  # on all ranks alike; behind this, no error holds on to the old state
-            return train_on(config, world, hooks)
+            return train_on(config, world, folder, hooks)
         free_memory(config, world.device)
-        world = replace(world, attempt=world.broadcast_json(new_attempt()))
+        world = replace(world, attempt=world.on_main(new_attempt))
 
 
-def evaluate_only(config: TrainConfig, world: World, hooks: Hooks) -> Outcome:
+def evaluate_only(config: TrainConfig, world: World, folder: RunFolder, hooks: Hooks) -> Outcome:
     """Evaluate the newest state once, and write nothing."""
-    run = open_attempt(config, world, hooks)
+    run = open_attempt(config, world, folder, hooks)
     with run.saver.rescue_on_failure():
         return run.finish(run.evaluate(compiled(run.state.model, config)))
 
 
-def train_on(config: TrainConfig, world: World, hooks: Hooks) -> Outcome:
+def train_on(config: TrainConfig, world: World, folder: RunFolder, hooks: Hooks) -> Outcome:
     """Train as `train` does, until a stretch turns out to have gone wrong.
 
     Raises:
         RolledBackError: on all ranks alike; the next call begins before that stretch, with other data.
     """
-    run = open_attempt(config, world, hooks)
+    run = open_attempt(config, world, folder, hooks)
     model = ReplicatedTraining(run.state.model, config, world)
     with run.saver.rescue_on_failure():
         return iterate(run, model)

@@ -11,6 +11,8 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from tests.support.runs import checkpoints_in
+
 os.environ.setdefault("RAY_AUTH_MODE", "disabled")  # or a local cluster writes a token into the home folder
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -20,7 +22,6 @@ from fsspec import get_filesystem_class
 
 from benchmarks._topics import prepare_topics
 from orchestrator.checkpoint.snapshot import Snapshot
-from orchestrator.checkpoint.store import CheckpointStore
 from orchestrator.config import TrainConfig
 from orchestrator.data.gpt2_vocabulary import load_gpt2_encoding
 from orchestrator.errors import DataError
@@ -103,7 +104,7 @@ def in_steps(stop_request: Callable[[], int]) -> Callable[[], int]:
 
 
 def final_state(out_dir: str) -> Snapshot:
-    store = CheckpointStore(out_dir)
+    store = checkpoints_in(out_dir)
     return store.read(store.select("latest"))
 
 

@@ -16,7 +16,7 @@ from typing import Any
 
 from orchestrator.checkpoint.store import CheckpointStore
 from orchestrator.distributed.world import World
-from orchestrator.storage.retry import read_with_retries
+from orchestrator.storage.run_folder import RunFolder
 
 logger = logging.getLogger(__name__)
 
@@ -32,27 +32,23 @@ class Rollback:
     why: str
 
 
-def read_rollbacks(store: CheckpointStore, world: World) -> list[Rollback]:
-    """Return what was undone, oldest first, as rank 0 reads it, on all ranks.
+def read_rollbacks(folder: RunFolder, world: World) -> list[Rollback]:
+    """Return the run's rollbacks, oldest first, on all ranks as rank 0 reads them.
 
     Raises:
         CheckpointError: on all ranks alike, the storage does not answer.
     """
-
-    def read() -> list[dict[str, Any]]:
-        return list(store.read_json(_FILE).get("rollbacks", []))
-
-    found = world.collectively(lambda: read_with_retries(read, store) if world.is_main else [])
-    return [Rollback(**entry) for entry in world.broadcast_json(found)]
+    found = world.on_main(lambda: folder.read_with_retries(lambda: folder.read_json(_FILE)))
+    return [Rollback(**entry) for entry in found.get("rollbacks", [])]
 
 
-def write_rollbacks(store: CheckpointStore, rollbacks: Sequence[Rollback]) -> None:
-    """Undo, from now on and for all attempts, what these rollbacks say.
+def write_rollbacks(folder: RunFolder, rollbacks: Sequence[Rollback]) -> None:
+    """Undo, from now on and for all attempts, the stretches of these rollbacks.
 
     Raises:
-        CheckpointError: it cannot be written.
+        CheckpointError: the list cannot be written.
     """
-    store.write_json(_FILE, {"rollbacks": [asdict(rollback) for rollback in rollbacks]})
+    folder.with_retries(lambda: folder.write_json(_FILE, {"rollbacks": [asdict(rollback) for rollback in rollbacks]}))
 
 
 def delete_undone(store: CheckpointStore, rollbacks: Sequence[Rollback]) -> None:

@@ -4,8 +4,8 @@
                                              /model-00000-of-00002.safetensors      nanoGPT's parameter names
                                              /optimizer-00000-of-00002.safetensors  exp_avg.<parameter>, ..., step
 
-The truth about a run is what lies here whole; Ray's registry is a cache of it. Knows nothing of ranks (`save.py`,
-`restore.py`) or of live models (`state.py`).
+Whatever lies here whole is the truth about a run; Ray's registry is a cache of it. Knows nothing of ranks (`save/`,
+`restore/`) or of live models (`state.py`).
 """
 
 from __future__ import annotations
@@ -13,39 +13,24 @@ from __future__ import annotations
 import json
 import logging
 import re
-import uuid
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any
 
 import xxhash
-from fsspec.exceptions import FSTimeoutError
-from fsspec.implementations.local import LocalFileSystem
 from torch import Tensor
 
 from orchestrator.checkpoint.snapshot import Snapshot, undescribe
 from orchestrator.checkpoint.tensor_file import FileRecord, read_tensors
-from orchestrator.errors import CheckpointError, StorageUnavailableError, nearest
-from orchestrator.storage.folders import delete_folder
-from orchestrator.storage.options import read_again
-from orchestrator.storage.reasons import has_expired, is_refused, lacks_bucket, reason_of
-from orchestrator.storage.transfer import atomic_write, check_place, is_there, locate, renewed
+from orchestrator.errors import CheckpointError, UndeletableError, nearest
+from orchestrator.storage.run_folder import RunFolder
 
 logger = logging.getLogger(__name__)
 
 FORMAT_VERSION = 1
-RUN_FILE = "run.json"
-_ATTEMPT_FILE = "attempt.json"
-_FIRST_ANSWER_S = 20.0  # storage that says nothing for so long is taken for unreachable
 _CHOICES = ("auto", "latest", "best")
 _NAME = re.compile(r"checkpoint_(\d{8,})_(\w+)")
-_WITHDRAWN_TEXT = b'{"withdrawn": true}'
-
-T = TypeVar("T")
-
-
-class UndeletableError(Exception):
-    """Storage that can be written does not let us delete."""
+_WITHDRAWN_TEXT = '{"withdrawn": true}'
 
 
 @dataclass(frozen=True)
@@ -89,79 +74,25 @@ class Checkpoint:
 
 
 class CheckpointStore:
-    """The checkpoints in one run's folder, which is a path or any fsspec URL; key: the setting that names it."""
+    """The checkpoints in a run's folder.
 
-    def __init__(self, out_dir: str, storage_options: dict[str, Any] | None = None, key: str = "out_dir") -> None:
-        self.out_dir, self.storage_options, self.key = out_dir, storage_options, key
-        try:
-            self.fs, self.root = locate(out_dir, storage_options)
-            check_place(self.fs, self.root, out_dir)
-        except CheckpointError as error:
-            raise CheckpointError(f"{key}={error}") from None
-        self._is_shared = True  # fsspec hands out one client to all
-        self.damaged: dict[str, str] = {}  # checkpoints that were found not to be whole, and why
-        self.can_delete = True  # until storage says that it lets us not
+    damaged: checkpoints that we have found not to be whole, and why.
+    can_delete: until storage does not let us.
+    """
 
-    def reconnect(self, error: BaseException | None = None) -> None:
-        """Open a new connection to file servers, which keep one: it may have been lost with the server.
-
-        error: what has failed. Where storage has refused it, credentials are read again.
-        """
-        if isinstance(self.fs, LocalFileSystem):
-            return
-        if self.fs.async_impl:
-            if error and is_refused(error):
-                self.fs, self.storage_options = renewed(self.fs, self.out_dir, self.storage_options)
-            return
-        lost, self.storage_options = self.fs, read_again(self.storage_options)
-        self.fs, _ = locate(self.out_dir, {**(self.storage_options or {}), "skip_instance_cache": True})
-        if not self._is_shared and hasattr(lost, "client"):
-            lost.client.close()  # of SSH: nobody else has it
-        self._is_shared = False
-
-    def insisting(self, call: Callable[[], T], *, tells: bool = True) -> T:
-        """Return call()'s value; where storage refuses it, call once more with credentials that were read again.
-
-        tells: say so where that has helped.
-
-        Raises:
-            Exception: the second one.
-        """
-        try:
-            return call()
-        except Exception as error:  # every storage has exceptions of its own
-            if isinstance(self.fs, LocalFileSystem) or not is_refused(error):
-                raise
-            self.reconnect(error)
-            value = call()
-            if tells:
-                logger.info("storage had refused us, credentials are read again: %s", reason_of(error))
-            return value
-
-    def path(self, *parts: str) -> str:
-        return "/".join((self.root.rstrip("/"), *parts))
+    def __init__(self, folder: RunFolder) -> None:
+        self.folder = folder
+        self.damaged: dict[str, str] = {}
+        self.can_delete = True
 
     def names(self) -> list[str]:
-        """Return the names of all checkpoint directories, whole or not, highest iteration first."""
-        self.fs.invalidate_cache()
-        try:
-            limit = {"timeout": _FIRST_ANSWER_S} if self.fs.async_impl else {}
-            entries = self.fs.ls(self.root, detail=False, **limit)
-        except Exception as error:  # every storage has exceptions of its own
-            if lacks_bucket(error):
-                raise CheckpointError(
-                    f"out_dir={self.out_dir}: {reason_of(error)}; make it, or check its name"
-                ) from error
-            if isinstance(error, FileNotFoundError | NotADirectoryError):
-                return []
-            is_late = isinstance(error, FSTimeoutError)
-            reason = f"no answer in {_FIRST_ANSWER_S:g} s" if is_late else reason_of(error)
-            raise StorageUnavailableError(
-                f"{self.key}={self.out_dir} cannot be read: {reason}; "
-                "check the address, the network and the credentials"
-            ) from error
-        found = [name for entry in entries if _NAME.fullmatch(name := entry.rstrip("/").rsplit("/", 1)[-1])]
-        return newest_name_first(found)
+        """Return the names of all checkpoint directories, whole or not, highest iteration first.
+
+        Raises:
+            CheckpointError: there is no such bucket.
+            StorageUnavailableError: the storage does not answer.
+        """
+        return newest_name_first(name for name in self.folder.list() if _NAME.fullmatch(name))
 
     def load(self, name: str) -> Checkpoint | None:
         """Return a checkpoint, or None where it was never committed.
@@ -170,19 +101,10 @@ class CheckpointStore:
             CheckpointError: its state.json is damaged or of another format.
             StorageUnavailableError: the storage does not answer.
         """
-        text = self._read(f"{name}/state.json")
-        if text is None or text == _WITHDRAWN_TEXT:
+        text = self.folder.read(f"{name}/state.json")
+        if text is None or text == _WITHDRAWN_TEXT.encode():
             return None
-        return Checkpoint(name, parse_state(text, self.path(name, "state.json")))
-
-    def _read(self, name: str) -> bytes | None:
-        path = self.path(name)
-        try:
-            return bytes(self.fs.cat_file(path))
-        except (FileNotFoundError, NotADirectoryError):
-            return None
-        except Exception as error:  # every storage has exceptions of its own
-            raise StorageUnavailableError(f"{path} cannot be read: {reason_of(error)}") from error
+        return Checkpoint(name, parse_state(text, self.folder.path(name, "state.json")))
 
     def newest_first(self) -> Iterator[Checkpoint]:
         """Yield the committed checkpoints; one with a damaged state.json is passed over with a warning."""
@@ -226,11 +148,11 @@ class CheckpointStore:
         """
         tensors: dict[str, Tensor] = {}
         for name, record in (checkpoint.model_files if model_only else checkpoint.files).items():
-            tensors |= read_tensors(self.fs, self.path(checkpoint.name, name), record)
+            tensors |= read_tensors(self.folder.fs, self.folder.path(checkpoint.name, name), record)
         return checkpoint.snapshot(tensors)
 
     def _nothing(self, which: str) -> CheckpointError:
-        where = f"{self.key}={self.out_dir} holds no"
+        where = f"{self.folder.key}={self.folder.out_dir} holds no"
         if which not in _CHOICES:
             there = ", ".join(self.names()) or "none"
             return CheckpointError(
@@ -248,7 +170,7 @@ class CheckpointStore:
         """
         if self.damaged:
             raise CheckpointError(
-                f"out_dir={self.out_dir} holds a run, but no whole checkpoint of it: {_listed(self.damaged)}. "
+                f"out_dir={self.folder.out_dir} holds a run, but no whole checkpoint of it: {_listed(self.damaged)}. "
                 "Restore one from a copy, or give another --out_dir to begin anew"
             )
 
@@ -259,64 +181,15 @@ class CheckpointStore:
         return [checkpoint for checkpoint in found if checkpoint.is_evaluated or checkpoint.iter_num not in done]
 
     def commit(self, name: str, state: dict[str, Any]) -> Checkpoint:
-        """Announce a checkpoint whose files are all written: after this it exists."""
-        self._write_text(f"{name}/state.json", state_text(state))
+        """Commit a checkpoint whose files are all written: after this it exists."""
+        self.folder.write_whole(f"{name}/state.json", state_text(state))
         return Checkpoint(name, state)
-
-    def identify(self) -> str:
-        """Return the lasting id by which nodes know the states of this run in their memory; make one if it has none.
-
-        Raises:
-            CheckpointError: it cannot be written.
-        """
-        known = self.read_json(RUN_FILE)
-        if "run_id" not in known:
-            known["run_id"] = uuid.uuid4().hex
-            self.write_json(RUN_FILE, known)
-        return self.known_as(known["run_id"])
-
-    def known_as(self, run_id: str) -> str:
-        """Return the id of the run in this folder: a copy of it is another run, though its run.json is equal."""
-        return f"{run_id}_{xxhash.xxh3_64(self.root.rstrip('/').encode()).hexdigest()}"
-
-    def fence(self, attempt: str) -> None:
-        """Make this attempt the one that may announce checkpoints.
-
-        Raises:
-            CheckpointError: it cannot be written.
-        """
-        self.write_json(_ATTEMPT_FILE, {"attempt": attempt}, is_lasting=False)  # after a power cut nobody is late
-
-    def is_fenced(self, attempt: str) -> bool:
-        """Return whether a later attempt writes here: this one was cut off, and given up by the others."""
-        return bool(self.read_json(_ATTEMPT_FILE).get("attempt", attempt) != attempt)
-
-    def write_json(self, name: str, value: dict[str, Any], *, is_lasting: bool = True) -> None:
-        """Write a JSON file whole or not at all; is_lasting: see `atomic_write`."""
-        self._write_text(name, json.dumps(value, indent=1, allow_nan=False), is_lasting=is_lasting)
-
-    def _write_text(self, name: str, text: str, *, is_lasting: bool = True) -> None:
-        url = f"{self.out_dir.rstrip('/')}/{name}"
-        with atomic_write(url, self.storage_options, is_lasting=is_lasting) as file:
-            file.write_text(text)
-
-    def read_json(self, name: str) -> dict[str, Any]:
-        """Return a JSON file's content, {} where it is missing or damaged.
-
-        Raises:
-            StorageUnavailableError: the storage does not answer, which is not the same.
-        """
-        try:
-            value = json.loads(self._read(name) or b"{}")
-        except ValueError:
-            return {}
-        return value if isinstance(value, dict) else {}
 
     def prune(self, keep: int) -> list[str]:
         """Delete all but the newest `keep` committed checkpoints and the best one; return what was deleted.
 
-        What was begun up to the iteration of the newest committed one and never announced goes too. Beginnings of later
-        ones stay, for somebody may be writing them; and what could not be read, for the storage may have been at fault.
+        Those that were begun up to the iteration of the newest committed one and never committed go too. Beginnings of
+        later ones stay, for somebody may be writing them; damaged ones stay, for the storage may have been at fault.
         """
         if not self.can_delete or not self.names():  # asked first: what is refused here is no sign of damage
             return []
@@ -332,44 +205,22 @@ class CheckpointStore:
             self.delete_checkpoint(name)
         return doomed
 
-    def delete_file(self, name: str) -> bool:
-        """Delete a file of the run, where it is there; return whether it is gone: some storage lets us delete nothing.
-
-        Raises:
-            CheckpointError: it cannot be deleted, which may pass.
-        """
-        try:
-            if is_there(self.fs, self.path(name)):
-                self.fs.rm_file(self.path(name))
-            return True
-        except Exception as error:  # every storage has exceptions of its own
-            if is_refused(error) and not has_expired(error):
-                return False
-            raise CheckpointError(f"{self.path(name)} cannot be deleted: {reason_of(error)}") from error
-
     def delete_checkpoint(self, name: str) -> None:
         """Delete state.json first, so that at no moment half a checkpoint looks whole.
 
         Raises:
             UndeletableError: storage refuses that.
-            Exception: the storage's own.
+            CheckpointError: it fails at it.
         """
-        announced = self.path(name, "state.json")
-        try:
-            if is_there(self.fs, announced):
-                self.fs.rm_file(announced)
-            delete_folder(self.fs, self.path(name))
-        except Exception as error:
-            if is_refused(error) and not has_expired(error):
-                raise UndeletableError(f"nothing can be deleted there ({reason_of(error)})") from error
-            raise
+        self.folder.delete(f"{name}/state.json")
+        self.folder.delete_folder(name)
 
     def withdraw(self, name: str) -> None:
-        """Make a checkpoint one that was never announced: it is deleted, or said to be none where that is refused."""
+        """Undo the commit of a checkpoint: delete it or, where storage refuses that, mark it as none."""
         try:
             self.delete_checkpoint(name)
         except UndeletableError:
-            self._write_text(f"{name}/state.json", _WITHDRAWN_TEXT.decode())
+            self.folder.write_whole(f"{name}/state.json", _WITHDRAWN_TEXT)
 
 
 def best(checkpoints: list[Checkpoint]) -> Checkpoint | None:

@@ -26,8 +26,8 @@ from fsspec import AbstractFileSystem
 from fsspec.implementations.local import LocalFileSystem
 from torch import Tensor
 
-from orchestrator.errors import CheckpointError, StorageUnavailableError
-from orchestrator.storage.reasons import reason_of
+from orchestrator.errors import CheckpointError, MissingFileError, StorageUnavailableError
+from orchestrator.storage.reasons import translated
 
 _DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F64": torch.float64, "I64": torch.int64}
 _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
@@ -120,7 +120,8 @@ def write_file(
     digest = xxhash.xxh3_128()
     size_bytes = 0
     file = _LocalFile(path) if type(fs) is LocalFileSystem else fs.open(path, "wb")
-    try:
+    with contextlib.ExitStack() as on_failure:
+        on_failure.callback(_give_up, file)
         for piece in pieces:
             file.write(piece)
             digest.update(piece)
@@ -130,9 +131,7 @@ def write_file(
         if isinstance(fs, LocalFileSystem):
             os.fsync(file.fileno())  # what is announced must survive a power cut; and some disks are full only here
         file.close()
-    except BaseException:
-        _give_up(file)
-        raise
+        on_failure.pop_all()
     fs.invalidate_cache(fs._parent(path))
     stored_bytes = fs.info(path)["size"]
     if stored_bytes != size_bytes:  # some clients report success for half a file
@@ -211,7 +210,8 @@ def _whole_blocks(content: memoryview) -> int:
 
 def _give_up(file: Any) -> None:
     """Drop a file that was begun. Closing it would make an object of its first half."""
-    with contextlib.suppress(Exception):  # the error that led here is the one to tell
+    # the error that led here is the one to tell
+    with contextlib.suppress(CheckpointError), translated("the file cannot be dropped"):
         if hasattr(file, "discard") and hasattr(file, "blocksize"):  # fsspec's own buffered file, on an object store
             file.closed = True  # or its destructor would send what is in the buffer
             file.discard()
@@ -238,20 +238,17 @@ def stream_tensors(
         CheckpointError: the file is missing, cut off or damaged.
         StorageUnavailableError: the storage does not answer.
     """
-    try:
-        with fs.open(path, "rb") as file:
-            source = _Verified(file, path, record, read)
-            for name, dtype, shape in _entries(source):
-                tensor = (place or _new)(name, dtype, shape)
-                source.fill(pieces(tensor))
-                yield name, tensor
-            source.finish()
-    except FileNotFoundError:
-        raise CheckpointError(f"{path} is missing") from None
-    except CheckpointError:
-        raise
-    except Exception as error:  # every storage library has exceptions of its own
-        raise StorageUnavailableError(f"{path} cannot be read: {reason_of(error)}") from error
+    with translated(f"{path} cannot be read", StorageUnavailableError):
+        try:
+            with fs.open(path, "rb") as file:
+                source = _Verified(file, path, record, read)
+                for name, dtype, shape in _entries(source):
+                    tensor = (place or _new)(name, dtype, shape)
+                    source.fill(pieces(tensor))
+                    yield name, tensor
+                source.finish()
+        except FileNotFoundError:
+            raise MissingFileError(f"{path} is missing") from None
 
 
 def read_tensors(fs: AbstractFileSystem, path: str, record: FileRecord) -> dict[str, Tensor]:

@@ -8,8 +8,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from fsspec.implementations.local import LocalFileSystem
-
 from orchestrator.checkpoint.formats.huggingface import write_huggingface
 from orchestrator.checkpoint.formats.nanogpt import write_nanogpt
 from orchestrator.checkpoint.formats.run_tokenizer import whole_json
@@ -25,8 +23,9 @@ from orchestrator.checkpoint.formats.sources import (
 from orchestrator.checkpoint.snapshot import Snapshot
 from orchestrator.data.tokenizers import Tokenizer
 from orchestrator.errors import ConfigError, DataError, nearest
+from orchestrator.storage.identity import place_of
 from orchestrator.storage.options import storage_options_of
-from orchestrator.storage.transfer import exists, local_copy
+from orchestrator.storage.transfer import exists
 
 logger = logging.getLogger(__name__)
 
@@ -82,18 +81,11 @@ def _refuse_its_own(config: ExportConfig, source: Source) -> None:
     Raises:
         ConfigError: it does.
     """
-    here, there = _place(source.where), _place(config.to)
+    here, there = place_of(source.where), place_of(config.to)
     is_inside = there == here or there.startswith(f"{here}/")
     is_harmless = source.kind is Kind.RUN and config.format == "nanogpt" and not _IN_CHECKPOINT.search(there)
     if is_inside and not is_harmless:
         raise ConfigError(f"--to={config.to} lies in what is exported, {source.where}: give a place of its own")
-
-
-def _place(path_or_url: str) -> str:
-    protocol = path_or_url.partition("://")[0] if "://" in path_or_url else "file"
-    if protocol in LocalFileSystem.protocol:
-        return str(Path(LocalFileSystem._strip_protocol(path_or_url)).resolve())
-    return path_or_url.rstrip("/")
 
 
 def _writer(config: ExportConfig, source: Source) -> Callable[[Weights], str]:
@@ -129,10 +121,9 @@ def _tokenizer(source: Source, snapshot: Snapshot, data_dir: str) -> Tokenizer |
 
 def _tokenizer_files(source: Source) -> dict[str, bytes]:
     """Return a Hugging Face folder's own files of the tokenizer, as they are."""
+    assert source.folder
     found: dict[str, bytes] = {}
     for name in _TOKENIZER_FILES:
-        url = f"{source.where.rstrip('/')}/{name}"
-        if exists(url, source.options):
-            with local_copy(url, source.options) as file:
-                found[name] = file.read_bytes()
+        if (content := source.folder.read(name)) is not None:
+            found[name] = content
     return found

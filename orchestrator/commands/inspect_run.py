@@ -21,10 +21,11 @@ from orchestrator.checkpoint.formats.sources import (
     using,
 )
 from orchestrator.checkpoint.save.node_memory import run_path, share_path, states_in
-from orchestrator.checkpoint.store import RUN_FILE, Checkpoint, CheckpointStore, best, newest_name_first
+from orchestrator.checkpoint.store import Checkpoint, CheckpointStore, best, newest_name_first
 from orchestrator.checkpoint.tensor_file import FileRecord, stream_tensors
 from orchestrator.data.vocabulary import name_of
 from orchestrator.errors import CheckpointError
+from orchestrator.storage.run_folder import RUN_FILE
 
 
 @dataclass(frozen=True)
@@ -54,14 +55,15 @@ def inspect(config: InspectConfig) -> str:
 
 def _table(config: InspectConfig, source: Source) -> str:
     store = source.store()
-    names = [name for name in store.names() if store.fs.find(store.path(name))]  # some servers keep empty folders
-    if not names and not store.read_json(RUN_FILE):
+    folder = store.folder
+    names = [name for name in store.names() if folder.fs.find(folder.path(name))]  # some servers keep empty folders
+    if not names and not folder.read_json(RUN_FILE):
         raise CheckpointError(f"out_dir={config.out_dir} holds no run: give the --out_dir of a training run")
     found = list(store.newest_first())
     top = best(found)
     names = [name for name in names if source.which in ("auto", name)]
     rows: list[tuple[str, ...]] = [("checkpoint", "iteration", "val loss", "MB", "saved (UTC)", "where", "state")]
-    rows += _memory_rows(config, store.known_as(str(store.read_json(RUN_FILE).get("run_id", ""))))
+    rows += _memory_rows(config, folder.run_id(make=False))
     rows += [_row(store, name, found, top, config.verify) for name in names]
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
@@ -76,8 +78,8 @@ def _row(
         if checkpoint is None:
             return (name, "", "", "", "", "storage", "not finished: never announced")
         if verify:
-            files = ((store.path(name, file), record) for file, record in checkpoint.files.items())
-            odd = next(filter(None, [_verify(store.fs, *file) for file in files]), "")
+            files = ((store.folder.path(name, file), record) for file, record in checkpoint.files.items())
+            odd = next(filter(None, [_verify(store.folder.fs, *file) for file in files]), "")
     except CheckpointError as error:
         return (name, "", "", "", "", "storage", f"DAMAGED: {error}")
     words = ["verified" if verify else "whole"]

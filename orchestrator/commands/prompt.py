@@ -7,28 +7,28 @@ from pathlib import Path
 from typing import Any
 
 from orchestrator.checkpoint.formats.run_tokenizer import saved_tokenizer
-from orchestrator.checkpoint.store import CheckpointStore
 from orchestrator.config import GPT2_NAMES
 from orchestrator.data.token_files import read_tokenizer
 from orchestrator.data.token_ids import REPLACEMENT
 from orchestrator.data.tokenizer_folder import read_tokenizer_folder
 from orchestrator.data.tokenizers import GPT2_VOCAB_SIZE, GPT2Tokenizer, Tokenizer
 from orchestrator.errors import ConfigError, DataError
+from orchestrator.storage.run_folder import RunFolder
 
 logger = logging.getLogger(__name__)
 
 _MOST_PADDED = 51_200  # to what GPT-2's 50,257 are padded at most: Megatron's, for eight-way tensor parallelism
 
 
-def tokenizer_of(run_config: dict[str, Any], data_dir: str, store: CheckpointStore | None = None) -> Tokenizer:
+def tokenizer_of(run_config: dict[str, Any], data_dir: str, folder: RunFolder | None = None) -> Tokenizer:
     """Return the tokenizer that a run's config carries, else that of its dataset, else GPT-2's, as in nanoGPT.
 
-    store: the run's folder, where a tokenizer's file lies.
+    folder: the run's folder, where a tokenizer's file lies.
 
     Raises:
         DataError: the dataset's meta tells the size of the vocabulary, but not what the ids mean.
     """
-    if saved := saved_tokenizer(run_config, store, data_dir):
+    if saved := saved_tokenizer(run_config, folder, data_dir):
         return saved
     name = str(run_config.get("dataset") or "")
     tokenizer = read_tokenizer(data_dir, name) if name else GPT2Tokenizer()
@@ -37,8 +37,10 @@ def tokenizer_of(run_config: dict[str, Any], data_dir: str, store: CheckpointSto
     return tokenizer
 
 
-def folder_tokenizer(source: str, vocab_size: int, storage_options: dict[str, Any] | None = None) -> Tokenizer:
+def folder_tokenizer(source: str, vocab_size: int, fs: Any = None) -> Tokenizer:
     """Return the tokenizer of a Hugging Face folder, GPT-2's for GPT-2's names and where the vocabulary is of its size.
+
+    fs: the folder's client.
 
     Raises:
         DataError: the folder's cannot be read or has more tokens than the model, or it has none and its model is of
@@ -46,7 +48,7 @@ def folder_tokenizer(source: str, vocab_size: int, storage_options: dict[str, An
     """
     if source in GPT2_NAMES:
         return GPT2Tokenizer()
-    if found := read_tokenizer_folder(source, storage_options):
+    if found := read_tokenizer_folder(source, fs):
         if found.vocab_size > vocab_size:
             raise DataError(
                 f"the model has vocab_size={vocab_size}, but the tokenizer {found.vocab_size} tokens: the tokenizer in "

@@ -8,6 +8,7 @@ from datetime import UTC, datetime
 
 from orchestrator.errors import CheckpointError
 from orchestrator.storage.options import storage_options_of
+from orchestrator.storage.run_folder import RunFolder
 from orchestrator.telemetry.goodput import PHASES, Incident, Ledger, account, duration
 from orchestrator.telemetry.metrics import read_events, read_metrics
 
@@ -27,13 +28,13 @@ def report(config: ReportConfig) -> str:
     Raises:
         CheckpointError: the folder cannot be read or holds no run.
     """
-    options = storage_options_of(config)
-    events = read_events(config.out_dir, options)
+    folder = RunFolder(config.out_dir, storage_options_of(config))
+    events = read_events(folder)
     if not events:
         raise CheckpointError(
             f"out_dir={config.out_dir} holds no events of a run: give the --out_dir of one of `train`"
         )
-    ledger = account([*events, *read_metrics(config.out_dir, options)])
+    ledger = account([*events, *read_metrics(folder)])
     return _json(ledger) if config.json else _text(config.out_dir, ledger)
 
 

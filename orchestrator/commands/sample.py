@@ -120,9 +120,10 @@ def load(config: SampleConfig) -> tuple[GPT, Tokenizer]:
         "sampling from %s", weights.name if source.kind is not Kind.RUN else f"{weights.name} in {source.where}"
     )
     if is_pretrained:
-        return model, folder_tokenizer(source.where, model.config.vocab_size, source.options)
-    store = source.store() if source.kind is Kind.RUN else None
-    return model, tokenizer_of(weights.snapshot.config, config.data_dir, store)
+        fs = source.folder.fs if source.folder else None
+        return model, folder_tokenizer(source.where, model.config.vocab_size, fs)
+    folder = source.folder if source.kind is Kind.RUN else None
+    return model, tokenizer_of(weights.snapshot.config, config.data_dir, folder)
 
 
 def build(snapshot: Snapshot, tensors: Iterable[tuple[str, Tensor]], *, draws: bool = True) -> GPT:

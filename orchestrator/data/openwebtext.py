@@ -20,9 +20,8 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-import fsspec
-
-from orchestrator.errors import DataError
+from orchestrator.errors import CheckpointError, DataError
+from orchestrator.storage.location import locate
 
 logger = logging.getLogger(__name__)
 
@@ -120,11 +119,13 @@ def _builder(pattern: str) -> str | None:
 
 def _files(pattern: str) -> list[str]:
     try:
-        filesystem, path = fsspec.core.url_to_fs(pattern)
+        filesystem, path = locate(pattern)
         is_glob = any(sign in path for sign in "*?[") and not filesystem.exists(path)
         paths = sorted(filesystem.glob(path)) if is_glob else [path] if filesystem.isfile(path) else []
         found = [str(filesystem.unstrip_protocol(one)) for one in paths]
-    except (OSError, ValueError, ImportError) as error:
+    except CheckpointError as error:
+        raise DataError(f"cannot read the text {error}") from error
+    except (OSError, ValueError) as error:
         raise DataError(f"cannot read the text {pattern}: {error}") from error
     if not found:
         raise DataError(f"--text {pattern} matches no file")
@@ -139,7 +140,8 @@ def _escaped(file: str) -> str:
 def _sha256(files: Sequence[str]) -> str:
     digest = hashlib.sha256()
     for file in files:
-        with fsspec.open(file, "rb") as opened:
+        filesystem, path = locate(file)
+        with filesystem.open(path, "rb") as opened:
             while chunk := opened.read(_CHUNK_BYTES):
                 digest.update(chunk)
     return digest.hexdigest()

@@ -16,10 +16,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import fsspec
-
 from orchestrator.data.file_kinds import HEAD_BYTES, kind_of
-from orchestrator.errors import DataError
+from orchestrator.errors import CheckpointError, DataError
+from orchestrator.storage.location import locate
 
 logger = logging.getLogger(__name__)
 
@@ -169,7 +168,7 @@ def _read(pattern: str) -> Iterator[tuple[str, bytes]]:
             return
         if not pattern:
             raise DataError("--text is empty: give paths, globs or URLs")
-        filesystem, path = fsspec.core.url_to_fs(pattern)
+        filesystem, path = locate(pattern)
         # A file may have a bracket in its name, so a pattern that names one is no glob.
         is_glob = any(sign in path for sign in "*?[") and not filesystem.exists(path)
         paths = _files_of(filesystem, path) if is_glob else [path]
@@ -179,7 +178,9 @@ def _read(pattern: str) -> Iterator[tuple[str, bytes]]:
             if not is_glob and filesystem.isdir(one):
                 raise DataError(f"--text {pattern} is a folder: give '{pattern.rstrip('/')}/*.txt'")
             yield one, filesystem.cat_file(one)
-    except (OSError, ValueError, ImportError) as error:
+    except CheckpointError as error:
+        raise DataError(f"cannot read the text {error}") from error
+    except (OSError, ValueError) as error:
         raise DataError(f"cannot read the text {pattern}: {error}") from error
 
 

@@ -10,11 +10,11 @@ import logging
 from functools import cached_property
 from typing import Any
 
-import fsspec
-
 from orchestrator.data.file_tokenizer import TOKENIZER_FILE, FileTokenizer
 from orchestrator.data.tokenizers import GPT2_END_OF_TEXT, GPT2Tokenizer, Tokenizer, tokenizer_from_json
-from orchestrator.errors import DataError
+from orchestrator.errors import CheckpointError, DataError
+from orchestrator.storage.location import locate
+from orchestrator.storage.reasons import translated
 
 logger = logging.getLogger(__name__)
 
@@ -36,12 +36,13 @@ _REMEDY = (
 class TokenizerFolder:
     """The files of one folder."""
 
-    def __init__(self, folder_or_url: str, storage_options: dict[str, Any] | None = None) -> None:
+    def __init__(self, folder_or_url: str, fs: Any = None) -> None:
         self.url = folder_or_url.rstrip("/")
         try:
-            self._fs, self._root = fsspec.core.url_to_fs(self.url, **(storage_options or {}))
-        except (ValueError, ImportError, OSError) as error:
-            raise DataError(f"{self.url}: {error}") from error
+            self._fs, root = (fs, fs._strip_protocol(self.url)) if fs else locate(self.url)
+        except CheckpointError as error:
+            raise DataError(str(error)) from error
+        self._root = str(root)
 
     def path(self, name: str) -> str:
         return f"{self.url}/{name}"
@@ -49,24 +50,19 @@ class TokenizerFolder:
     @cached_property
     def names(self) -> set[str]:
         """The names of what lies there, none where there is no such folder."""
-        try:
-            return {str(path).rstrip("/").rsplit("/", 1)[-1] for path in self._fs.ls(self._root, detail=False)}
-        except (
-            FileNotFoundError,
-            NotADirectoryError,
-            PermissionError,
-        ):  # web servers list nothing
-            return {name for name in _LOOKED_FOR if self._fs.exists(f"{self._root.rstrip('/')}/{name}")}
-        except Exception as error:  # every storage library has exceptions of its own
-            raise DataError(f"{self.url} cannot be read: {type(error).__name__}: {error}") from error
+        with translated(f"{self.url} cannot be read", DataError):
+            try:
+                return {str(path).rstrip("/").rsplit("/", 1)[-1] for path in self._fs.ls(self._root, detail=False)}
+            except (FileNotFoundError, NotADirectoryError, PermissionError):  # web servers list nothing
+                return {name for name in _LOOKED_FOR if self._fs.exists(f"{self._root.rstrip('/')}/{name}")}
 
     def text(self, name: str) -> str:
+        with translated(f"{self.path(name)} cannot be read", DataError):
+            content = bytes(self._fs.cat_file(f"{self._root.rstrip('/')}/{name}"))
         try:
-            return bytes(self._fs.cat_file(f"{self._root.rstrip('/')}/{name}")).decode("utf-8-sig")
+            return content.decode("utf-8-sig")
         except UnicodeDecodeError as error:
             raise DataError(f"{self.path(name)} is damaged: {error}") from None
-        except Exception as error:  # every storage library has exceptions of its own
-            raise DataError(f"{self.path(name)} cannot be read: {type(error).__name__}: {error}") from error
 
     def json(self, name: str) -> Any:
         try:
@@ -82,13 +78,13 @@ class TokenizerFolder:
         return value
 
 
-def read_tokenizer_folder(folder_or_url: str, storage_options: dict[str, Any] | None = None) -> Tokenizer | None:
-    """Return the tokenizer that a folder holds, None where it holds none.
+def read_tokenizer_folder(folder_or_url: str, fs: Any = None) -> Tokenizer | None:
+    """Return the tokenizer that a folder holds, None where it holds none. fs: its fsspec client, if it is open.
 
     Raises:
         DataError: its files are damaged, or of a kind that cannot be read without running somebody's code.
     """
-    folder = TokenizerFolder(folder_or_url, storage_options)
+    folder = TokenizerFolder(folder_or_url, fs)
     names = folder.names
     if OUR_FILE in names:
         return tokenizer_from_json(folder.json(OUR_FILE))

@@ -25,7 +25,7 @@ def plain_world(config: TrainConfig) -> World:
     dist.init_process_group(process_group_backend(config))
     local = int(os.environ["LOCAL_RANK"])
     world = World(dist.get_rank(), dist.get_world_size(), local_device(config, local))
-    return replace(world, attempt=world.broadcast_json(new_attempt()))
+    return replace(world, attempt=world.on_main(new_attempt))
 
 
 def new_attempt() -> str:

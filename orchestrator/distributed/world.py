@@ -98,10 +98,6 @@ class World:
         if mine.group and mine is not self:  # after an error it stays: with a peer that is gone, this would wait
             dist.destroy_process_group(mine.group)
 
-    def broadcast_json(self, value: Any) -> Any:
-        """Return rank 0's value on every rank."""
-        return self.gather_json(value if self.is_main else None)[0]
-
     def gather_json(self, value: Any) -> list[Any]:
         """Return every rank's value, by rank, on every rank."""
         if self.size == 1:
@@ -118,10 +114,9 @@ class World:
         return [json.loads(bytes(part[:size].numpy())) for part, size in zip(parts, sizes, strict=True)]
 
     def collectively(self, call: Callable[[], T]) -> T:
-        """Return call()'s value, unless it is a user's mistake on any rank: then raise that one on all ranks.
+        """Run `call` on every rank. If any rank raises a UserError, raise the first one on all ranks.
 
-        Raises:
-            UserError: the first rank's, so that none waits in a collective for one that has left.
+        Otherwise a rank would wait in the next collective for one that has left.
         """
         value, mine = None, None
         try:
@@ -132,6 +127,24 @@ class World:
             if found:
                 name, text = found
                 raise getattr(errors, name)(text if rank == 0 else f"rank {rank}: {text}")
+        return cast(T, value)
+
+    def on_main(self, call: Callable[[], T]) -> T:
+        """Run `call` on rank 0 only, and return its value on every rank: one that JSON knows.
+
+        Raises:
+            UserError: rank 0's, on all ranks.
+        """
+
+        def answer() -> list[Any]:
+            try:
+                return [call(), None, ""]
+            except UserError as error:
+                return [None, type(error).__name__, str(error)]
+
+        value, name, text = self.gather_json(answer() if self.is_main else None)[0]
+        if name:
+            raise getattr(errors, name)(text)
         return cast(T, value)
 
     def sum(self, tensor: Tensor) -> Tensor:

@@ -15,9 +15,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from orchestrator.config import TrainConfig
 from orchestrator.driver.lease import Lease
-from orchestrator.storage.options import storage_options_of
 from orchestrator.telemetry.goodput import Ledger, summary_of
 from orchestrator.telemetry.metrics import MetricsLog
 
@@ -90,15 +88,16 @@ class Journal:
 
 
 @contextmanager
-def open_journal(config: TrainConfig, lease: Lease | None) -> Iterator[Journal]:
+def open_journal(lease: Lease | None) -> Iterator[Journal]:
     """Lend a driver its events, from its start to its end, and say then where the time went."""
     if lease is None:
         yield Journal(None)
         return
-    options = storage_options_of(config)
-    where: dict[str, Any] = {"out_dir": config.out_dir, "attempt": lease.start_id, "storage_options": options}
-    log = MetricsLog(**where, stem="events", flush_interval_s=_FLUSH_S)
-    metrics = None if log.is_local else MetricsLog(**where, flush_interval_s=math.inf)  # all at once, by `keep_metrics`
+    folder = lease.folder
+    log = MetricsLog(folder, lease.start_id, stem="events", flush_interval_s=_FLUSH_S)
+    metrics = None
+    if not folder.is_local:
+        metrics = MetricsLog(folder, lease.start_id, flush_interval_s=math.inf)  # all at once, by `keep_metrics`
     events = Journal(log, metrics)
     events.tell("driver_started", start_id=lease.start_id)
     try:

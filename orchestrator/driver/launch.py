@@ -27,7 +27,6 @@ import ray
 from ray._private.state import state as cluster
 from ray.train import CheckpointConfig, FailureConfig, LoggingConfig, RunConfig, ScalingConfig
 
-from orchestrator.checkpoint.store import CheckpointStore
 from orchestrator.cluster.join import SIGNALS, ClusterLostError, StoppedError, cluster_of, first_line
 from orchestrator.cluster.mailbox import MailboxReader, open_mailbox
 from orchestrator.cluster.room import wait_for_room
@@ -43,8 +42,9 @@ from orchestrator.driver.lease import Lease
 from orchestrator.driver.preflight import Plan
 from orchestrator.driver.registry import REGISTRY_FILE, storage_for_ray
 from orchestrator.driver.trainer import TorchGroup, Trainer
-from orchestrator.errors import UserError
+from orchestrator.errors import UndeletableError, UserError
 from orchestrator.storage.options import redacted
+from orchestrator.storage.run_folder import RUN_FILE, RunFolder
 from orchestrator.telemetry.display import Display, quiet
 from orchestrator.telemetry.format import stopped_line
 from orchestrator.training.attempt import Outcome
@@ -94,10 +94,10 @@ def run(plan: Plan, worker: Callable[[dict[str, Any]], dict[str, Any]] = run_wor
         UserError, InterruptedRunError, RunFailedError: as `launch` does.
     """
     config = plan.config
-    lease = None if config.eval_only else Lease(plan.store)  # an evaluation disturbs nobody
+    lease = None if config.eval_only else Lease(plan.folder)  # an evaluation disturbs nobody
     if lease:
         lease.wait_until_free()
-    with _signals() as stop, lease.held() if lease else nullcontext(), open_journal(config, lease) as events:
+    with _signals() as stop, lease.held() if lease else nullcontext(), open_journal(lease) as events:
         times, is_first = 0, True
         while True:
             began_s = time.monotonic()
@@ -134,7 +134,7 @@ def _train_on_ray(
             raise InterruptedRunError("stopped while waiting for machines, nothing was begun") from None
         if stop.is_set():
             raise StoppedError
-        ids = _prepare_out_dir(config, plan.store, lease)
+        ids = _prepare_out_dir(config, plan.folder, lease)
         events.begin()
         logger.info("%s", plan.start.summary)
         if is_first:
@@ -142,7 +142,7 @@ def _train_on_ray(
         job = {**job_of(config), **ids, "cwd": str(Path.cwd()), "mailbox": open_mailbox()}
         each = {"CPU": config.cpus_per_worker} | ({"GPU": gpus_per_worker} if gpus_per_worker else {})
         is_new = not may_wait and plan.start.iter_num == 0
-        trainer = _trainer(config, plan.store, each, worker, job, leaves_cluster, is_new)
+        trainer = _trainer(config, plan.folder, each, worker, job, leaves_cluster, is_new)
         if config.warm_spares:
             spares.prestart_first(config.max_workers, each)
         return _fit(trainer, job["mailbox"], config, stop, lease, events)
@@ -172,7 +172,7 @@ def _signals() -> Iterator[threading.Event]:
             signal.signal(number, handler)
 
 
-def _prepare_out_dir(config: TrainConfig, store: CheckpointStore, lease: Lease | None) -> dict[str, str | None]:
+def _prepare_out_dir(config: TrainConfig, folder: RunFolder, lease: Lease | None) -> dict[str, str | None]:
     """Write run.json, unless there is no lease to do so, and return the ids in it.
 
     run_id: the run's, the same for all its drivers; what nodes keep of it in memory is named by it.
@@ -182,19 +182,20 @@ def _prepare_out_dir(config: TrainConfig, store: CheckpointStore, lease: Lease |
         ConfigError: another driver began at the same moment.
         CheckpointError: it cannot be written.
     """
-    before = store.read_json("run.json")
+    before = folder.read_json(RUN_FILE)
     if lease is None:
         return {key: before.get(key) for key in ("run_id", "start_id")}
     lease.confirm()
     ids = {"run_id": before.get("run_id") or uuid.uuid4().hex, "start_id": lease.start_id}
-    store.write_json("run.json", {**ids, "config": redacted(config), "ray": ray.__version__})
-    store.delete_file(REGISTRY_FILE)  # it may name what is gone, and Ray would not start then
+    folder.write_json(RUN_FILE, {**ids, "config": redacted(config), "ray": ray.__version__})
+    with suppress(UndeletableError):
+        folder.delete(REGISTRY_FILE)  # it may name what is gone, and Ray would not start then
     return ids
 
 
 def _trainer(
     config: TrainConfig,
-    store: CheckpointStore,
+    folder: RunFolder,
     each: dict[str, float],
     worker: Callable[..., Any],
     job: dict[str, Any],
@@ -204,9 +205,9 @@ def _trainer(
     budgets = Budgets(config.max_failures, config.max_preemptions, config.iters_per_checkpoint)
     monitor = AttemptMonitor(job["mailbox"], budgets, each if config.warm_spares else None, is_new)
     needs_gpus = "GPU" in each and config.device != "cpu"
-    parent, _, name = store.root.rstrip("/").rpartition("/")
+    parent, _, name = folder.root.rstrip("/").rpartition("/")
     if config.eval_only:  # it reads no registry: that one may be another driver's, and names what is gone
-        parent, name = store.root, EVALUATION_FOLDER
+        parent, name = folder.root, EVALUATION_FOLDER
     if config.is_elastic:  # nodes that were counted and turn out to be gone are not waited for
         os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "10")
     return Trainer(
@@ -226,7 +227,7 @@ def _trainer(
         run_config=RunConfig(
             name=name,
             storage_path=parent or "/",
-            storage_filesystem=storage_for_ray(store.fs),
+            storage_filesystem=storage_for_ray(folder),
             # Ray restarts without end; what is worth a restart is the monitor's to decide
             failure_config=FailureConfig(max_failures=-1, max_preemption_failures=-1, controller_failure_limit=-1),
             checkpoint_config=CheckpointConfig(),  # what is kept is decided where it is written (CheckpointStore.prune)

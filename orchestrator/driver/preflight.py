@@ -9,15 +9,14 @@ import importlib.util
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from fsspec.implementations.local import LocalFileSystem
-
 from orchestrator.checkpoint.restore.init_from import StartingPoint, Vocabulary, check_start
 from orchestrator.checkpoint.store import CheckpointStore
 from orchestrator.config import TrainConfig, check
 from orchestrator.data.dataset import Dataset, open_dataset
 from orchestrator.errors import ConfigError, DataError
-from orchestrator.storage.folders import check_writable
 from orchestrator.storage.options import storage_options_of
+from orchestrator.storage.run_folder import RunFolder
+from orchestrator.storage.writable import check_writable
 from orchestrator.training.attempt import batch_order
 from orchestrator.training.lr_schedule import tell_doubts
 
@@ -33,7 +32,7 @@ class Plan:
     """
 
     config: TrainConfig
-    store: CheckpointStore
+    folder: RunFolder
     start: StartingPoint
     no_data: DataError | None
 
@@ -47,12 +46,12 @@ def plan(config: TrainConfig) -> Plan:
     """
     config = check(config)
     _check_extras(config)
-    options = storage_options_of(config)
-    store = CheckpointStore(config.out_dir, options)
-    if isinstance(store.fs, LocalFileSystem):
-        _refuse_job_files(f"out_dir={config.out_dir}", store.root, "a path that all nodes share, or a URL (s3://b/run)")
-        config = replace(config, out_dir=store.root)
-    if "/" not in store.root:
+    folder = RunFolder(config.out_dir, storage_options_of(config))
+    if folder.is_local:
+        remedy = "a path that all nodes share, or a URL (s3://b/run)"
+        _refuse_job_files(f"out_dir={config.out_dir}", folder.root, remedy)
+        config = replace(config, out_dir=folder.root)
+    if "/" not in folder.root:
         raise ConfigError(
             f"out_dir={config.out_dir} is a whole bucket: give a folder in it, {config.out_dir.rstrip('/')}/run"
         )
@@ -61,13 +60,13 @@ def plan(config: TrainConfig) -> Plan:
         _refuse_job_files(
             f"data_dir={config.data_dir}", config.data_dir, "the path at which every node has the dataset"
         )
-    start = check_start(config, store, _vocabulary(data))
+    start = check_start(config, CheckpointStore(folder), _vocabulary(data))
     if data:
         data.check_fits(start.model_args["vocab_size"])
     if not config.eval_only:  # which writes nothing that a run needs
-        check_writable(config.out_dir, options)
+        check_writable(folder)
     tell_doubts(config)
-    return Plan(config, store, start, no_data)
+    return Plan(config, folder, start, no_data)
 
 
 def _check_extras(config: TrainConfig) -> None:

@@ -1,10 +1,10 @@
-"""What Ray Train keeps in out_dir: its list of checkpoints, which is of use to others and never needed; no more.
+"""Registry: Ray Train's list of checkpoints in out_dir. Others may use it; we never need it.
 
-An empty file with which Ray tries whether it can write is not written at all: that is found out before Ray is started,
-and an evaluation reads where nobody may write.
+A run resumes from the checkpoints that lie in storage whole, so the list may be missing, old or damaged. But Ray ends a
+run whose list cannot be written, and waits for a write that hangs. Here we give up such a write, with a warning.
 
-What a run goes on from is what lies in storage whole. So the list may be missing, old or damaged; but Ray ends a run
-whose list cannot be written, and waits for one that hangs. Here such a write is given up, with a warning.
+Ray also writes an empty file, to see whether it can write. We write none: preflight has found that out before, and an
+evaluation reads where nobody may write.
 """
 
 from __future__ import annotations
@@ -12,13 +12,13 @@ from __future__ import annotations
 import io
 import logging
 import threading
-from typing import Any
 
-import fsspec
 import pyarrow
 from pyarrow.fs import FileInfo, FileType, FSSpecHandler, PyFileSystem
 
-from orchestrator.storage.reasons import is_refused, reason_of
+from orchestrator.errors import CheckpointError
+from orchestrator.storage.reasons import reason_of
+from orchestrator.storage.run_folder import RunFolder
 
 REGISTRY_FILE = "checkpoint_manager_snapshot.json"
 
@@ -29,15 +29,21 @@ _writing: list[threading.Thread] = []  # of the controller's process: the latest
 logger = logging.getLogger(__name__)
 
 
-def storage_for_ray(fs: fsspec.AbstractFileSystem) -> PyFileSystem:
+def storage_for_ray(folder: RunFolder) -> PyFileSystem:
     """Return a filesystem for Ray Train, on which the registry is written if that can be done."""
-    return PyFileSystem(_Handler(fs))
+    return PyFileSystem(_Handler(folder))
 
 
 class _Handler(FSSpecHandler):  # type: ignore[misc]
+    """Travels, with the folder's client, to Ray's controller and to the workers."""
+
+    def __init__(self, folder: RunFolder) -> None:
+        super().__init__(folder.fs)
+        self._folder = folder
+
     def open_output_stream(self, path: str, metadata: dict[str, str] | None) -> pyarrow.NativeFile:
         if path.rpartition("/")[2] == REGISTRY_FILE:
-            return pyarrow.PythonFile(_Registry(self, path), mode="w")
+            return pyarrow.PythonFile(_Registry(self._folder, path), mode="w")
         if path.rpartition("/")[2] == _TRIAL_FILE:
             return pyarrow.PythonFile(io.BytesIO(), mode="w")
         return super().open_output_stream(path, metadata)
@@ -57,9 +63,9 @@ class _Handler(FSSpecHandler):  # type: ignore[misc]
 class _Registry(io.BytesIO):
     """The list as it is being written; it goes to storage as a whole, when it is closed."""
 
-    def __init__(self, handler: _Handler, path: str) -> None:
+    def __init__(self, folder: RunFolder, path: str) -> None:
         super().__init__()
-        self._handler, self._path = handler, path
+        self._folder, self._name = folder, path.removeprefix(folder.path(""))
 
     def close(self) -> None:
         if not self.closed and not any(thread.is_alive() for thread in _writing):  # one that hangs is not joined
@@ -70,23 +76,6 @@ class _Registry(io.BytesIO):
 
     def _write(self, content: bytes) -> None:
         try:
-            self._put(content)
-        except Exception as error:  # whatever it is, the next checkpoint writes the list again
-            logger.warning("Ray's list of checkpoints could not be written: %s", reason_of(error))
-
-    def _put(self, content: bytes) -> None:
-        try:
-            self._handler.fs.pipe_file(self._path, content)
-        except Exception as error:
-            if not is_refused(error):
-                raise
-            self._handler.fs = _with_new_credentials(self._handler.fs)
-            self._handler.fs.pipe_file(self._path, content)
-
-
-def _with_new_credentials(fs: Any) -> Any:
-    """Return a client like this one that has read its credentials again: somebody may have renewed them."""
-    fs.clear_instance_cache()
-    again = type(fs)(*fs.storage_args, **fs.storage_options)
-    again.retries = getattr(fs, "retries", None)
-    return again
+            self._folder.write(self._name, content)
+        except CheckpointError as error:  # the next checkpoint writes the list again
+            logger.warning("Ray's list of checkpoints could not be written: %s", reason_of(error.__cause__))

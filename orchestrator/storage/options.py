@@ -1,7 +1,7 @@
-"""The setting `storage_options`: what fsspec is told of out_dir's storage, secrets among it, and where that may go.
+"""The setting `storage_options`: fsspec's options for out_dir's storage, among them secrets.
 
-Nothing that is stored, logged or raised has the value of options that were given inline: a run's configuration is
-written down by `redacted` only. Knows neither torch nor Ray.
+Options that you give inline never reach a file, a log or a message: only `redacted` writes down a run's settings.
+Knows neither torch nor Ray.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class StorageSettings(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class Secret:
-    """A text that is passed on, and not shown by what prints or stores whatever it is given."""
+    """A text to pass on: whoever prints or stores the object does not show it."""
 
     text: str = dataclasses.field(repr=False)
 
@@ -37,8 +37,8 @@ class Secret:
 def storage_options_of(config: StorageSettings, url: str | None = None) -> dict[str, Any] | None:
     """Return the fsspec options of out_dir, None where none are given.
 
-    url: of something else that is read or written, which has the options where it lies in the same kind of storage;
-        where out_dir is on a disk, which needs none, in that of init_from.
+    url: of something else to read or write. It has the options if it lies in the same kind of storage as out_dir or, if
+        out_dir is on a disk, as init_from.
 
     Raises:
         ConfigError: storage_options holds no JSON object, or its file cannot be read; the value is not in the message.
@@ -56,7 +56,7 @@ _read_from: dict[str, str] = {}  # options that came from a file, as JSON: its p
 
 
 def read_again(options: dict[str, Any] | None) -> dict[str, Any] | None:
-    """Return what the file says now that these options came from; the same ones where there is none, or half of one."""
+    """Return the present content of the file that these options came from; the same ones if there is no whole file."""
     path = _read_from.get(json.dumps(options, sort_keys=True, default=str))
     try:
         return _with_home(_read(path)) if path else options
@@ -65,7 +65,7 @@ def read_again(options: dict[str, Any] | None) -> dict[str, Any] | None:
 
 
 def redacted(config: Any) -> dict[str, Any]:
-    """Return a settings object as a dictionary that may be stored and shown: of storage_options, a file's path only."""
+    """Return settings as a dictionary that may be stored and shown: it has no inline storage_options, only a path."""
     values = dataclasses.asdict(config)
     if values["storage_options"].strip() and not is_options_file(values["storage_options"].strip()):
         values["storage_options"] = GIVEN_INLINE
@@ -73,7 +73,7 @@ def redacted(config: Any) -> dict[str, Any]:
 
 
 def is_options_file(text: str) -> bool:
-    """Return whether it is a path, going by its end: a secret that somebody gives as it is must not be shown as one."""
+    """Return whether it is a path, by its end: a bare secret, given by mistake, must not be shown as one."""
     return text.endswith(".json") and not text.startswith(("{", "["))
 
 

@@ -1,7 +1,6 @@
-"""Paths as users write them: `~`, `file://`, and what cannot be meant. For every setting that is one, in every command.
+"""Paths as users write them, in every command: we expand `~` and `file://`, and refuse oddities.
 
-What is stored and passed on is the expanded path: on a cluster `~` is the home folder of whoever starts the run.
-Knows no storage.
+We store and pass on the expanded path: on a cluster `~` is the home folder of whoever starts the run. Knows no storage.
 """
 
 from __future__ import annotations
@@ -50,10 +49,10 @@ def _meant(key: str, value: Any) -> Any:
 
 
 def expanded(key: str, path: str) -> str:
-    """Return the path or URL that is meant; key: the setting, for the message.
+    """Return the path or URL that the user means; key: the setting, for the message.
 
     Raises:
-        ConfigError: it cannot be meant, or there is no such home folder.
+        ConfigError: nobody can mean it, or there is no such home folder.
     """
     path = _scheme_known(key, path)
     if path.startswith("~"):

@@ -1,4 +1,4 @@
-"""Why storage has failed, in words, whichever library it was asked through: never empty, and without a secret.
+"""Why storage has failed, whichever library was asked: in words, never empty and without a secret; and as our errors.
 
 An answer of S3 is known by its code and not by its message: some servers send none, and s3fs makes "None" of that.
 Imports none of those libraries: their exceptions are known by name.
@@ -6,12 +6,14 @@ Imports none of those libraries: their exceptions are known by name.
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
-from orchestrator.errors import UserError
+from orchestrator.errors import CheckpointError, StorageUnavailableError, UserError
 
 _MAX_CHARACTERS = 300  # of a message: some are a whole page of HTML
 
@@ -71,6 +73,7 @@ _UNUSABLE = {"NoCredentialsError", "PartialCredentialsError", "CredentialRetriev
 _UNUSABLE |= {"UnauthorizedSSOTokenError", "TokenRetrievalError", "SSOTokenLoadError"}
 _REFUSED = {"400", "401", "403", "AccessDenied", "AllAccessDisabled", "Forbidden", "SignatureDoesNotMatch"}
 _REFUSED |= {"MethodNotAllowed", "405"}
+_LASTING = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.EACCES, errno.EPERM, errno.ENAMETOOLONG}
 _SECRETS = (
     (re.compile(r"(://)[^/@\s]*:[^/@\s]*@"), r"\1"),  # a password in an address
     (re.compile(r"([?&](?:sig|token|signature|password|X-Amz-[\w-]+)=)[^&\s'\"]+", re.IGNORECASE), r"\1..."),
@@ -88,6 +91,41 @@ def reason_of(error: BaseException | None) -> str:
         if words := _known(each):
             return words
     return _unknown(error)
+
+
+@contextmanager
+def translated(what: str, to: type[UserError] | None = None, advice: str = "") -> Iterator[None]:
+    """Raise an exception of a storage library as one of ours. `what` begins its message, `advice` ends it.
+
+    to: the class. Default: StorageUnavailableError if the fault may pass, else CheckpointError.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:  # every storage library has exceptions of its own
+        kind = to or (StorageUnavailableError if is_transient(error) else CheckpointError)
+        raise kind(f"{what}: {reason_of(error)}{f'; {advice}' if advice else ''}") from error
+
+
+def is_transient(error: BaseException) -> bool:
+    """Return whether a fault may pass by itself. Missing permissions, lack of room and our own bugs do not.
+
+    A missing folder may be there in the next attempt, and so may a multipart upload that the server has forgotten.
+    SFTP says "Failure" to a full disk as to much else, so we retry that as well. Somebody may have renewed credentials
+    that have expired.
+    """
+    if has_expired(error):
+        return True
+    root: BaseException | None = error
+    while root:
+        if isinstance(root, (PermissionError, NotADirectoryError, IsADirectoryError)):
+            return False
+        if isinstance(root, OSError) and root.errno in _LASTING:
+            return False
+        root = root.__cause__
+    fault = error.__cause__ or error if isinstance(error, UserError) else error
+    return isinstance(fault, Exception) and not isinstance(fault, (TypeError, AttributeError, LookupError))
 
 
 def has_expired(error: BaseException) -> bool:

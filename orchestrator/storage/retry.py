@@ -1,19 +1,18 @@
-"""Retries: what is transient is tried again, later and later. Knows the library's exceptions and no file of ours."""
+"""Retries: call again, with exponential backoff, what storage has failed at. Knows no file of ours."""
 
 from __future__ import annotations
 
-import errno
 import logging
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from typing import Any, Protocol, TypeVar
+from typing import TypeVar
 
 import tenacity
-from fsspec.implementations.local import LocalFileSystem
 
 from orchestrator.errors import CheckpointError, StorageUnavailableError
-from orchestrator.storage.reasons import has_expired, is_refused, reason_of
+from orchestrator.storage.location import Connection
+from orchestrator.storage.reasons import is_refused, is_transient, reason_of
 
 logger = logging.getLogger(__name__)
 
@@ -23,33 +22,30 @@ RETRY_FOR_S = 300.0  # from the first failure of a file; the next checkpoint beg
 READ_AGAIN_FOR_S = 60.0
 _LONGEST_PAUSE_S = 20.0
 _REFUSALS = 2  # with credentials that were read again; not every server says that those before have expired
-_LASTING = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.EACCES, errno.EPERM, errno.ENAMETOOLONG}
-
-
-class Reconnectable(Protocol):
-    """What is called storage here: a client that can be replaced by a new one."""
-
-    fs: Any
-
-    def reconnect(self, error: BaseException | None = None) -> None:
-        """Open a new connection; error: what has failed."""
 
 
 def with_retries(
     call: Callable[[], T],
-    store: Reconnectable,
+    connection: Connection,
     may_pass: Callable[[BaseException], bool] | None = None,
     for_s: float | None = None,
 ) -> T:
-    """Return call()'s value; while it fails for what may pass, call again, later and later, for RETRY_FOR_S in all.
+    """Call `call`, retrying transient storage errors with exponential backoff for up to RETRY_FOR_S.
 
     Pauses are drawn at random, so that the ranks of a run do not all come back at the same moment.
+    may_pass: the errors to retry, besides a refusal, after which we read the credentials again.
 
     Raises:
-        Exception: the last one of the storage's.
+        Exception: call's last one.
     """
-
     failed_at_s: list[float] = []
+    refused: list[BaseException] = []
+    used = connection.fs
+
+    def called() -> T:
+        nonlocal used
+        used = connection.fs
+        return call()
 
     def is_enough(_attempt: tenacity.RetryCallState) -> bool:
         failed_at_s.append(time.monotonic())  # a large file may take longer than that before it fails first
@@ -62,14 +58,12 @@ def with_retries(
         elif number == 1:
             logger.info("storage has refused us, credentials are read again: %s", reason_of(error))
         with suppress(CheckpointError):  # still down: the next call says so
-            store.reconnect(error)
-
-    refused: list[BaseException] = []
+            connection.reconnect(error, None if error and is_refused(error) else used)
 
     def is_worth_it(error: BaseException) -> bool:
         if (may_pass or is_transient)(error):
             return True
-        if not is_refused(error) or isinstance(store.fs, LocalFileSystem):
+        if not is_refused(error) or connection.is_local:
             return False
         refused.append(error)
         return len(refused) <= _REFUSALS
@@ -81,32 +75,13 @@ def with_retries(
         before_sleep=before_sleep,
         reraise=True,
     )
-    return retry(call)
+    return retry(called)
 
 
-def read_with_retries(call: Callable[[], T], store: Reconnectable) -> T:
-    """Return call()'s value; where storage does not answer, ask again for a while: an older state costs more.
+def read_with_retries(call: Callable[[], T], connection: Connection) -> T:
+    """Call `call`, retrying while storage does not answer: to fall back to an older state would cost more.
 
     Raises:
         StorageUnavailableError: it has not answered for READ_AGAIN_FOR_S.
     """
-    return with_retries(call, store, lambda error: isinstance(error, StorageUnavailableError), READ_AGAIN_FOR_S)
-
-
-def is_transient(error: BaseException) -> bool:
-    """Return whether a fault may pass by itself: all but what a storage says of permissions and room, and our bugs.
-
-    What is not found may be there in the next attempt: a folder, or a multipart upload that the server has forgotten.
-    Over SFTP a full disk is tried again as well: the protocol says "Failure" to that as to much else. Credentials that
-    have expired may have been renewed by somebody, and are read again.
-    """
-    if has_expired(error):
-        return True
-    root: BaseException | None = error
-    while root:
-        if isinstance(root, (PermissionError, NotADirectoryError, IsADirectoryError)):
-            return False
-        if isinstance(root, OSError) and root.errno in _LASTING:
-            return False
-        root = root.__cause__
-    return isinstance(error, Exception) and not isinstance(error, (TypeError, AttributeError, LookupError))
+    return with_retries(call, connection, lambda error: isinstance(error, StorageUnavailableError), READ_AGAIN_FOR_S)

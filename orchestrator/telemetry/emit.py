@@ -10,7 +10,8 @@ from typing import Any
 
 from orchestrator.config import TrainConfig
 from orchestrator.distributed.world import World
-from orchestrator.storage.options import redacted, storage_options_of
+from orchestrator.storage.options import redacted
+from orchestrator.storage.run_folder import RunFolder
 from orchestrator.telemetry.records import Note, Record, to_json
 from orchestrator.telemetry.sinks import Sinks, open_sinks
 
@@ -19,14 +20,14 @@ JsonRecord = dict[str, Any]
 
 @contextmanager
 def open_telemetry(
-    config: TrainConfig, world: World, show: Callable[[JsonRecord], None]
+    config: TrainConfig, world: World, folder: RunFolder, show: Callable[[JsonRecord], None]
 ) -> Iterator[Callable[[Record], None]]:
     """Lend `emit`, which stamps a record and passes it to show and, on rank 0, to metrics.jsonl, TensorBoard and W&B.
 
     Raises:
         ConfigError: on all ranks, if W&B or TensorBoard is asked for and not installed.
     """
-    sinks = world.collectively(lambda: _open(config, world) if world.is_main else Sinks([]))
+    sinks = world.collectively(lambda: _open(config, world, folder) if world.is_main else Sinks([]))
 
     def emit(record: Record) -> None:
         stamped = {**to_json(record), "attempt": world.attempt, "time": time.time()}
@@ -39,16 +40,15 @@ def open_telemetry(
         sinks.close()
 
 
-def _open(config: TrainConfig, world: World) -> Sinks:
+def _open(config: TrainConfig, world: World, folder: RunFolder) -> Sinks:
     return open_sinks(
-        out_dir=config.out_dir,
-        attempt=world.attempt,
+        folder,
+        world.attempt,
         wandb_log=config.wandb_log,
         wandb_project=config.wandb_project,
         wandb_run_name=config.wandb_run_name,
         tensorboard_log=config.tensorboard_log,
         config=redacted(config),
-        storage_options=storage_options_of(config),
     )
 
 

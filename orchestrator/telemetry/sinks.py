@@ -8,13 +8,12 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable
+from functools import partial
 from typing import Any, Protocol
 
-from fsspec.implementations.local import LocalFileSystem
-
-from orchestrator.errors import ConfigError, UserError
+from orchestrator.errors import ConfigError
 from orchestrator.storage.reasons import reason_of
-from orchestrator.storage.transfer import locate, make_folder
+from orchestrator.storage.run_folder import RunFolder
 from orchestrator.telemetry.metrics import MetricsLog, Record
 
 logger = logging.getLogger(__name__)
@@ -57,12 +56,7 @@ class Sinks:
         self._sinks = []
 
     def _each(self, act: Callable[[Sink], None]) -> None:
-        for sink in list(self._sinks):
-            try:
-                act(sink)
-            except Exception as error:  # network, full disk, whatever: training goes on
-                self._sinks.remove(sink)
-                _warn_dropped(type(sink).__name__, error)
+        self._sinks = [sink for sink in self._sinks if _succeeds(type(sink).__name__, partial(act, sink))]
 
 
 class TensorBoardSink:
@@ -106,21 +100,18 @@ class WandbSink:
         ConfigError: wandb is not installed.
     """
 
-    def __init__(
-        self, out_dir: str, project: str, run_name: str, config: Record, storage_options: Record | None = None
-    ) -> None:
+    def __init__(self, folder: RunFolder, project: str, run_name: str, config: Record) -> None:
         try:
             from wandb import Settings, init  # by name: a folder ./wandb of old runs would pass as the module
         except ImportError as error:
             raise ConfigError(_missing("wandb", "wandb_log")) from error
-        fs, root = locate(out_dir, storage_options)
         self._run = init(
             project=project,
             name=run_name,
-            id=_run_id(fs, root),
+            id=_run_id(folder),
             resume="allow",
             config=config,
-            dir=root if isinstance(fs, LocalFileSystem) else None,  # offline runs lie with the run, ready for a sync
+            dir=folder.root if folder.is_local else None,  # offline runs lie with the run, ready for a sync
             settings=Settings(init_timeout=_WANDB_INIT_TIMEOUT_S),
         )
         # Iterations computed again after a restart come as new W&B steps: charts go by iteration.
@@ -138,35 +129,45 @@ class WandbSink:
 
 
 def open_sinks(
-    *,
-    out_dir: str,
+    folder: RunFolder,
     attempt: str,
+    *,
     wandb_log: bool = False,
     wandb_project: str = "owt",
     wandb_run_name: str = "gpt2",
     tensorboard_log: bool = False,
     config: Record | None = None,
-    storage_options: Record | None = None,
 ) -> Sinks:
     """Open the metrics file of a run and the sinks that its settings ask for. Call it on rank 0 only.
 
     Raises:
         ConfigError: a sink is asked for whose package is not installed.
     """
-    openers: list[Callable[[], Sink]] = [lambda: MetricsLog(out_dir, attempt, storage_options=storage_options)]
+    openers: list[Callable[[], Sink]] = [lambda: MetricsLog(folder, attempt)]
     if tensorboard_log:
-        openers.append(lambda: TensorBoardSink(out_dir))
+        openers.append(lambda: TensorBoardSink(folder.out_dir))
     if wandb_log:
-        openers.append(lambda: WandbSink(out_dir, wandb_project, wandb_run_name, config or {}, storage_options))
-    sinks = []
+        openers.append(lambda: WandbSink(folder, wandb_project, wandb_run_name, config or {}))
+    sinks: list[Sink] = []
     for opener in openers:
-        try:
-            sinks.append(opener())
-        except UserError:
-            raise
-        except Exception as error:  # no network, no account, a full disk: training goes on
-            _warn_dropped("a sink", error)
+        _succeeds("a sink", lambda opener=opener: sinks.append(opener()))  # type: ignore[misc]
     return Sinks(sinks)
+
+
+def _succeeds(name: str, act: Callable[[], None]) -> bool:
+    """Return whether it succeeds; if not, say that the sink is left out.
+
+    Raises:
+        ConfigError: its package is not installed.
+    """
+    try:
+        act()
+    except ConfigError:
+        raise
+    except Exception as error:  # no network, no account, a full disk, a bug of a library: training goes on
+        logger.warning("%s is left out from now on (%s); training goes on", name, reason_of(error))
+        return False
+    return True
 
 
 def scalars(record: Record) -> dict[str, float]:
@@ -183,23 +184,16 @@ def scalars(record: Record) -> dict[str, float]:
     return {_NANOGPT_KEYS.get(key, key) if kind == "eval" else f"{kind}/{key}": x for key, x in values.items()}
 
 
-def _run_id(fs: Any, root: str) -> str:
+def _run_id(folder: RunFolder) -> str:
     """Return the W&B id that lies in the run's folder, a new one at the first start.
 
     It is kept, not computed from out_dir and name: a folder that was emptied and begun anew is another run.
     """
-    path = f"{root.rstrip('/')}/wandb_run_id"
-    try:
-        return str(fs.cat_file(path).decode().strip())
-    except FileNotFoundError:
-        run_id = os.urandom(8).hex()
-        make_folder(fs, root)
-        fs.pipe_file(path, run_id.encode())
-        return run_id
-
-
-def _warn_dropped(name: str, error: Exception) -> None:
-    logger.warning("%s is left out from now on (%s); training goes on", name, reason_of(error))
+    if (known := folder.read("wandb_run_id")) is not None:
+        return known.decode().strip()
+    run_id = os.urandom(8).hex()
+    folder.write("wandb_run_id", run_id.encode())
+    return run_id
 
 
 def _missing(extra: str, key: str) -> str:

@@ -16,7 +16,6 @@ from typing import Any, NoReturn, Protocol
 from torch import Tensor, nn
 
 from orchestrator.checkpoint.formats.run_tokenizer import keep_tokenizer
-from orchestrator.checkpoint.orphans import delete_orphans
 from orchestrator.checkpoint.restore.init_from import scratch_args
 from orchestrator.checkpoint.restore.restore import restore_or_initialize
 from orchestrator.checkpoint.rollbacks import Rollback, data_iter, delete_undone, read_rollbacks, write_rollbacks
@@ -32,8 +31,9 @@ from orchestrator.distributed.device import to_device
 from orchestrator.distributed.numerics import NumericsFingerprint, make_deterministic
 from orchestrator.distributed.world import World
 from orchestrator.errors import RolledBackError
-from orchestrator.storage.options import redacted, storage_options_of
-from orchestrator.storage.retry import with_retries
+from orchestrator.storage.options import redacted
+from orchestrator.storage.orphans import delete_orphans
+from orchestrator.storage.run_folder import RunFolder
 from orchestrator.telemetry.flops import Flops
 from orchestrator.telemetry.records import (
     Begin,
@@ -217,10 +217,7 @@ class Attempt:
             RolledBackError: always, on all ranks alike.
         """
         self.emit(RollingBack(iter=self.state.iter_num, **asdict(rollback)))
-        store, undone = self.store, [*self.rollbacks, rollback]
-        self.world.collectively(
-            lambda: with_retries(lambda: write_rollbacks(store, undone), store) if self.world.is_main else None
-        )
+        self.world.on_main(lambda: write_rollbacks(self.store.folder, [*self.rollbacks, rollback]))
         self.saver.close(is_finished=False)
         raise RolledBackError(rollback.why)
 
@@ -235,7 +232,7 @@ class Attempt:
         return Outcome(state.iter_num, state.best_val_loss, bool(stop and not is_complete), is_preempted)
 
 
-def open_attempt(config: TrainConfig, world: World, hooks: Hooks) -> Attempt:
+def open_attempt(config: TrainConfig, world: World, folder: RunFolder, hooks: Hooks) -> Attempt:
     """Open data and storage, restore the newest state or begin as init_from says, and record the beginning.
 
     Raises:
@@ -243,10 +240,10 @@ def open_attempt(config: TrainConfig, world: World, hooks: Hooks) -> Attempt:
     """
     make_deterministic(config)
     data = world.collectively(lambda: open_dataset(config.data_dir, config.dataset, batch_order(config)))
-    store = CheckpointStore(config.out_dir, storage_options_of(config))
+    store = CheckpointStore(folder)
 
     # the state: the newest that is whole in a node's memory or in storage, or what init_from names
-    rollbacks = read_rollbacks(store, world)
+    rollbacks = read_rollbacks(folder, world)
     nodes = join_run(config, world, store, rollbacks)
     tokenizer = data.tokenizer.to_json() if data.tokenizer else None
     scratch = scratch_args(config, data.vocab_size)
@@ -258,7 +255,7 @@ def open_attempt(config: TrainConfig, world: World, hooks: Hooks) -> Attempt:
     lengths = {f"{split}_tokens": len(tokens) for split, tokens in data.files.splits.items()}
     fingerprint = NumericsFingerprint.of_this_rank(config, world, data.fingerprint(), **lengths)
     world.collectively(lambda: warn_if_numerics_changed(fingerprint, world, state))
-    world.collectively(lambda: _keep_tokenizer(data, config, world, store))
+    world.on_main(lambda: _keep_tokenizer(data, config, folder))
     if world.is_main:
         hooks.record(_begin(config, world, state))
         if state.resumed_from:
@@ -280,13 +277,13 @@ def join_run(
         return open_node_memory(world, "", "")
 
     def join() -> str:
-        store.fence(world.attempt)
-        delete_orphans(store)
+        store.folder.fence(world.attempt)
+        delete_orphans(store.folder)
         delete_undone(store, rollbacks)
-        return store.identify()
+        return store.folder.run_id()
 
-    run_id = world.collectively(lambda: with_retries(join, store) if world.is_main else "")
-    return open_node_memory(world, config.memory_dir, world.broadcast_json(run_id))
+    run_id = world.on_main(lambda: store.folder.with_retries(join))
+    return open_node_memory(world, config.memory_dir, run_id)
 
 
 def batch_order(config: TrainConfig) -> BatchOrder:
@@ -307,10 +304,10 @@ def _described(data: Dataset) -> dict[str, Any]:
     return began | ({"tokenizer": data.tokenizer.to_json()} if data.tokenizer else {})
 
 
-def _keep_tokenizer(data: Dataset, config: TrainConfig, world: World, store: CheckpointStore) -> None:
+def _keep_tokenizer(data: Dataset, config: TrainConfig, folder: RunFolder) -> None:
     """Put the tokenizer's file into out_dir, so that the run can be sampled wherever it is."""
-    if world.is_main and not config.eval_only:
-        with_retries(lambda: keep_tokenizer(store, data.tokenizer), store)
+    if not config.eval_only:
+        folder.with_retries(lambda: keep_tokenizer(folder, data.tokenizer))
 
 
 def _begin(config: TrainConfig, world: World, state: TrainState) -> Begin:

@@ -37,7 +37,7 @@ def warn_if_numerics_changed(now: NumericsFingerprint, world: World, state: Trai
     Raises:
         DataError: this rank has other data than rank 0.
     """
-    if world.broadcast_json(now.data) != now.data:
+    if world.on_main(lambda: now.data) != now.data:
         raise DataError(f"{platform.node()} has another dataset than rank 0: prepare the same one on every node")
     if not (world.is_main and state.resumed_from):
         return

@@ -24,6 +24,7 @@ from orchestrator.distributed.join import plain_world
 from orchestrator.errors import FinishedRunError, StorageError, UserError
 from orchestrator.loop import train
 from orchestrator.storage.options import storage_options_of
+from orchestrator.storage.run_folder import RunFolder
 from orchestrator.telemetry.display import quiet, until_nobody_reads
 from orchestrator.telemetry.emit import open_telemetry
 from orchestrator.telemetry.format import print_record, stopped_line
@@ -82,18 +83,21 @@ def _show(record: dict[str, Any]) -> None:
 
 def _train(config: TrainConfig) -> Outcome:
     world = plain_world(config)
-    store = CheckpointStore(config.out_dir, storage_options_of(config))
-    finished = world.broadcast_json(world.collectively(lambda: told_finished(config, store) if world.is_main else ""))
-    if finished:
+    folder = world.collectively(lambda: RunFolder(config.out_dir, storage_options_of(config)))
+    if finished := world.on_main(lambda: told_finished(config, CheckpointStore(folder))):
         raise FinishedRunError(finished)
     be_outlasted()
-    with _stop_asked() as asked, open_telemetry(config, world, _show) as emit, PeerLossGuard(config, world) as vigil:
+    with (
+        _stop_asked() as asked,
+        open_telemetry(config, world, folder, _show) as emit,
+        PeerLossGuard(config, world, folder) as vigil,
+    ):
 
         def stop_request() -> int:
             vigil.beat()
             return StopRequest.STOP if asked else StopRequest.NONE
 
-        return train(config, world, Callbacks(emit, stop_request=stop_request, ready=vigil.guard))
+        return train(config, world, Callbacks(emit, stop_request=stop_request, ready=vigil.guard), folder)
 
 
 @contextmanager

@@ -19,7 +19,6 @@ import torch.distributed as dist
 from ray.train import Checkpoint, CheckpointUploadMode
 
 from orchestrator.checkpoint.save.saver import Saver
-from orchestrator.checkpoint.store import CheckpointStore
 from orchestrator.cluster.mailbox import MailboxClient
 from orchestrator.config import TrainConfig
 from orchestrator.distributed.device import local_device, resolve
@@ -30,7 +29,7 @@ from orchestrator.errors import CheckpointError, DataError, StorageUnavailableEr
 from orchestrator.host.gpus import wait_until_free
 from orchestrator.loop import train
 from orchestrator.storage.options import Secret, redacted, storage_options_of
-from orchestrator.storage.retry import read_with_retries
+from orchestrator.storage.run_folder import RUN_FILE, RunFolder
 from orchestrator.telemetry.emit import PostingHandler, open_telemetry
 from orchestrator.telemetry.records import CheckpointSaved
 from orchestrator.training.attempt import Callbacks, StopRequest
@@ -58,7 +57,7 @@ def run_worker(job: dict[str, Any]) -> dict[str, Any]:
     config = resolve(on_what_is_given(config_of(job), ray.get_gpu_ids()))
     world = _world(config)
     watcher: Watcher | None = None
-    watchdog = Watchdog(config.hang_timeout_s, partial(_hangs, config, world, failure_reporter()))
+    watchdog = Watchdog(config.hang_timeout_s, partial(_hangs, world, failure_reporter()))
 
     def stop_request() -> int:
         watchdog.beat(_savers[-1].changed_at_s if _savers else 0.0)
@@ -73,9 +72,10 @@ def run_worker(job: dict[str, Any]) -> dict[str, Any]:
 
     try:
         watcher = world.collectively(_watch_cloud)
-        world.collectively(lambda: _check_shared(config, job))
-        with open_telemetry(config, world, mailbox.post) as emit:
-            outcome = train(config, world, Callbacks(emit, _register, stop_request, ready))
+        folder = world.collectively(lambda: _shared_folder(config, job))
+        _folders[:] = [folder]
+        with open_telemetry(config, world, folder, mailbox.post) as emit:
+            outcome = train(config, world, Callbacks(emit, _register, stop_request, ready), folder)
         if outcome.preempted:
             text = notice() or "another rank's machine is taken away"
             now_s = time.time()
@@ -107,6 +107,7 @@ def _watch_cloud() -> Watcher | None:
 
 
 _mailboxes: list[MailboxClient] = []  # of this process: one
+_folders: list[RunFolder] = []  # one, once it is open
 _savers: list[Saver] = []  # one, once training has begun
 _rescuing: list[threading.Thread] = []
 
@@ -130,14 +131,15 @@ def _rescue(**options: float) -> tuple[int | None, float | None]:
     return (None, None) if iter_num is None else (iter_num, _savers[-1].changed_at_s)
 
 
-def _hangs(config: TrainConfig, world: World, say: Callable[[WorkerFailure], None], silence_s: float) -> bool:
+def _hangs(world: World, say: Callable[[WorkerFailure], None], silence_s: float) -> bool:
     """Fail this attempt: training has stood still for too long. Its state and the stacks of its threads are kept."""
     if _savers and _savers[-1].is_finishing:  # an upload is waited for, which has limits of its own
         return False
     found = stacks()
     text = f"no progress for {silence_s:.0f} s; the stacks are in {stack_file(world)} in out_dir"
     reached = _rescue(stand_in_s=0.5)  # for whatever stands still has done so for long
-    keep_stacks(config, world, found)
+    if _folders:
+        keep_stacks(_folders[-1], world, found)
     say(WorkerFailure(world.rank, Cause.HANG, text, reached[0], "", reached[1]))
     time.sleep(_ENDED_S)  # the controller ends this process, in which one thread stands still
     os._exit(1)
@@ -166,7 +168,7 @@ def _world(config: TrainConfig) -> World:
     world = World(context.get_world_rank(), context.get_world_size(), device)
     assert dist.is_initialized() or world.size == 1
     be_outlasted()
-    return replace(world, attempt=world.broadcast_json(new_attempt()))
+    return replace(world, attempt=world.on_main(new_attempt))
 
 
 def _log_through(mailbox: MailboxClient) -> None:
@@ -183,19 +185,20 @@ def _log_through(mailbox: MailboxClient) -> None:
             log.setLevel(logging.WARNING)
 
 
-def _check_shared(config: TrainConfig, job: dict[str, Any]) -> None:
-    """Check that this node sees the folder that the driver has prepared; for an evaluation, the one that it has read.
+def _shared_folder(config: TrainConfig, job: dict[str, Any]) -> RunFolder:
+    """Open the run's folder: the one that the driver has prepared or, for an evaluation, has read.
 
     Raises:
-        CheckpointError: it does not.
+        CheckpointError: this node sees another one.
     """
-    store = CheckpointStore(config.out_dir, storage_options_of(config))
+    folder = RunFolder(config.out_dir, storage_options_of(config))
     key = "run_id" if config.eval_only else "start_id"  # another driver may begin anew while a run is evaluated
-    if read_with_retries(lambda: store.read_json("run.json"), store).get(key) != job[key]:
+    if folder.read_with_retries(lambda: folder.read_json(RUN_FILE)).get(key) != job[key]:
         raise CheckpointError(
             f"out_dir={config.out_dir} is not the driver's on node {os.uname().nodename}: it must be a folder that all "
             "nodes share (NFS) or a URL (s3://bucket/run)"
         )
+    return folder
 
 
 def _check_same_data(config: TrainConfig, first: dict[str, Any], now: dict[str, Any]) -> None:

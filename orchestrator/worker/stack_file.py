@@ -5,12 +5,11 @@ from __future__ import annotations
 import threading
 from contextlib import suppress
 
-from orchestrator.checkpoint.store import CheckpointStore
-from orchestrator.config import TrainConfig
 from orchestrator.distributed.world import World
-from orchestrator.storage.options import storage_options_of
+from orchestrator.errors import CheckpointError
+from orchestrator.storage.run_folder import RunFolder
 
-_PATIENCE_S = 5.0  # storage may be what hangs
+_PATIENCE_S = 5.0  # storage may be the reason for the hang
 
 
 def stack_file(world: World) -> str:
@@ -18,13 +17,12 @@ def stack_file(world: World) -> str:
     return f"hang-{world.attempt}-rank{world.rank}.txt"
 
 
-def keep_stacks(config: TrainConfig, world: World, text: str) -> None:
-    """Write the stacks of a rank into out_dir, if storage takes them within seconds."""
+def keep_stacks(folder: RunFolder, world: World, text: str) -> None:
+    """Write the stacks of a rank into the run's folder, if storage takes them within seconds."""
 
     def write() -> None:
-        store = CheckpointStore(config.out_dir, storage_options_of(config))
-        with suppress(Exception):  # this process ends, whatever becomes of it
-            store.fs.pipe_file(store.path(stack_file(world)), text.encode())
+        with suppress(CheckpointError):  # this process ends, whatever becomes of it
+            folder.write(stack_file(world), text.encode())
 
     writer = threading.Thread(target=write, daemon=True)
     writer.start()

@@ -17,6 +17,7 @@ from types import TracebackType
 from orchestrator.checkpoint.save.saver import Saver
 from orchestrator.config import TrainConfig
 from orchestrator.distributed.world import World
+from orchestrator.storage.run_folder import RunFolder
 from orchestrator.worker.stack_file import keep_stacks, stack_file
 from orchestrator.worker.watchdog import Watchdog, stacks
 
@@ -26,8 +27,8 @@ _ITERATION_S = 20.0  # in which a process that is asked to stop comes to the end
 class PeerLossGuard:
     """Of a process among several; one that is alone waits for nobody, and is never ended here, however slow it is."""
 
-    def __init__(self, config: TrainConfig, world: World) -> None:
-        self._config, self._world = config, world
+    def __init__(self, config: TrainConfig, world: World, folder: RunFolder) -> None:
+        self._world, self._folder = world, folder
         self._saver: Saver | None = None
         self._beats = 0
         self._closed = threading.Event()
@@ -86,7 +87,7 @@ class PeerLossGuard:
         with self._ending:
             found = stacks()
             iter_num = self._saver.rescue(stand_in_s=0.5) if self._saver else None
-            keep_stacks(self._config, self._world, found)
+            keep_stacks(self._folder, self._world, found)
             safe = "" if iter_num is None else f"; iteration {iter_num} is safe in node memory"
             print(
                 f"error: rank {self._world.rank}: {why}, as when another rank is gone or stands still{safe}; the same "

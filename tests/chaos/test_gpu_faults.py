@@ -20,10 +20,10 @@ from orchestrator.config import TrainConfig
 from orchestrator.controller.gpu_check import GpuCheck
 from orchestrator.driver import launch as launching
 from orchestrator.driver.launch import RunFailedError, launch
-from orchestrator.telemetry.metrics import read_events
 from tests.chaos.test_kills import causes, steps_repeated
 from tests.conftest import Undisturbed, final_state
 from tests.support.faults import Fault, worker_with
+from tests.support.runs import events_in
 
 pytestmark = [
     pytest.mark.slow,  # several raylets share two cores
@@ -116,7 +116,7 @@ def test_a_gpu_that_breaks_costs_no_step_and_its_node_is_left(
     assert fault.marker.exists(), "the fault did not fire"
     assert causes(config.out_dir) == ["gpu_fault"]
     assert steps_repeated(config.out_dir) == 0, "its peer has rescued the state"
-    [failure] = [record for record in read_events(config.out_dir) if record["kind"] == "failure"]
+    [failure] = [record for record in events_in(config.out_dir) if record["kind"] == "failure"]
     assert (failure["ranks"], failure["reached_iter"]) == ([1], 33)
     assert "AcceleratorError: CUDA error: uncorrectable ECC error encountered" in failure["text"]
     before, after = places(tmp_path / "places")
@@ -137,7 +137,7 @@ def test_with_no_room_elsewhere_its_node_is_used_again_at_once(
     assert causes(config.out_dir) == ["gpu_fault"]
     before, after = places(tmp_path / "places")
     assert before == after
-    times = {record["kind"]: record["time"] for record in read_events(config.out_dir)}
+    times = {record["kind"]: record["time"] for record in events_in(config.out_dir)}
     assert times["attempt_placed"] - times["failure"] < 20
     assert tensors_equal(final_state(config.out_dir), undisturbed(config, 2))
 
@@ -178,7 +178,7 @@ def test_a_node_that_turns_out_to_be_unfit_later_is_left_and_the_run_goes_on(
     config = replace(settings(tiny), device="cuda", backend="gloo")
     fault = GpuBrokenAndAnotherFree("forward", 33, 1, tmp_path / "fired")
     launch(config, noting_places(tmp_path / "places", fault))
-    failures = [record for record in read_events(config.out_dir) if record["kind"] == "failure"]
+    failures = [record for record in events_in(config.out_dir) if record["kind"] == "failure"]
     assert [failure["cause"] for failure in failures] == ["gpu_fault", "gpu_fault"]
     assert "CUDA is missing here" in failures[1]["text"]
     before, after = places(tmp_path / "places")

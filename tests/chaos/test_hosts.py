@@ -19,8 +19,8 @@ from orchestrator.checkpoint.formats.huggingface import write_huggingface
 from orchestrator.checkpoint.snapshot import tensors_equal
 from orchestrator.config import TrainConfig
 from orchestrator.telemetry.goodput import account
-from orchestrator.telemetry.metrics import read_events, read_metrics
 from tests.conftest import Undisturbed, final_state
+from tests.support.runs import events_in, metrics_in
 from tests.support.weights import random_weights
 
 HOSTS = Path(__file__).parents[3] / "shared/testbed/hosts.sh"
@@ -88,7 +88,7 @@ def wait_for(what: str, is_there: object, driver: subprocess.Popen[bytes], log: 
 
 
 def world_sizes(config: TrainConfig) -> list[int]:
-    return [record["world_size"] for record in read_metrics(config.out_dir) if record["kind"] == "begin"]
+    return [record["world_size"] for record in metrics_in(config.out_dir) if record["kind"] == "begin"]
 
 
 def begin(config: TrainConfig, tmp_path: Path, bed: Bed) -> tuple[subprocess.Popen[bytes], Path, Path]:
@@ -116,7 +116,7 @@ def test_a_host_that_is_gone_is_done_without(
         bed.do("heal", host)  # the late-comer must not disturb
     assert driver.wait(_LONG_S) == 0, log.read_text()[-3000:]
     assert world_sizes(config)[:2] == [2, 1]
-    ledger = account([*read_events(config.out_dir), *read_metrics(config.out_dir)])
+    ledger = account([*events_in(config.out_dir), *metrics_in(config.out_dir)])
     assert ledger.incidents[0].cause == "node_lost"
     assert [incident.steps_repeated for incident in ledger.incidents] == [0] * len(ledger.incidents)
     final, expected = final_state(config.out_dir), undisturbed(replace(config, memory_dir=tiny.memory_dir), 2)
@@ -133,12 +133,12 @@ def test_all_nodes_lost_at_once_are_waited_for(
     for host in ("node1", "node2"):
         bed.do("crash", host)
     marker.with_suffix(".done").touch()
-    kinds = lambda: [record["kind"] for record in read_events(config.out_dir)]
+    kinds = lambda: [record["kind"] for record in events_in(config.out_dir)]
     wait_for("a second attempt", lambda: kinds().count("attempt_starting") > 1, driver, log)
     for host in ("node1", "node2"):
         bed.do("boot", host)
     assert driver.wait(_LONG_S) == 0, log.read_text()[-3000:]
-    first, second = (record for record in read_metrics(config.out_dir) if record["kind"] == "begin")
+    first, second = (record for record in metrics_in(config.out_dir) if record["kind"] == "begin")
     assert (first["iter"], second["iter"]) in [(0, 200), (0, 300)], "what was in storage, for no memory is left"
     assert tensors_equal(final_state(config.out_dir), undisturbed(replace(config, memory_dir=tiny.memory_dir), 2))
 

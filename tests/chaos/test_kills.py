@@ -20,10 +20,10 @@ from orchestrator.config import TrainConfig
 from orchestrator.driver.launch import RunFailedError, launch
 from orchestrator.driver.registry import REGISTRY_FILE
 from orchestrator.host.machine import usable_cpus
-from orchestrator.telemetry.metrics import read_events, read_metrics
 from tests.conftest import Undisturbed, final_state
 from tests.support.clusters import small_cluster
 from tests.support.faults import Fault, worker_with
+from tests.support.runs import events_in, metrics_in
 
 pytestmark = pytest.mark.filterwarnings("default")  # Ray and its parts warn of themselves
 
@@ -37,7 +37,7 @@ def cluster() -> Iterator[None]:
 
 
 def attempts(out_dir: str) -> int:
-    return len({record["attempt"] for record in read_metrics(out_dir)})
+    return len({record["attempt"] for record in metrics_in(out_dir)})
 
 
 def steps_repeated(out_dir: str) -> int:
@@ -49,7 +49,7 @@ def steps_repeated(out_dir: str) -> int:
 
 
 def causes(out_dir: str) -> list[str]:
-    return [record["cause"] for record in read_events(out_dir) if record["kind"] == "failure"]
+    return [record["cause"] for record in events_in(out_dir) if record["kind"] == "failure"]
 
 
 @pytest.mark.usefixtures("cluster")

@@ -18,15 +18,14 @@ import psutil
 import pytest
 
 from orchestrator.checkpoint.snapshot import tensors_equal
-from orchestrator.checkpoint.store import CheckpointStore
 from orchestrator.config import TrainConfig
 from orchestrator.driver.launch import launch
 from orchestrator.telemetry.goodput import account
-from orchestrator.telemetry.metrics import read_events, read_metrics
 from tests.chaos.test_kills import OWN_CLUSTER, causes, steps_repeated
 from tests.conftest import Storage, Undisturbed, final_state
 from tests.support.clusters import small_cluster
 from tests.support.faults import Fault, worker_with
+from tests.support.runs import checkpoints_in, events_in, metrics_in
 from tests.support.servers import S3Server
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("default")]
@@ -78,7 +77,7 @@ def test_rays_memory_monitor_is_recognised(tiny: TrainConfig, tmp_path: Path, un
     )
     assert done.returncode == 0, done.stderr
     assert marker.exists()
-    ledger = account([*read_events(tiny.out_dir), *read_metrics(tiny.out_dir)])
+    ledger = account([*events_in(tiny.out_dir), *metrics_in(tiny.out_dir)])
     # Ray may end small processes of its own as well, the controller's among them
     assert ledger.incidents[0].cause == "out_of_memory"
     assert sum(incident.steps_repeated for incident in ledger.incidents) == 0
@@ -112,12 +111,12 @@ def test_storage_that_is_down_while_failing_over_is_waited_for(
     launch(config, worker_with(fault))
     taker.join(30)
     # the first attempt could not upload its metrics: its last ones were kept by the driver, which had heard them
-    assert {record["iter"] for record in read_metrics(config.out_dir) if record["kind"] == "step"} == set(range(24))
-    last = [record for record in read_metrics(config.out_dir) if record["kind"] == "begin"][-1]
+    assert {record["iter"] for record in metrics_in(config.out_dir) if record["kind"] == "step"} == set(range(24))
+    last = [record for record in metrics_in(config.out_dir) if record["kind"] == "begin"][-1]
     assert last["time"] > down_s[1], "it went on without its storage"
     assert last["iter"] == 13
     assert "worker_lost" in causes(config.out_dir)
-    store = CheckpointStore(config.out_dir)
+    store = checkpoints_in(config.out_dir)
     assert tensors_equal(store.read(store.select("latest")), undisturbed(tiny, 2))
 
 
@@ -133,7 +132,7 @@ def test_twenty_random_faults_change_no_bit(tiny: TrainConfig, tmp_path: Path, u
     config = replace(tiny, num_workers=3, max_iters=400, max_failures=-1, warm_spares=True)
     launch(config, worker_with(*faults))
     assert [fault.marker.exists() for fault in faults] == [True] * _FAULTS
-    ledger = account([*read_events(config.out_dir), *read_metrics(config.out_dir)])
+    ledger = account([*events_in(config.out_dir), *metrics_in(config.out_dir)])
     assert [incident.cause for incident in ledger.incidents] == ["worker_lost"] * _FAULTS
     assert sum(incident.steps_repeated for incident in ledger.incidents) == 0
     assert tensors_equal(final_state(config.out_dir), undisturbed(config, 3))

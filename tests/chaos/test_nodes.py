@@ -21,12 +21,12 @@ from orchestrator.checkpoint.snapshot import tensors_equal
 from orchestrator.config import TrainConfig
 from orchestrator.driver.launch import launch
 from orchestrator.telemetry.goodput import account
-from orchestrator.telemetry.metrics import read_events, read_metrics
 from orchestrator.worker import notices
 from tests.chaos.test_kills import causes, steps_repeated
 from tests.conftest import Undisturbed, final_state
 from tests.support.faults import Fault, worker_with
 from tests.support.metadata import Metadata
+from tests.support.runs import events_in, metrics_in
 from tests.support.stuck import check_teardown
 
 pytestmark = [
@@ -134,7 +134,7 @@ def test_a_drained_node_is_left_without_a_lost_step(
     config = replace(settings(tiny), max_failures=0)
     fault = Drained("forward", 33, 1, tmp_path / "fired")
     check_that_nothing_shows(config, fault, "preempted", undisturbed, gets_stuck)
-    check_teardown(account([*read_events(config.out_dir), *read_metrics(config.out_dir)]).incidents)
+    check_teardown(account([*events_in(config.out_dir), *metrics_in(config.out_dir)]).incidents)
 
 
 @pytest.mark.usefixtures("cluster")
@@ -162,8 +162,8 @@ def test_a_lost_node_is_replaced_by_another(
     config = settings(tiny)
     fault = NodeKilled("forward", 33, 1, tmp_path / "fired")
     check_that_nothing_shows(config, fault, "node_lost", undisturbed, gets_stuck)
-    check_teardown(account([*read_events(config.out_dir), *read_metrics(config.out_dir)]).incidents)
-    assert [record["reached_iter"] for record in read_events(config.out_dir) if record["kind"] == "failure"] == [33]
+    check_teardown(account([*events_in(config.out_dir), *metrics_in(config.out_dir)]).incidents)
+    assert [record["reached_iter"] for record in events_in(config.out_dir) if record["kind"] == "failure"] == [33]
 
 
 @pytest.mark.parametrize("cluster", [1], indirect=True)
@@ -219,9 +219,9 @@ def test_fewer_machines_go_on_at_once_and_more_are_used_when_they_come(
     bring_a_node()  # in this thread: only the main one may
     trained.join(timeout=600)
     assert returned.is_set()
-    begins = [record for record in read_metrics(config.out_dir) if record["kind"] == "begin"]
+    begins = [record for record in metrics_in(config.out_dir) if record["kind"] == "begin"]
     assert [record["world_size"] for record in begins] == [most, fewest, most]
-    ledger = account([*read_events(config.out_dir), *read_metrics(config.out_dir)])
+    ledger = account([*events_in(config.out_dir), *metrics_in(config.out_dir)])
     assert [(incident.cause, incident.steps_repeated) for incident in ledger.incidents] == [
         ("node_lost", 0),
         ("resized", 0),
@@ -235,4 +235,4 @@ def test_fewer_machines_go_on_at_once_and_more_are_used_when_they_come(
 def kinds_after(out_dir: str, marker: Path) -> list[str]:
     if not marker.exists():
         return []
-    return [record["kind"] for record in read_metrics(out_dir) if record["time"] > marker.stat().st_mtime]
+    return [record["kind"] for record in metrics_in(out_dir) if record["time"] > marker.stat().st_mtime]

@@ -7,15 +7,15 @@ from pathlib import Path
 import pytest
 
 from orchestrator.checkpoint.snapshot import tensors_equal
-from orchestrator.checkpoint.store import CheckpointStore
 from orchestrator.config import TrainConfig
 from tests.conftest import Undisturbed, final_state
 from tests.support import ranks
 from tests.support.faults import Fault
+from tests.support.runs import checkpoints_in
 
 
 def whole(out_dir: str) -> set[str]:
-    return {checkpoint.name for checkpoint in CheckpointStore(out_dir).newest_first()}
+    return {checkpoint.name for checkpoint in checkpoints_in(out_dir).newest_first()}
 
 
 @pytest.mark.parametrize(

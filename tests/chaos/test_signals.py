@@ -17,11 +17,10 @@ import psutil
 import pytest
 
 from orchestrator.checkpoint.snapshot import tensors_equal
-from orchestrator.checkpoint.store import CheckpointStore
 from orchestrator.config import TrainConfig
-from orchestrator.telemetry.metrics import read_metrics
 from tests.chaos.test_kills import OWN_CLUSTER
 from tests.conftest import Undisturbed, final_state
+from tests.support.runs import checkpoints_in, metrics_in
 
 _LEAVES_S = 20.0  # seconds on an idle machine: two workers save, Ray ends
 
@@ -113,9 +112,9 @@ def test_a_signal_saves_and_leaves_no_process_behind(
     assert len(started) > 3, "raylet, gcs_server and workers are children of the driver"
     {"all": run.send_to_all, "group": run.send_to_group, "driver": run.process.send_signal}[whom](number)
     said = run.ends(started)
-    stopped_at = CheckpointStore(tiny.out_dir).select("latest").iter_num
+    stopped_at = checkpoints_in(tiny.out_dir).select("latest").iter_num
     assert f"stopped at iteration {stopped_at} of" in said
-    assert stopped_at == max(record["iter"] for record in read_metrics(tiny.out_dir) if record["kind"] == "step") + 1
+    assert stopped_at == max(record["iter"] for record in metrics_in(tiny.out_dir) if record["kind"] == "step") + 1
     assert not (Path(tiny.out_dir) / "driver.json").exists()
 
 
@@ -123,7 +122,7 @@ def test_a_signal_saves_and_leaves_no_process_behind(
 def test_a_signal_breaks_a_long_evaluation_off(tiny: TrainConfig, start: Start, undisturbed: Undisturbed) -> None:
     run = start(replace(tiny, num_workers=2, eval_iters=10**6, eval_interval=16, init_from="scratch"))
     deadline_s = time.monotonic() + 60
-    while not read_metrics(tiny.out_dir) and time.monotonic() < deadline_s:  # the first evaluation has begun
+    while not metrics_in(tiny.out_dir) and time.monotonic() < deadline_s:  # the first evaluation has begun
         time.sleep(0.1)
     time.sleep(1)
     started = run.processes()
@@ -186,8 +185,8 @@ def test_a_closed_terminal_stops_the_run(tiny: TrainConfig) -> None:
     assert os.waitstatus_to_exitcode(ended[1]) == 130
     _, alive = psutil.wait_procs(started, timeout=10)
     assert alive == []
-    stopped_at = CheckpointStore(tiny.out_dir).select("latest").iter_num
-    assert stopped_at == max(record["iter"] for record in read_metrics(tiny.out_dir) if record["kind"] == "step") + 1
+    stopped_at = checkpoints_in(tiny.out_dir).select("latest").iter_num
+    assert stopped_at == max(record["iter"] for record in metrics_in(tiny.out_dir) if record["kind"] == "step") + 1
 
 
 @pytest.mark.slow
@@ -215,5 +214,5 @@ def test_a_reader_that_ctrl_c_ends_first_costs_nothing(tiny: TrainConfig, tmp_pa
         driver.wait()
     _, alive = psutil.wait_procs(started, timeout=10)
     assert alive == []
-    stopped_at = CheckpointStore(tiny.out_dir).select("latest").iter_num
-    assert stopped_at == max(record["iter"] for record in read_metrics(tiny.out_dir) if record["kind"] == "step") + 1
+    stopped_at = checkpoints_in(tiny.out_dir).select("latest").iter_num
+    assert stopped_at == max(record["iter"] for record in metrics_in(tiny.out_dir) if record["kind"] == "step") + 1

@@ -21,12 +21,12 @@ import pytest
 
 from orchestrator.__main__ import main
 from orchestrator.checkpoint.snapshot import tensors_equal
-from orchestrator.checkpoint.store import CheckpointStore
 from orchestrator.config import TrainConfig
 from orchestrator.driver import launch
 from orchestrator.driver.lease import LEASE_FILE, Lease
 from orchestrator.errors import ConfigError
 from tests.conftest import Storage, Undisturbed, final_state
+from tests.support.runs import checkpoints_in
 from tests.support.servers import S3Server
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("default")]  # Ray and its parts warn of themselves
@@ -141,7 +141,7 @@ def test_killed_driver_is_replaced_at_once_and_one_that_was_cut_off_stops(
 @pytest.mark.parametrize("kind", ["s3", "sftp"])
 def test_lease_on_a_real_server(kind: str, request: pytest.FixtureRequest) -> None:
     storage: Storage = request.getfixturevalue(kind)
-    store = CheckpointStore(f"{storage.url}/run", storage.options)
+    store = checkpoints_in(f"{storage.url}/run", storage.options)
     first, second = Lease(store, BEAT_INTERVAL_S), Lease(store, BEAT_INTERVAL_S)
     first.wait_until_free()
     with first.held():
@@ -151,13 +151,13 @@ def test_lease_on_a_real_server(kind: str, request: pytest.FixtureRequest) -> No
             second.wait_until_free()
         with second.held():
             assert first.check()
-        assert store.read_json(LEASE_FILE) == {}, "the one that was replaced does not come back"
+        assert store.folder.read_json(LEASE_FILE) == {}, "the one that was replaced does not come back"
     third = Lease(store, BEAT_INTERVAL_S, sleep=lambda _s: pytest.fail("nobody is there to wait for"))
     third.wait_until_free()
 
 
 def test_driver_survives_its_storage(s3: Storage, s3_server: S3Server, caplog: pytest.LogCaptureFixture) -> None:
-    store = CheckpointStore(f"{s3.url}/run", s3.options)
+    store = checkpoints_in(f"{s3.url}/run", s3.options)
     lease = Lease(store, beat_interval_s=60)  # the beats are those of this test
     with lease.held():
         s3_server.kill()
@@ -166,8 +166,8 @@ def test_driver_survives_its_storage(s3: Storage, s3_server: S3Server, caplog: p
         s3_server.start()
         lease.beat()
         assert lease.successor is None
-        assert store.read_json(LEASE_FILE)["beat"] == 2
-    assert store.read_json(LEASE_FILE) == {}
+        assert store.folder.read_json(LEASE_FILE)["beat"] == 2
+    assert store.folder.read_json(LEASE_FILE) == {}
 
 
 def run_json(config: TrainConfig) -> dict[str, Any]:

@@ -20,9 +20,9 @@ from orchestrator.distributed.world import World
 from orchestrator.driver.launch import launch
 from orchestrator.errors import UserError
 from orchestrator.loop import train
-from orchestrator.telemetry.metrics import read_events
 from tests.support.clusters import small_cluster
 from tests.support.faults import Fault, worker_with
+from tests.support.runs import events_in
 
 
 @pytest.fixture
@@ -62,7 +62,7 @@ def test_a_file_that_is_cut_ends_the_run_with_a_line(nanogpts: TrainConfig, tmp_
     ):
         launch(config, worker_with(Cut("forward", 9, 0, tmp_path / "fired")))
     assert (tmp_path / "fired").exists()
-    failures = [event for event in read_events(config.out_dir) if event["kind"] == "failure"]
+    failures = [event for event in events_in(config.out_dir) if event["kind"] == "failure"]
     assert [event["cause"] for event in failures] == ["worker_lost"], "it is started once more, and sees it then"
 
 

@@ -22,10 +22,10 @@ from ray._private.runtime_env.packaging import create_package
 from ray.job_submission import JobStatus, JobSubmissionClient
 
 from orchestrator.checkpoint.snapshot import tensors_equal
-from orchestrator.checkpoint.store import CheckpointStore
 from orchestrator.config import TrainConfig
 from tests.conftest import Undisturbed, final_state
 from tests.support.ports import free_ports, wait_for_port
+from tests.support.runs import checkpoints_in
 
 pytestmark = pytest.mark.filterwarnings("default")  # Ray and its parts warn of themselves
 
@@ -96,7 +96,7 @@ def test_job_trains_and_a_mistake_is_told(tiny: TrainConfig, job_server: str) ->
     done = submit(job_server, "trains", *flags)
     assert done.returncode == 0, done.stdout + done.stderr
     assert client.get_job_status("trains") == JobStatus.SUCCEEDED
-    assert CheckpointStore(config.out_dir).select("latest").iter_num == 8
+    assert checkpoints_in(config.out_dir).select("latest").iter_num == 8
     lines = client.get_job_logs("trains").splitlines()
     starts = ["iter 0: loss", "step 8: train loss", "saved checkpoint_00000008", "done: 8 iterations"]
     assert [start for start in starts if not any(line.startswith(start) for line in lines)] == [], done.stdout
@@ -123,7 +123,7 @@ def test_a_stopped_job_saves_and_the_same_command_goes_on(
         done = first.result()
     assert client.get_job_status("stopped") == JobStatus.STOPPED
     assert done.returncode == 0, "what Ray's client says of a job that was stopped"
-    stopped_at = CheckpointStore(config.out_dir).select("latest").iter_num
+    stopped_at = checkpoints_in(config.out_dir).select("latest").iter_num
     assert 100 < stopped_at < 1000, "saved where it stopped"
     assert f"stopped at iteration {stopped_at} of 2000, saved in" in client.get_job_logs("stopped")
 

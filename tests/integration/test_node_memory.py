@@ -59,7 +59,7 @@ class Scene:
         return CheckpointStore(self.config.out_dir)
 
     def run_in(self, node: str) -> Path:
-        return run_path(self.node(node), self.store.identify())
+        return run_path(self.node(node), self.store.folder.run_id())
 
     def newest(self, node: str) -> str:
         return newest_name_first(states_in(self.run_in(node)))[0]
@@ -110,7 +110,7 @@ class Scene:
         shutil.copytree(self.folder, folder)
         copy = Scene(replace(config, out_dir=str(folder / "run")), folder)
         for path in folder.glob("?/*/*_*"):
-            path.rename(path.with_name(copy.store.identify()))
+            path.rename(path.with_name(copy.store.folder.run_id()))
         return copy
 
 
@@ -485,7 +485,7 @@ def test_a_first_state_that_is_damaged_is_as_good_as_none(left: Callable[[str, s
     """Nothing of the run is in storage: it begins again, and needs nobody for that."""
     scene = left("001", "same")
     for name in scene.store.names():
-        shutil.rmtree(scene.store.path(name))
+        shutil.rmtree(scene.store.folder.path(name))
     damage(scene, "0", flip_a_bit)
     damage(scene, "1", flip_a_bit)
     short = replace(scene, config=replace(scene.config, max_iters=2))
@@ -601,7 +601,7 @@ def test_a_state_of_another_model_is_refused(left: Callable[[str, str], Scene]) 
     """Before the first checkpoint in storage, memory alone knows what the run was."""
     scene = left("001", "ahead")
     for name in scene.store.names():
-        shutil.rmtree(scene.store.path(name))
+        shutil.rmtree(scene.store.folder.path(name))
     config = resolve(replace(scene.config, n_layer=3, memory_dir=scene.node("1")))
     with pytest.raises(ConfigError, match=r"holds another model \(n_layer=2, asked for 3\)"):
         loop.train(config, World(attempt="other"))
@@ -618,7 +618,7 @@ def test_two_runs_on_one_node_do_not_disturb_each_other(tiny: TrainConfig, folde
         whole = pool.submit(ranks.train, second.config, 2, folder / "second.log", (), first.nodes("00"))
     assert cut.result().codes == [-9, -9], cut.result().said
     assert whole.result().is_done, whole.result().said
-    assert [path.name for path in first.run_in("0").parent.iterdir() if path.is_dir()] == [first.store.identify()]
+    assert [path.name for path in first.run_in("0").parent.iterdir() if path.is_dir()] == [first.store.folder.run_id()]
     name = first.newest("0")
     again = first.train("00", "again")
     assert again.is_done, again.said
@@ -648,7 +648,7 @@ def test_clocks_do_not_decide(left: Callable[[str, str], Scene], node: str) -> N
             for path in scene.shares(other, state):
                 set_clock(path, 1e8 if state == name else 4e9)
     for state in scene.store.names():
-        set_clock(Path(scene.store.path(state)), 4.1e9)
+        set_clock(Path(scene.store.folder.path(state)), 4.1e9)
     stopped = replace(scene, config=replace(scene.config, max_iters=iter_of(name)))
     again = stopped.train("001", "again")
     assert again.is_done, again.said

@@ -13,9 +13,9 @@ import ray
 
 from orchestrator.config import TrainConfig
 from orchestrator.driver.launch import launch
-from orchestrator.telemetry.metrics import read_events
 from orchestrator.worker.run import run_worker
 from tests.support.clusters import small_cluster
+from tests.support.runs import events_in
 
 pytestmark = pytest.mark.filterwarnings("default")  # Ray and its parts warn of themselves
 
@@ -42,7 +42,7 @@ def test_first_workers_are_started_ahead(tiny: TrainConfig, tmp_path: Path) -> N
         return run_worker(job)
 
     launch(replace(tiny, num_workers=2, max_iters=2), worker)
-    [asked_s] = [event["time"] for event in read_events(tiny.out_dir) if event["kind"] == "attempt_starting"]
+    [asked_s] = [event["time"] for event in events_in(tiny.out_dir) if event["kind"] == "attempt_starting"]
     born_s = [float(path.read_text()) for path in born.iterdir()]
     assert len(born_s) == 2
     # A node starts as many at once as it has CPUs, two here, and Ray's other actors take their turns: where the machine

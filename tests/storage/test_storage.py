@@ -18,7 +18,6 @@ import torch
 from fsspec.core import url_to_fs
 
 from orchestrator.checkpoint.snapshot import Snapshot, tensors_equal
-from orchestrator.checkpoint.store import CheckpointStore
 from orchestrator.commands.export import ExportConfig, export
 from orchestrator.commands.inspect_run import InspectConfig, inspect
 from orchestrator.commands.sample import SampleConfig, sample
@@ -29,13 +28,15 @@ from orchestrator.driver.launch import launch
 from orchestrator.driver.preflight import plan
 from orchestrator.errors import CheckpointError, UserError
 from orchestrator.loop import train
+from orchestrator.storage.location import Connection, locate
 from orchestrator.storage.options import storage_options_of
-from orchestrator.storage.transfer import locate, make_folder
+from orchestrator.storage.run_folder import RunFolder
+from orchestrator.storage.transfer import make_folder
 from orchestrator.telemetry.emit import open_telemetry
 from orchestrator.telemetry.format import print_record
-from orchestrator.telemetry.metrics import read_metrics
 from orchestrator.training.attempt import Callbacks
 from tests.conftest import Storage, Undisturbed, enter, forget_clients, in_steps
+from tests.support.runs import checkpoints_in, metrics_in
 from tests.support.servers import S3Server, SFTPServer, free_ports
 
 
@@ -76,13 +77,14 @@ def run(config: TrainConfig, attempt: str, stop_after: int | None = None) -> Non
     """Train in this process, with telemetry as `python -m orchestrator.loop` has it."""
     world = World(attempt=attempt)
     calls = iter(range(10**6))
-    with open_telemetry(config, world, print_record) as emit:
+    folder = RunFolder(config.out_dir, storage_options_of(config))
+    with open_telemetry(config, world, folder, print_record) as emit:
         is_over = in_steps(lambda: stop_after is not None and next(calls) >= stop_after)
         train(resolve(config), world, Callbacks(emit, stop_request=is_over))
 
 
 def state_in(config: TrainConfig) -> Snapshot:
-    store = CheckpointStore(config.out_dir, storage_options_of(config))
+    store = checkpoints_in(config.out_dir, storage_options_of(config))
     return store.read(store.select("latest"))
 
 
@@ -110,10 +112,10 @@ def test_a_run_on_a_server_has_the_bits_of_one_on_a_disk(
     with caplog.at_level(logging.DEBUG):
         run(local, "local")
         run(config, "a", stop_after=9)
-        assert CheckpointStore(config.out_dir, storage_options_of(config)).select("latest").iter_num == 10
+        assert checkpoints_in(config.out_dir, storage_options_of(config)).select("latest").iter_num == 10
         run(config, "b")
     assert tensors_equal(state_in(config), state_in(local))
-    assert {r["iter"] for r in read_metrics(config.out_dir, storage_options_of(config)) if r["kind"] == "step"} == set(
+    assert {r["iter"] for r in metrics_in(config.out_dir, storage_options_of(config)) if r["kind"] == "step"} == set(
         range(24)
     )
     ours = "".join(record.getMessage() for record in caplog.records if record.name.startswith("orchestrator"))
@@ -167,8 +169,8 @@ def test_ray_workers_on_s3(
     config = replace(tiny, out_dir=f"{s3.url}/run", storage_options=json.dumps(options), num_workers=2, max_failures=0)
     assert launch(config).iter_num == 24
     assert tensors_equal(state_in(config), undisturbed(tiny, 2))
-    store = CheckpointStore(config.out_dir, options)
-    assert store.read_json("run.json")["config"]["storage_options"] == "(given inline)"
+    store = checkpoints_in(config.out_dir, options)
+    assert store.folder.read_json("run.json")["config"]["storage_options"] == "(given inline)"
     check_no_secret(config, (s3_server.secret,), "".join(capfd.readouterr()))
 
 
@@ -237,11 +239,11 @@ def test_sftp_is_connected_to_again_and_does_not_dawdle(sftp: Storage, sftp_serv
 
 
 def test_a_lost_connection_is_closed_when_the_next_one_is_opened(sftp: Storage) -> None:
-    store = CheckpointStore(f"{sftp.url}/run", sftp.options)
-    shared = store.fs
-    store.reconnect()
-    first = store.fs
-    store.reconnect()
+    connection = Connection(f"{sftp.url}/run", sftp.options)
+    shared = connection.fs
+    connection.reconnect()
+    first = connection.fs
+    connection.reconnect()
     assert shared.client.get_transport().is_active(), "others use it"
     assert first.client.get_transport() is None
-    assert store.names() == []
+    assert not connection.fs.exists(connection.path)

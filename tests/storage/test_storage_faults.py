@@ -25,7 +25,6 @@ import pytest
 from fsspec.implementations.local import LocalFileSystem
 from s3fs import S3FileSystem
 
-from orchestrator.checkpoint.orphans import delete_orphans
 from orchestrator.checkpoint.save import upload as durable
 from orchestrator.checkpoint.save.node_memory import SnapshotBuffer
 from orchestrator.checkpoint.snapshot import Snapshot, tensors_equal
@@ -36,16 +35,18 @@ from orchestrator.distributed.device import resolve
 from orchestrator.distributed.world import World
 from orchestrator.errors import StorageError
 from orchestrator.loop import train
-from orchestrator.storage import retry, transfer
+from orchestrator.storage import location, retry
+from orchestrator.storage.location import locate
 from orchestrator.storage.options import storage_options_of
-from orchestrator.storage.transfer import locate
+from orchestrator.storage.orphans import delete_orphans
+from orchestrator.storage.run_folder import RunFolder
 from orchestrator.telemetry import records
 from orchestrator.telemetry.emit import open_telemetry
 from orchestrator.telemetry.format import print_record
-from orchestrator.telemetry.metrics import read_metrics
 from orchestrator.training.attempt import Callbacks
 from tests.conftest import Storage, Undisturbed, forget_clients, in_steps
 from tests.support import faults, ranks
+from tests.support.runs import checkpoints_in, metrics_in
 from tests.support.servers import Fault, FaultyProxy, S3Server, SFTPServer
 from tests.support.tmpfs import small_tmpfs
 
@@ -94,13 +95,14 @@ class Run:
             self.each()
             return self.stop_after is not None and next(iterations) >= self.stop_after
 
-        with open_telemetry(self.config, world, print_record) as emit:
+        folder = RunFolder(self.config.out_dir, storage_options_of(self.config))
+        with open_telemetry(self.config, world, folder, print_record) as emit:
 
             def note(record: records.Record) -> None:
                 self.records.append({**records.to_json(record), "mark": self.mark()})
                 emit(record)
 
-            train(resolve(self.config), world, Callbacks(note, stop_request=in_steps(stop_request)))
+            train(resolve(self.config), world, Callbacks(note, stop_request=in_steps(stop_request)), folder)
         return self
 
     def of(self, kind: str) -> list[int]:
@@ -135,7 +137,7 @@ class Run:
 
 
 def store_of(config: TrainConfig) -> CheckpointStore:
-    return CheckpointStore(config.out_dir, storage_options_of(config))
+    return checkpoints_in(config.out_dir, storage_options_of(config))
 
 
 def check_whole(config: TrainConfig, final: Snapshot) -> None:
@@ -190,8 +192,8 @@ def large(config: TrainConfig) -> TrainConfig:
 def on_s3(config: TrainConfig, faulty_s3: Storage, monkeypatch: pytest.MonkeyPatch) -> TrainConfig:
     """A run on S3 behind the proxy. The client does not try again by itself, so that it is our patience that counts."""
     limits = {"connect_timeout": 2.0, "read_timeout": 0.5, "retries": {"total_max_attempts": 1}}
-    monkeypatch.setattr(transfer, "_S3_LIMITS", limits)
-    monkeypatch.setattr(transfer, "_S3_ROUNDS", 1)
+    monkeypatch.setattr(location, "_S3_LIMITS", limits)
+    monkeypatch.setattr(location, "_S3_ROUNDS", 1)
     forget_clients()
     return replace(config, out_dir=f"{faulty_s3.url}/run")
 
@@ -430,7 +432,7 @@ def test_a_full_disk_costs_a_checkpoint_and_no_room(
             assert f"[Errno {errno.ENOSPC}]" in run.why(failed)
             assert not [text for text in caplog.messages if "trying again (" in text]
             assert left == [1], "what had been written of it was taken back"
-            assert {r["iter"] for r in read_metrics(config.out_dir) if r["kind"] == "step"} == set(range(40))
+            assert {r["iter"] for r in metrics_in(config.out_dir) if r["kind"] == "step"} == set(range(40))
         check_whole(config, calm(config))
         assert len(list(Path(folder, "run").glob("checkpoint_*"))) <= config.keep_checkpoints + 1
 
@@ -451,7 +453,7 @@ def test_unfinished_uploads_of_this_run_are_taken_back_and_no_others(
     killed = ranks.train(config, 1, tmp_path / "killed.log", [fault])
     assert fault.marker.exists(), killed.said
     store = store_of(config)
-    bucket = store.root.partition("/")[0]
+    bucket = store.folder.root.partition("/")[0]
     folders = {
         f"{tmp_path.name}/run": True,
         f"{tmp_path.name}/run-2": False,
@@ -459,11 +461,11 @@ def test_unfinished_uploads_of_this_run_are_taken_back_and_no_others(
     }
     keys = {f"{folder}/checkpoint_00000008_x/model": is_ours for folder, is_ours in folders.items()}
     for key in keys:
-        store.fs.call_s3("create_multipart_upload", Bucket=bucket, Key=key)
+        store.folder.fs.call_s3("create_multipart_upload", Bucket=bucket, Key=key)
 
     def unfinished() -> set[str]:
-        found = store.fs.call_s3("list_multipart_uploads", Bucket=bucket, Prefix=tmp_path.name).get("Uploads", [])
-        return {upload["Key"] for upload in found}
+        page = store.folder.fs.call_s3("list_multipart_uploads", Bucket=bucket, Prefix=tmp_path.name)
+        return {upload["Key"] for upload in page.get("Uploads", [])}
 
     ours = {key for key in unfinished() if key.startswith(f"{tmp_path.name}/run/")}
     assert [key for key in ours if "optimizer-" in key], "what the kill has left"
@@ -477,12 +479,12 @@ def test_unfinished_uploads_of_this_run_are_taken_back_and_no_others(
 def test_unfinished_uploads_are_taken_back_however_many_an_answer_lists(
     s3: Storage, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    store = CheckpointStore(f"{s3.url}/run")
-    bucket, _, folder = store.root.partition("/")
+    store = checkpoints_in(f"{s3.url}/run")
+    bucket, _, folder = store.folder.root.partition("/")
     for number in range(5):
         key = f"{folder}/checkpoint_00000008_x/model-{number // 2}"  # two of one key
-        store.fs.call_s3("create_multipart_upload", Bucket=bucket, Key=key)
-    call, pages = store.fs.call_s3, []
+        store.folder.fs.call_s3("create_multipart_upload", Bucket=bucket, Key=key)
+    call, pages = store.folder.fs.call_s3, []
 
     def two_at_a_time(method: str, **arguments: Any) -> Any:
         if method != "list_multipart_uploads":
@@ -490,16 +492,16 @@ def test_unfinished_uploads_are_taken_back_however_many_an_answer_lists(
         pages.append(call(method, **arguments, MaxUploads=2))
         return pages[-1]
 
-    monkeypatch.setattr(store.fs, "call_s3", two_at_a_time)
-    delete_orphans(store)
+    monkeypatch.setattr(store.folder.fs, "call_s3", two_at_a_time)
+    delete_orphans(store.folder)
     assert [len(page["Uploads"]) for page in pages] == [2, 2, 1]
     monkeypatch.undo()
-    assert not store.fs.call_s3("list_multipart_uploads", Bucket=bucket, Prefix=folder).get("Uploads")
+    assert not store.folder.fs.call_s3("list_multipart_uploads", Bucket=bucket, Prefix=folder).get("Uploads")
 
 
 def test_leftovers_that_cannot_be_listed_hold_up_nobody(on_s3: TrainConfig, proxy: FaultyProxy) -> None:
     refused = proxy.answer(501, "NotImplemented", lambda method, path: method == "GET" and "uploads" in path, 9)
-    delete_orphans(store_of(on_s3))
+    delete_orphans(store_of(on_s3).folder)
     assert refused.fired
 
 
@@ -520,7 +522,7 @@ def test_an_upload_whose_end_was_lost_is_sent_again(
 def test_all_have_one_client_with_limits_unless_the_user_gives_others(s3: Storage) -> None:
     fs, _ = locate(f"{s3.url}/run")
     assert locate(f"{s3.url}/run/file")[0] is fs
-    assert CheckpointStore(f"{s3.url}/run").fs is fs
+    assert RunFolder(f"{s3.url}/run").fs is fs
     limits = fs.config_kwargs
     assert (limits["read_timeout"], limits["retries"]["total_max_attempts"], fs.retries) == (15, 3, 2)
     others, _ = locate(s3.url, {"config_kwargs": {"read_timeout": 99}})
@@ -665,7 +667,7 @@ def test_a_fault_of_one_rank_is_told_by_all_and_the_next_checkpoint_is_whole(
     ended = ranks.train(config, 3, tmp_path / "ranks.log", prepare=set_patience)
     assert ended.is_done, ended.said
     assert fault.fired >= 2
-    failed = [r for r in read_metrics(config.out_dir, options) if r["kind"] == "checkpoint_failed"]
+    failed = [r for r in metrics_in(config.out_dir, options) if r["kind"] == "checkpoint_failed"]
     assert failed
     assert max(record["iter"] for record in failed) < 8
     assert failed[0]["why"].startswith("rank 1: the server has failed (InternalError to PutObject")
@@ -674,9 +676,9 @@ def test_a_fault_of_one_rank_is_told_by_all_and_the_next_checkpoint_is_whole(
 
 ENDS = """
 import sys
-from orchestrator.storage import retry, transfer
+from orchestrator.storage import location, retry
 retry.RETRY_FOR_S = 0.2
-transfer._S3_LIMITS = {"read_timeout": 0.5, "retries": {"total_max_attempts": 1}}
+location._S3_LIMITS = {"read_timeout": 0.5, "retries": {"total_max_attempts": 1}}
 from orchestrator.worker.plain import main
 sys.exit(main())
 """

@@ -18,7 +18,6 @@ import pytest
 from fsspec.implementations.local import LocalFileSystem
 
 from orchestrator.checkpoint.snapshot import tensors_equal
-from orchestrator.checkpoint.store import CheckpointStore
 from orchestrator.commands.inspect_run import InspectConfig, inspect
 from orchestrator.config import TrainConfig
 from orchestrator.distributed.device import resolve
@@ -28,16 +27,19 @@ from orchestrator.driver.lease import LEASE_FILE, Lease
 from orchestrator.driver.preflight import plan
 from orchestrator.errors import CheckpointError, UserError
 from orchestrator.loop import train
-from orchestrator.storage import retry, transfer
-from orchestrator.storage.folders import PROBE_FILE, check_writable, delete_folder
+from orchestrator.storage import location, retry
+from orchestrator.storage.location import locate
 from orchestrator.storage.options import storage_options_of
-from orchestrator.storage.transfer import atomic_write, exists, local_copy, locate
+from orchestrator.storage.run_folder import RunFolder
+from orchestrator.storage.transfer import atomic_write, delete_folder, exists, local_copy
+from orchestrator.storage.writable import PROBE_FILE, check_writable
 from orchestrator.telemetry.emit import open_telemetry
 from orchestrator.telemetry.format import print_record
-from orchestrator.telemetry.metrics import MetricsLog, read_metrics
+from orchestrator.telemetry.metrics import MetricsLog
 from orchestrator.telemetry.records import Record, to_json
 from orchestrator.training.attempt import Callbacks
 from tests.conftest import Storage, enter, forget_clients
+from tests.support.runs import checkpoints_in, metrics_in
 from tests.support.servers import FaultyProxy, S3Server, free_ports
 
 ODD_NAMES = (
@@ -73,8 +75,8 @@ def config(tiny: TrainConfig) -> TrainConfig:
 def one_try(monkeypatch: pytest.MonkeyPatch) -> None:
     """The client does not try again by itself, and we do so soon."""
     limits = {"connect_timeout": 2.0, "read_timeout": 2.0, "retries": {"total_max_attempts": 1}}
-    monkeypatch.setattr(transfer, "_S3_LIMITS", limits)
-    monkeypatch.setattr(transfer, "_S3_ROUNDS", 1)
+    monkeypatch.setattr(location, "_S3_LIMITS", limits)
+    monkeypatch.setattr(location, "_S3_ROUNDS", 1)
     monkeypatch.setattr(retry, "_LONGEST_PAUSE_S", 0.2)
     forget_clients()
 
@@ -93,13 +95,14 @@ def run(
         each()
         return 0
 
-    with open_telemetry(config, world, print_record) as emit:
+    folder = RunFolder(config.out_dir, storage_options_of(config))
+    with open_telemetry(config, world, folder, print_record) as emit:
 
         def note(record: Record) -> None:
             records.append(to_json(record))
             emit(record)
 
-        train(resolve(config), world, Callbacks(note, stop_request=stop_request))
+        train(resolve(config), world, Callbacks(note, stop_request=stop_request), folder)
     return records
 
 
@@ -110,19 +113,19 @@ def kinds(records: list[dict[str, Any]], kind: str) -> list[int]:
 @pytest.mark.parametrize("name", ODD_NAMES)
 def test_a_name_has_no_meaning_but_itself(name: str, place: Storage) -> None:
     out_dir = f"{place.url}/{name}/run"
-    check_writable(out_dir, place.options)
-    store = CheckpointStore(out_dir, place.options)
-    assert store.root.endswith(f"/{name}/run")
+    store = checkpoints_in(out_dir, place.options)
+    check_writable(store.folder)
+    assert store.folder.root.endswith(f"/{name}/run")
     with atomic_write(f"{out_dir}/checkpoint_00000004_a/state.json", place.options) as file:
         file.write_text("{}")
     assert store.names() == ["checkpoint_00000004_a"]
     assert exists(f"{out_dir}/checkpoint_00000004_a/state.json", place.options)
     with local_copy(f"{out_dir}/checkpoint_00000004_a/state.json", place.options) as copy:
         assert copy.read_text() == "{}"
-    log = MetricsLog(out_dir, "a", storage_options=place.options)
+    log = MetricsLog(store.folder, "a")
     log.write({"kind": "step", "iter": 0})
     log.close()
-    assert len(read_metrics(out_dir, place.options)) == 1
+    assert len(metrics_in(out_dir, place.options)) == 1
     store.delete_checkpoint("checkpoint_00000004_a")
     assert store.names() == []
 
@@ -148,10 +151,10 @@ def test_a_run_in_such_a_folder_keeps_no_more_than_it_should(
     neighbour = replace(config, out_dir=f"{s3.url}/lr=1,b=2/run", max_iters=4)
     run(neighbour)
     assert len(kinds(run(config), "checkpoint")) >= 3
-    store = CheckpointStore(config.out_dir)
-    held = [name for name in store.names() if store.fs.find(store.path(name))]
+    store = checkpoints_in(config.out_dir)
+    held = [name for name in store.names() if store.folder.fs.find(store.folder.path(name))]
     assert len(held) <= config.keep_checkpoints + 1
-    assert len(CheckpointStore(neighbour.out_dir).names()) == 1
+    assert len(checkpoints_in(neighbour.out_dir).names()) == 1
     assert "were not deleted" not in caplog.text
 
 
@@ -180,14 +183,14 @@ def test_a_version_of_an_object_is_read_and_not_written(s3: Storage, s3_server: 
         pass
     config = replace(tiny, out_dir=f"s3://{bucket}/run", max_iters=12)
     run(config)
-    assert 1 <= len(CheckpointStore(config.out_dir).names()) <= config.keep_checkpoints + 1
+    assert 1 <= len(checkpoints_in(config.out_dir).names()) <= config.keep_checkpoints + 1
     assert s3_server.secret not in url
 
 
 def test_dots_on_a_disk_and_a_server_are_resolved_there(tmp_path: Path, sftp: Storage) -> None:
     (tmp_path / "real" / "deep").mkdir(parents=True)
     (tmp_path / "link").symlink_to(tmp_path / "real" / "deep")
-    assert CheckpointStore(f"{tmp_path}/link/../run").root == f"{tmp_path}/real/run"
+    assert checkpoints_in(f"{tmp_path}/link/../run").folder.root == f"{tmp_path}/real/run"
     fs, path = locate(f"{sftp.url.replace(sftp.url.split('127.0.0.1')[1][6:], '')}/~/x", sftp.options)
     assert path == f"{fs.ftp.normalize('.').rstrip('/')}/x"
     assert locate(f"{sftp.url}/who?/x#y", sftp.options)[1].endswith("/who?/x#y")
@@ -244,9 +247,10 @@ def test_keys_that_are_renewed_in_mid_run_are_picked_up(
     assert faults[0].fired
     assert kinds(records, "checkpoint_failed") == []
     assert kinds(records, "checkpoint")[-1] == 24
-    assert {r["iter"] for r in read_metrics(config.out_dir) if r["kind"] == "step"} == set(range(24))
-    store = CheckpointStore(config.out_dir)
-    assert len([name for name in store.names() if store.fs.find(store.path(name))]) <= config.keep_checkpoints + 1
+    assert {r["iter"] for r in metrics_in(config.out_dir) if r["kind"] == "step"} == set(range(24))
+    store = checkpoints_in(config.out_dir)
+    held = [name for name in store.names() if store.folder.fs.find(store.folder.path(name))]
+    assert len(held) <= config.keep_checkpoints + 1
     told = [text for text in caplog.messages if "credentials are read again: " in text]
     assert len(told) == 1
     assert "metrics cannot be written" not in caplog.text
@@ -259,13 +263,13 @@ def test_keys_that_are_renewed_late_are_waited_for(
 ) -> None:
     """They have expired, the next ones come later; meanwhile the file is there by half, and gone."""
     config = replace(config, out_dir=f"{faulty_s3.url}/run")
-    store = CheckpointStore(config.out_dir)
+    store = checkpoints_in(config.out_dir)
     fault = proxy.expire(S3Server.key)
     contents = iter(["[default]\naws_access_key_id = te", None, None])
 
     def write_json() -> None:
         try:
-            store.write_json("run.json", {"a": 1})
+            store.folder.write_json("run.json", {"a": 1})
         except CheckpointError:
             if (content := next(contents, "end")) == "end":
                 write_keys(keys_file, S3Server.new_key, S3Server.new_secret)
@@ -276,9 +280,9 @@ def test_keys_that_are_renewed_late_are_waited_for(
             raise
 
     with caplog.at_level(logging.INFO, "orchestrator"):
-        retry.with_retries(write_json, store)
+        store.folder.with_retries(write_json)
     assert fault.fired
-    assert store.read_json("run.json") == {"a": 1}
+    assert store.folder.read_json("run.json") == {"a": 1}
     assert len(caplog.messages) == 1, "said once"
 
 
@@ -326,7 +330,7 @@ def test_keys_in_a_file_of_options_are_renewed_too(
     records = run(config, each=renew)
     assert kinds(records, "checkpoint_failed") == []
     assert kinds(records, "checkpoint")[-1] == 24
-    found = read_metrics(config.out_dir, storage_options_of(config))
+    found = metrics_in(config.out_dir, storage_options_of(config))
     assert {r["iter"] for r in found if r["kind"] == "step"} == set(range(24))
 
 
@@ -334,15 +338,15 @@ def test_keys_in_a_file_of_options_are_renewed_too(
 def test_a_driver_shows_life_with_the_new_keys(
     faulty_s3: Storage, proxy: FaultyProxy, keys_file: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    store = CheckpointStore(f"{faulty_s3.url}/run")
-    lease = Lease(store, beat_interval_s=50)
+    folder = RunFolder(f"{faulty_s3.url}/run")
+    lease = Lease(folder, beat_interval_s=50)
     with lease.held():
-        before = store.read_json(LEASE_FILE)["beat"]
+        before = folder.read_json(LEASE_FILE)["beat"]
         proxy.expire(S3Server.key)
         write_keys(keys_file, S3Server.new_key, S3Server.new_secret)
         lease.beat()
-        assert store.read_json(LEASE_FILE)["beat"] == before + 1
-    assert not store.read_json(LEASE_FILE)
+        assert folder.read_json(LEASE_FILE)["beat"] == before + 1
+    assert not folder.read_json(LEASE_FILE)
     assert "cannot show" not in caplog.text
 
 
@@ -363,7 +367,7 @@ def test_a_bucket_in_which_nothing_can_be_deleted_is_warned_of_once(
     with caplog.at_level(logging.INFO, "orchestrator"):
         planned = plan(config)
         for attempt in ("a", "b"):
-            lease = Lease(planned.store, beat_interval_s=60)
+            lease = Lease(planned.folder, beat_interval_s=60)
             lease.wait_until_free()
             with lease.held():
                 records = run(replace(config, max_iters=24 if attempt == "a" else 32), attempt)
@@ -372,10 +376,10 @@ def test_a_bucket_in_which_nothing_can_be_deleted_is_warned_of_once(
     assert refused.fired
     assert len([text for text in caplog.messages if "nothing can be deleted there (access denied" in text]) == 1
     assert [record for record in caplog.records if record.levelname == "WARNING"][1:] == []
-    store = CheckpointStore(config.out_dir)
+    store = checkpoints_in(config.out_dir)
     assert len(store.names()) == saved > config.keep_checkpoints + 1, "all of them stay"
-    assert [path for path in store.fs.ls(store.root, detail=False) if ".writable" in path] == [store.path(PROBE_FILE)]
-    Lease(store, sleep=lambda _s: pytest.fail("it was given back")).wait_until_free()
+    assert [name for name in store.folder.list() if ".writable" in name] == [PROBE_FILE]
+    Lease(store.folder, sleep=lambda _s: pytest.fail("it was given back")).wait_until_free()
 
 
 @pytest.mark.usefixtures("one_try")
@@ -391,8 +395,8 @@ def test_who_has_no_driver_is_told_when_it_prunes(
 
 @pytest.mark.usefixtures("one_try")
 def test_a_checkpoint_that_cannot_be_deleted_can_be_withdrawn(faulty_s3: Storage, proxy: FaultyProxy) -> None:
-    store = CheckpointStore(f"{faulty_s3.url}/run")
-    store.write_json("checkpoint_00000004_a/state.json", {"damaged": 1})
+    store = checkpoints_in(f"{faulty_s3.url}/run")
+    store.folder.write_json("checkpoint_00000004_a/state.json", {"damaged": 1})
     proxy.answer(403, "AccessDenied", deletes, 10**6)
     store.withdraw("checkpoint_00000004_a")
     assert store.load("checkpoint_00000004_a") is None
@@ -546,15 +550,15 @@ def test_keys_of_two_runs_do_not_mix(s3: Storage, config: TrainConfig) -> None:
     fs, _ = locate(s3.url)
     options = {"key": S3Server.new_key, "secret": S3Server.new_secret}
     other, _ = locate(s3.url, options)
-    again, _ = transfer.renewed(fs, s3.url, None)
+    again, _ = location.renewed(fs, s3.url, None)
     assert again is not fs
-    assert transfer.renewed(fs, s3.url, None)[0] is again, "once for all"
+    assert location.renewed(fs, s3.url, None)[0] is again, "once for all"
     assert locate(f"{s3.url}/run")[0] is again
     assert other.key == S3Server.new_key
     config = replace(config, out_dir=f"{s3.url}/run", max_iters=4)
     run(config)
-    store = CheckpointStore(config.out_dir, options)
-    assert tensors_equal(store.read(store.select()), CheckpointStore(config.out_dir).read(store.select()))
+    store = checkpoints_in(config.out_dir, options)
+    assert tensors_equal(store.read(store.select()), checkpoints_in(config.out_dir).read(store.select()))
 
 
 @pytest.mark.slow
@@ -567,7 +571,7 @@ def test_ray_trains_where_nothing_can_be_deleted_and_evaluates_where_nothing_can
     assert launch(replace(config, max_iters=8)).iter_num == 8
     assert launch(replace(config, max_iters=16)).iter_num == 16
     assert refused.fired
-    store = CheckpointStore(config.out_dir)
+    store = checkpoints_in(config.out_dir)
     held = store.names()
     assert [held[0].split("_")[1], held[-1].split("_")[1]] == ["00000016", "00000004"]
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", S3Server.reader_key)

@@ -20,7 +20,6 @@ import pytest
 import torch
 
 from orchestrator.__main__ import main
-from orchestrator.checkpoint.store import CheckpointStore
 from orchestrator.config import TrainConfig
 from orchestrator.distributed.device import resolve
 from orchestrator.distributed.world import World
@@ -29,6 +28,7 @@ from orchestrator.errors import CheckpointError
 from orchestrator.loop import train
 from orchestrator.telemetry.records import to_json
 from orchestrator.training.attempt import Callbacks
+from tests.support.runs import checkpoints_in
 
 Refused = Callable[..., str]
 
@@ -240,7 +240,7 @@ def test_unreachable_storage(refused: Refused, tiny: TrainConfig, monkeypatch: p
 
 @pytest.mark.usefixtures("_s3")
 def test_silent_storage(refused: Refused, tiny: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("orchestrator.checkpoint.store._FIRST_ANSWER_S", 0.5)
+    monkeypatch.setattr("orchestrator.storage.run_folder._FIRST_ANSWER_S", 0.5)
     with socket.create_server(("127.0.0.1", 0)) as mute:  # accepts, and never says a word
         monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{mute.getsockname()[1]}")
         monkeypatch.setenv("AWS_ACCESS_KEY_ID", "key")
@@ -340,7 +340,7 @@ def test_a_file_instead_of_a_folder(refused: Refused, tmp_path: Path, command: l
 
 
 def test_checkpoint_that_is_not_there(refused: Refused, finished: TrainConfig) -> None:
-    newest = CheckpointStore(finished.out_dir).select("latest").name
+    newest = checkpoints_in(finished.out_dir).select("latest").name
     said = refused("export", f"--out_dir={finished.out_dir}", "--to=x.pt", "--checkpoint=checkpoint_00000004")
     assert "holds no whole checkpoint checkpoint_00000004; there are: checkpoint_00000004_" in said
     assert f"did you mean {newest}?" in said
@@ -384,7 +384,7 @@ def test_training_falls_back_one_checkpoint(
 def test_damaged_checkpoints_do_not_count_among_those_kept(finished: TrainConfig) -> None:
     damage(finished.out_dir, 4)
     resumed(replace(finished, max_iters=3, keep_checkpoints=1))
-    store = CheckpointStore(finished.out_dir)
+    store = checkpoints_in(finished.out_dir)
     assert [checkpoint.iter_num for checkpoint in store.newest_first()] == [4, 3], "3 is whole, and must not be deleted"
     assert resumed(replace(finished, max_iters=6)) == 3
 

@@ -19,7 +19,6 @@ from orchestrator.checkpoint.restore.init_from import told_finished
 from orchestrator.checkpoint.save import upload as durable
 from orchestrator.checkpoint.snapshot import tensors_equal
 from orchestrator.checkpoint.state import TrainState, capture
-from orchestrator.checkpoint.store import CheckpointStore
 from orchestrator.config import TrainConfig
 from orchestrator.data import dataset
 from orchestrator.data.dataset import open_dataset
@@ -33,6 +32,7 @@ from orchestrator.training import attempt
 from orchestrator.training.attempt import Callbacks, Outcome, StopRequest, batch_order
 from orchestrator.training.step import dropout_seed
 from tests.conftest import in_steps
+from tests.support.runs import checkpoints_in
 
 Record = dict[str, Any]
 
@@ -52,7 +52,7 @@ def run(config: TrainConfig, stop_after: int | None = None, attempt: str = "a") 
 
 
 def last_state(config: TrainConfig) -> Any:
-    store = CheckpointStore(config.out_dir)
+    store = checkpoints_in(config.out_dir)
     return store.read(store.select("latest"))
 
 
@@ -148,26 +148,26 @@ def test_an_evaluation_is_broken_off_and_done_by_the_next_attempt(
         outcome = train(resolve(disturbed), World(attempt="a"), Callbacks(stop_request=stop_request))
     assert asked["batches"] < 5, "within a batch"
     assert (outcome.iter_num, outcome.stopped, outcome.preempted) == (at_iter, True, answer == StopRequest.PREEMPTED)
-    (checkpoint,) = [each for each in CheckpointStore(tiny.out_dir).newest_first() if each.iter_num == at_iter]
+    (checkpoint,) = [each for each in checkpoints_in(tiny.out_dir).newest_first() if each.iter_num == at_iter]
     assert (checkpoint.is_evaluated, checkpoint.val_loss) == (False, None)
-    assert told_finished(disturbed, CheckpointStore(tiny.out_dir)) == "", "at max_iters, too"
+    assert told_finished(disturbed, checkpoints_in(tiny.out_dir)) == "", "at max_iters, too"
 
     outcome, records = run(disturbed, attempt="b")
     assert not outcome.stopped
-    assert "is finished" in told_finished(disturbed, CheckpointStore(tiny.out_dir))
+    assert "is finished" in told_finished(disturbed, checkpoints_in(tiny.out_dir))
     assert [r["iter"] for r in records if r["kind"] == "eval"] == [*range(at_iter, 25, 8)]
     assert tensors_equal(last_state(disturbed), last_state(undisturbed))
     assert last_state(disturbed).best_val_loss == last_state(undisturbed).best_val_loss
     assert (
-        CheckpointStore(tiny.out_dir).select("best").val_loss
-        == CheckpointStore(undisturbed.out_dir).select("best").val_loss
+        checkpoints_in(tiny.out_dir).select("best").val_loss
+        == checkpoints_in(undisturbed.out_dir).select("best").val_loss
     )
 
 
 def test_a_stop_before_the_first_iteration_leaves_nothing(tiny: TrainConfig) -> None:
     outcome = train(resolve(tiny), World(attempt="a"), Callbacks(stop_request=lambda: StopRequest.STOP))
     assert outcome == Outcome(0, 1e9, stopped=True)
-    assert CheckpointStore(tiny.out_dir).names() == []
+    assert checkpoints_in(tiny.out_dir).names() == []
     assert run(tiny, attempt="b")[0].iter_num == tiny.max_iters
 
 

@@ -9,14 +9,14 @@ import json
 from pathlib import Path
 from typing import Any
 
-from orchestrator.checkpoint.store import CheckpointStore
 from orchestrator.data.file_tokenizer import TOKENIZER_FILE, FileTokenizer
 from orchestrator.data.token_files import read_tokenizer
 from orchestrator.data.tokenizers import Tokenizer, tokenizer_from_json
 from orchestrator.errors import DataError
+from orchestrator.storage.run_folder import RunFolder
 
 
-def keep_tokenizer(store: CheckpointStore, tokenizer: Tokenizer | None) -> None:
+def keep_tokenizer(folder: RunFolder, tokenizer: Tokenizer | None) -> None:
     """Write the tokenizer's file into the run's folder, where it is not there yet.
 
     Raises:
@@ -25,16 +25,16 @@ def keep_tokenizer(store: CheckpointStore, tokenizer: Tokenizer | None) -> None:
     if not isinstance(tokenizer, FileTokenizer):
         return
     content = json.loads(tokenizer.content)
-    if store.read_json(TOKENIZER_FILE) != content:
-        store.write_json(TOKENIZER_FILE, content)
+    if folder.read_json(TOKENIZER_FILE) != content:
+        folder.write_json(TOKENIZER_FILE, content)
 
 
 def saved_tokenizer(
-    run_config: dict[str, Any], store: CheckpointStore | None = None, data_dir: str = ""
+    run_config: dict[str, Any], folder: RunFolder | None = None, data_dir: str = ""
 ) -> Tokenizer | None:
-    """Return the tokenizer that a state's config tells, with its file; None where it tells none.
+    """Return the tokenizer that a state's config names, with its file; None where it names none.
 
-    The file is that of the run's folder (store), else that of its dataset in data_dir.
+    The file is the one in the run's folder, else that of its dataset in data_dir.
 
     Raises:
         DataError: it is in neither, or damaged.
@@ -45,14 +45,14 @@ def saved_tokenizer(
     tokenizer = tokenizer_from_json(saved)
     if not isinstance(tokenizer, FileTokenizer) or tokenizer.content:
         return tokenizer
-    if store and (content := store.read_json(TOKENIZER_FILE)):
-        return tokenizer.with_file(json.dumps(content), store.path(TOKENIZER_FILE))
+    if folder and (content := folder.read_json(TOKENIZER_FILE)):
+        return tokenizer.with_file(json.dumps(content), folder.path(TOKENIZER_FILE))
     name = str(run_config.get("dataset") or "")
     if data_dir and name and Path(data_dir, name, TOKENIZER_FILE).is_file():
         its = read_tokenizer(data_dir, name)
         if its == tokenizer:
             return its
-    where = f"{store.path(TOKENIZER_FILE)} is missing or damaged" if store else "nothing tells where its file lies"
+    where = f"{folder.path(TOKENIZER_FILE)} is missing or damaged" if folder else "nothing tells where its file lies"
     raise DataError(
         f"the tokenizer is that of a {TOKENIZER_FILE} (SHA-256 {tokenizer.sha256[:12]}...): {where}; put it there, or "
         f"give the --data_dir in which its dataset {name} lies"

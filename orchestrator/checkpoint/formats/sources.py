@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 import torch
-from fsspec.implementations.local import LocalFileSystem
 from torch import Tensor
 
 from model import PretrainedError, open_pretrained, read_pretrained_args
@@ -34,8 +33,9 @@ from orchestrator.data.tokenizer_folder import read_tokenizer_folder
 from orchestrator.data.tokenizers import Tokenizer
 from orchestrator.data.vocabulary import GPT2, assumed
 from orchestrator.errors import CheckpointError, ConfigError, DataError, StorageUnavailableError, nearest
+from orchestrator.storage.identity import is_on_disk
 from orchestrator.storage.options import StorageSettings, storage_options_of
-from orchestrator.storage.transfer import exists, locate
+from orchestrator.storage.run_folder import RunFolder
 
 logger = logging.getLogger(__name__)
 
@@ -65,23 +65,27 @@ class SourceSettings(StorageSettings, Protocol):
 
 @dataclass(frozen=True)
 class Source:
-    """A model that is there. where: its path, URL or name; which: the checkpoint, of a run; key: the setting for it."""
+    """A model that is there.
+
+    where: its path, URL or name. which: the checkpoint, of a run.
+    folder: where a run or a Hugging Face folder lies.
+    """
 
     kind: Kind
     where: str
     which: str = "auto"
     options: dict[str, Any] | None = field(default=None, repr=False)
-    key: str = "init_from"
+    folder: RunFolder | None = field(default=None, repr=False, compare=False)
 
     def store(self) -> CheckpointStore:
         """Return the checkpoints of a run."""
-        return CheckpointStore(self.where, self.options, self.key)
+        assert self.folder
+        return CheckpointStore(self.folder)
 
     @property
     def is_local(self) -> bool:
         """Whether it lies on a disk of this machine, or on one that it has mounted."""
-        protocol = self.where.partition("://")[0] if "://" in self.where else "file"
-        return self.kind is not Kind.HUB and protocol in LocalFileSystem.protocol
+        return self.kind is not Kind.HUB and is_on_disk(self.where)
 
 
 @dataclass(frozen=True)
@@ -99,10 +103,12 @@ class Weights:
     tensors: Iterator[tuple[str, Tensor]]
 
 
-def find_source(config: SourceSettings, which: str = "auto", key: str = "checkpoint") -> Source:
-    """Return what init_from names, or what out_dir holds with init_from=resume.
+def find_source(
+    config: SourceSettings, which: str = "auto", key: str = "checkpoint", folder: RunFolder | None = None
+) -> Source:
+    """Return the source that init_from names, or the one in out_dir with init_from=resume.
 
-    which: the checkpoint that is chosen of a run; key: the setting that says so.
+    which: the checkpoint that is chosen of a run; key: the setting that says so. folder: out_dir, if it is open.
 
     Raises:
         ConfigError, CheckpointError: nothing of the kind is there, or it cannot be reached.
@@ -114,8 +120,9 @@ def find_source(config: SourceSettings, which: str = "auto", key: str = "checkpo
                 f"--init_from={config.out_dir}"
             )
         options = storage_options_of(config)
-        found = _in_folder(config.out_dir, which, options, "out_dir")
-        return _chosen(found or Source(Kind.RUN, config.out_dir, which, options, "out_dir"), which, key)
+        folder = folder or RunFolder(config.out_dir, options)
+        found = _in_folder(folder, which, options)
+        return _chosen(found or Source(Kind.RUN, config.out_dir, which, options, folder), which, key)
     where = config.init_from
     if where in GPT2_NAMES:
         return _chosen(Source(Kind.HUB, where), which, key)
@@ -128,8 +135,9 @@ def find_source(config: SourceSettings, which: str = "auto", key: str = "checkpo
     if _CHECKPOINT.fullmatch(last):
         if which not in ("auto", last):
             raise ConfigError(f"{title} is one checkpoint, but {key}={which} asks for another: leave one of them out")
-        return Source(Kind.RUN, where.rstrip("/").rpartition("/")[0] or ".", last, options)
-    found = _in_folder(where, which, options, "init_from")
+        run = where.rstrip("/").rpartition("/")[0] or "."
+        return Source(Kind.RUN, run, last, options, RunFolder(run, options, "init_from"))
+    found = _in_folder(RunFolder(where, options, "init_from"), which, options)
     if not found:
         raise CheckpointError(
             f"{title} holds no run, no ckpt.pt and no Hugging Face folder with a config.json: give the path or URL of "
@@ -174,27 +182,27 @@ def _chosen(source: Source, which: str, key: str) -> Source:
     return source
 
 
-def _in_folder(where: str, which: str, options: dict[str, Any] | None, key: str) -> Source | None:
-    """Return what a folder holds: a run first of all; an out_dir then nanoGPT's ckpt.pt, others GPT-2 weights."""
-    folder = where.rstrip("/")
-    huggingface = Source(Kind.HUGGINGFACE, where, options=options)
+def _in_folder(folder: RunFolder, which: str, options: dict[str, Any] | None) -> Source | None:
+    """Return the source in a folder: a run first of all; in an out_dir then nanoGPT's ckpt.pt, else GPT-2 weights."""
+    where = folder.out_dir
+    huggingface = Source(Kind.HUGGINGFACE, where, options=options, folder=folder)
 
     def is_huggingface() -> bool:
-        return any(exists(f"{folder}/{name}", options) for name in _FOLDER_FILES)
+        return any(folder.exists(name) for name in _FOLDER_FILES)
 
-    store = CheckpointStore(where, options, key)
+    store = CheckpointStore(folder)
     try:
         if next(store.newest_first(), None) or store.damaged:
-            return Source(Kind.RUN, where, which, options, key)
+            return Source(Kind.RUN, where, which, options, folder)
     except StorageUnavailableError as error:
         with suppress(CheckpointError):  # who may read its files need not be allowed to list them
             if is_huggingface():
                 return huggingface
         raise error
-    has_ckpt = exists(f"{folder}/ckpt.pt", options)
-    if not (has_ckpt and key == "out_dir") and is_huggingface():
+    has_ckpt = folder.exists("ckpt.pt")
+    if not (has_ckpt and folder.key == "out_dir") and is_huggingface():
         return huggingface
-    return Source(Kind.NANOGPT, f"{folder}/ckpt.pt", options=options) if has_ckpt else None
+    return Source(Kind.NANOGPT, f"{where.rstrip('/')}/ckpt.pt", options=options) if has_ckpt else None
 
 
 # reading
@@ -290,9 +298,9 @@ def tokenizer_of(source: Source, snapshot: Snapshot, data_dir: str) -> Tokenizer
         DataError: it is known, and its file is missing or damaged.
     """
     if source.kind is Kind.HUGGINGFACE:
-        return read_tokenizer_folder(source.where, source.options)
-    store = source.store() if source.kind is Kind.RUN else None
-    if saved := saved_tokenizer(snapshot.config, store, data_dir):
+        return read_tokenizer_folder(source.where, source.folder.fs if source.folder else None)
+    folder = source.folder if source.kind is Kind.RUN else None
+    if saved := saved_tokenizer(snapshot.config, folder, data_dir):
         return saved
     found = tokenizer_json(snapshot, data_dir)
     return saved_tokenizer({**snapshot.config, "tokenizer": found}, None, data_dir) if found else None
@@ -300,7 +308,7 @@ def tokenizer_of(source: Source, snapshot: Snapshot, data_dir: str) -> Tokenizer
 
 def _of_run(store: CheckpointStore, checkpoint: Any, model_only: bool) -> Weights:
     snapshot = outline(checkpoint, model_only)
-    title = f"{checkpoint.name} in {store.out_dir}"
+    title = f"{checkpoint.name} in {store.folder.out_dir}"
     dtypes = frozenset(tensor.dtype for tensor in snapshot.model.values())
     name = f"{checkpoint.name} (iteration {checkpoint.iter_num})"
     return Weights(name, snapshot, dtypes, all_finite(stream(store, checkpoint, model_only), title))
@@ -325,7 +333,7 @@ def _config_of(source: Source) -> dict[str, Any]:
     if source.kind is Kind.HUB:
         return {"tokenizer": GPT2}
     try:
-        tokenizer = read_tokenizer_folder(source.where, source.options)
+        tokenizer = read_tokenizer_folder(source.where, source.folder.fs if source.folder else None)
     except DataError as error:  # the weights may be all that is asked for
         logger.warning("the tokens of %s are not known: %s", source.where, error)
         tokenizer = None
@@ -345,7 +353,8 @@ def _empty(snapshot: Snapshot) -> Snapshot:
 def _pretrained(source: Source) -> Iterator[Pretrained]:
     """Open pretrained weights; `model/` knows none of our errors."""
     with ExitStack() as stack:
-        yield _translate(lambda: stack.enter_context(open_pretrained(source.where, _fs(source))))
+        fs = source.folder.fs if source.folder else None
+        yield _translate(lambda: stack.enter_context(open_pretrained(source.where, fs)))
 
 
 def _translate(call: Callable[[], T]) -> T:
@@ -360,7 +369,3 @@ def _translated(tensors: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Te
         yield from tensors
     except PretrainedError as error:
         raise CheckpointError(str(error)) from None
-
-
-def _fs(source: Source) -> Any:
-    return None if source.kind is Kind.HUB else locate(source.where, source.options)[0]

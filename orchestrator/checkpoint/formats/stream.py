@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import json
 import mmap
-import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -18,6 +16,7 @@ from orchestrator.checkpoint.snapshot import Snapshot
 from orchestrator.checkpoint.store import Checkpoint, CheckpointStore
 from orchestrator.checkpoint.tensor_file import stream_tensors
 from orchestrator.errors import CheckpointError, DamagedError, StorageUnavailableError
+from orchestrator.storage.transfer import local_copy_of
 
 T = TypeVar("T")
 
@@ -55,8 +54,8 @@ def stream(store: CheckpointStore, checkpoint: Checkpoint, model_only: bool = Fa
     missing = {name: _empty(entry) for name, entry in _entries(checkpoint, model_only).items()}
     try:
         for file, record in (checkpoint.model_files if model_only else checkpoint.files).items():
-            path = store.path(checkpoint.name, file)
-            for name, tensor in stream_tensors(store.fs, path, record):
+            path = store.folder.path(checkpoint.name, file)
+            for name, tensor in stream_tensors(store.folder.fs, path, record):
                 expected = missing.pop(name, None)
                 if expected is None or (expected.shape, expected.dtype) != (tensor.shape, tensor.dtype):
                     raise CheckpointError(f"{path} is damaged: its {name} is not the one that state.json tells of")
@@ -81,13 +80,15 @@ def mapped(store: CheckpointStore, checkpoint: Checkpoint, model_only: bool = Fa
     tensors: dict[str, Tensor] = {}
     entries = _entries(checkpoint, model_only)
     for file, record in (checkpoint.model_files if model_only else checkpoint.files).items():
-        with _at_hand(store, store.path(checkpoint.name, file)) as path:
-            try:
+        try:
+            with local_copy_of(store.folder.fs, store.folder.path(checkpoint.name, file)) as path:
                 for _ in stream_tensors(LocalFileSystem(), str(path), record):  # one after the other, and dropped
                     pass
-            except CheckpointError as error:
-                raise error if isinstance(error, StorageUnavailableError) else DamagedError(str(error)) from None
-            tensors |= _mapped(path, {name: each for name, each in entries.items() if each["file"] == file})
+                tensors |= _mapped(path, {name: each for name, each in entries.items() if each["file"] == file})
+        except StorageUnavailableError:
+            raise
+        except CheckpointError as error:
+            raise DamagedError(str(error)) from None
     if missing := sorted(entries.keys() - tensors.keys()):
         raise DamagedError(f"{checkpoint.name} is damaged: no file of it has {', '.join(missing[:5])}")
     return checkpoint.snapshot(tensors)
@@ -111,30 +112,6 @@ def _mapped(path: Path, entries: dict[str, dict[str, Any]]) -> dict[str, Tensor]
         flat = torch.frombuffer(content, dtype=empty.dtype, count=empty.numel(), offset=data_at + start)
         found[name] = flat.view(empty.shape)
     return found
-
-
-@contextmanager
-def _at_hand(store: CheckpointStore, path: str) -> Iterator[Path]:
-    """Lend a file of the store as one on this machine.
-
-    Raises:
-        DamagedError: it is missing.
-        StorageUnavailableError: the storage does not answer.
-    """
-    if isinstance(store.fs, LocalFileSystem):
-        if not Path(path).is_file():
-            raise DamagedError(f"{path} is missing")
-        yield Path(path)
-        return
-    with tempfile.TemporaryDirectory() as scratch:
-        copy = Path(scratch, Path(path).name)
-        try:
-            store.fs.get_file(path, str(copy))
-        except FileNotFoundError:
-            raise DamagedError(f"{path} is missing") from None
-        except Exception as error:  # every storage library has exceptions of its own
-            raise StorageUnavailableError(f"{path} cannot be read: {type(error).__name__}: {error}") from None
-        yield copy
 
 
 def _entries(checkpoint: Checkpoint, model_only: bool) -> dict[str, dict[str, Any]]:

@@ -20,6 +20,7 @@ import torch
 
 from orchestrator.checkpoint.formats.progress import Progress
 from orchestrator.errors import CheckpointError
+from orchestrator.storage.reasons import reason_of
 
 _PIECE_BYTES = 2**20
 _NUMBER = re.compile(r"[biuf]\d{1,2}|U\d{1,4}")  # the types of numpy whose bytes are read, and text
@@ -61,7 +62,7 @@ def _refuse_others(path: Path, source: str) -> None:
         with path.open("rb") as file:
             start = file.read(32)
     except OSError as error:
-        raise CheckpointError(f"{source} cannot be read: {type(error).__name__}: {error}") from None
+        raise CheckpointError(f"{source} cannot be read: {reason_of(error)}") from None
     if start.startswith(_LFS_POINTER):
         raise CheckpointError(f"{source} is a pointer of Git LFS, not the file: fetch it with `git lfs pull`")
     if len(start) > 8 and start[8:9] == b"{" and int.from_bytes(start[:8], "little") < path.stat().st_size:
@@ -77,7 +78,7 @@ def _verify(path: Path, source: str) -> None:
     try:
         damaged = _damaged_record(path, source)
     except OSError as error:
-        raise CheckpointError(f"{source} cannot be read: {type(error).__name__}: {error}") from None
+        raise CheckpointError(f"{source} cannot be read: {reason_of(error)}") from None
     except Exception as error:  # whatever a damaged directory of records makes of zipfile
         what = "is cut off or not a file of torch.save's"
         raise CheckpointError(f"{source} {what} ({error}); is it still being written? Else {remedy}") from None

@@ -27,6 +27,8 @@ from orchestrator.config import GPT2_NAMES, TrainConfig
 from orchestrator.data.vocabulary import difference, is_padded
 from orchestrator.errors import CheckpointError, ConfigError, DataError, FinishedRunError
 from orchestrator.host.machine import seen_as
+from orchestrator.storage.identity import is_on_disk
+from orchestrator.storage.run_folder import RunFolder
 
 logger = logging.getLogger(__name__)
 
@@ -80,7 +82,7 @@ def check_start(config: TrainConfig, store: CheckpointStore, data: Vocabulary | 
     if config.init_from == "scratch":
         size = data.size if data else None
         return StartingPoint(scratch_args(config, size), 0, "initializing a new model from scratch")
-    source = source_of(config)
+    source = source_of(config, store.folder)
     model_only = config.init_weights_only or config.eval_only
     found = _as_begun(config, look_at(source, model_only))
     if config.init_from == "resume":
@@ -115,7 +117,7 @@ def told_finished(config: TrainConfig, store: CheckpointStore) -> str:
             if saved.is_evaluated:  # else its last evaluation was broken off, and is still to do
                 check_unfinished(config, saved.iter_num, saved.name)
         elif config.init_from == "resume" and not config.init_weights_only:
-            check_unfinished(config, look_at(source_of(config), model_only=True).iter_num, "ckpt.pt")
+            check_unfinished(config, look_at(source_of(config, store.folder), model_only=True).iter_num, "ckpt.pt")
     except FinishedRunError as finished:
         return str(finished)
     return ""
@@ -204,13 +206,13 @@ def _check_tokens(config: TrainConfig, where: str, found: Snapshot, data: Vocabu
         )
 
 
-def source_of(config: TrainConfig) -> Source:
+def source_of(config: TrainConfig, folder: RunFolder | None = None) -> Source:
     """Return what a run without checkpoints of its own starts from.
 
     Raises:
         CheckpointError: nothing is there; with init_from=resume, no ckpt.pt.
     """
-    source = find_source(config, config.init_checkpoint, "init_checkpoint")
+    source = find_source(config, config.init_checkpoint, "init_checkpoint", folder)
     if config.init_from == "resume" and source.kind is not Kind.NANOGPT:
         raise CheckpointError(
             f"init_from=resume, but out_dir={config.out_dir} holds neither a checkpoint nor nanoGPT's ckpt.pt: "
@@ -225,19 +227,18 @@ def source_identity(config: TrainConfig) -> str | None:
     All who see the same have one name for it: the path or URL of what lies in storage, at the Hub or on a file server.
     """
     source = f"{config.out_dir.rstrip('/')}/ckpt.pt" if config.init_from == "resume" else config.init_from
-    protocol = source.partition("://")[0] if "://" in source else "file"
-    if source in GPT2_NAMES or protocol not in LocalFileSystem.protocol:
+    if source in GPT2_NAMES or not is_on_disk(source):
         return source
     return seen_as(LocalFileSystem._strip_protocol(source))
 
 
-def read_initial_state(config: TrainConfig) -> Snapshot:
+def read_initial_state(config: TrainConfig, folder: RunFolder | None = None) -> Snapshot:
     """Read the state that init_from names, cut to block_size if it has longer positions.
 
     Raises:
         CheckpointError, ConfigError: it is missing, damaged or too short for block_size.
     """
-    source = source_of(config)
+    source = source_of(config, folder)
     snapshot = _as_begun(config, read_source(source, model_only=config.init_weights_only or config.eval_only))
     check_fits(config, source.where, snapshot, None)
     return _crop(snapshot, config.block_size)

@@ -17,11 +17,11 @@ from fsspec.implementations.local import LocalFileSystem
 from torch import Tensor
 
 from orchestrator.checkpoint.restore.staging import Staging
-from orchestrator.checkpoint.store import Checkpoint, CheckpointStore
+from orchestrator.checkpoint.store import Checkpoint
 from orchestrator.checkpoint.tensor_file import FileRecord, own_pieces, stream_tensors
 from orchestrator.distributed.world import World
 from orchestrator.errors import CheckpointError
-from orchestrator.storage.retry import read_with_retries
+from orchestrator.storage.run_folder import RunFolder
 
 _RUN_BYTES = 32 * 2**20  # tensors that are sent together
 
@@ -54,9 +54,9 @@ class ReadOnce:
         tensors: dict[str, Tensor],
         checkpoint: Checkpoint,
         world: World,
-        store: CheckpointStore,
+        folder: RunFolder,
     ) -> None:
-        self._plan, self._records, self._tensors, self._world, self._store = plan, records, tensors, world, store
+        self._plan, self._records, self._tensors, self._world, self._folder = plan, records, tensors, world, folder
         entries = checkpoint.state["tensors"].items()  # in the order of their files
         self._file_of = {name: entry["file"] for name, entry in entries if entry["file"] in plan}
         self._is_there = {name: Event() for name in self._file_of}
@@ -141,7 +141,7 @@ class ReadOnce:
             for file, readers in self._plan.items():
                 if place := readers.get(self._world.rank):
                     try:
-                        read_with_retries(partial(self._read, file, place), self._store)
+                        self._folder.read_with_retries(partial(self._read, file, place))
                     except CheckpointError as error:
                         errors[file] = [place.label, str(error)]
                 self._let_go(self._names(file))
@@ -160,7 +160,7 @@ class ReadOnce:
         if file in self._begun:
             self._read_again.append(file)
         self._begun.add(file)
-        fs = self._store.fs if place.is_storage else LocalFileSystem()
+        fs = self._folder.fs if place.is_storage else LocalFileSystem()
         counter = self._count if place.is_storage else lambda _bytes: None
         path, record = f"{place.folders[file]}/{file}", self._records[file]
         pieces = self._staging.pieces if self._staging else own_pieces

@@ -15,6 +15,7 @@ import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -39,7 +40,7 @@ from orchestrator.checkpoint.tensor_file import FileRecord, checksum
 from orchestrator.config import TrainConfig
 from orchestrator.distributed.world import World
 from orchestrator.errors import CheckpointError
-from orchestrator.storage.retry import read_with_retries
+from orchestrator.storage.run_folder import RunFolder
 
 logger = logging.getLogger(__name__)
 
@@ -70,10 +71,10 @@ def restore_or_initialize(
         if resumed := _fill_from(state, places, world, store, model_only=config.eval_only):
             state.resumed_from = resumed
             return state
-    world.collectively(store.check_not_lost)
+    world.on_main(store.check_not_lost)
     if config.init_from == "scratch":
         return _build(config, scratch_args, world)
-    return _import(config, world, data)
+    return _import(config, world, data, store.folder)
 
 
 def _build(config: TrainConfig, model_args: dict[str, Any], world: World, *, is_empty: bool = False) -> TrainState:
@@ -92,14 +93,12 @@ def _build(config: TrainConfig, model_args: dict[str, Any], world: World, *, is_
 def _offered(world: World, store: CheckpointStore, nodes: NodeTopology) -> Iterator[list[Source]]:
     """Yield the places of every state, newest state first, nearest place first: the same on all ranks."""
     in_memory = _in_memory(world, nodes)
-    in_storage = world.collectively(lambda: _names(store, bool(in_memory)) if world.is_main else None)
-    in_storage = world.broadcast_json(in_storage)
+    in_storage = world.on_main(lambda: _names(store, bool(in_memory)))
     for name in newest_name_first({*in_memory, *in_storage}):
         places = in_memory.get(name, [])
-        found = world.broadcast_json(_load(store, name) if world.is_main and name in in_storage else None)
-        if found:
+        if name in in_storage and (found := world.on_main(partial(_load, store, name))):
             checkpoint = Checkpoint(name, found)
-            folders = dict.fromkeys(checkpoint.files, store.path(name))
+            folders = dict.fromkeys(checkpoint.files, store.folder.path(name))
             places = [*places, Source("storage", tuple(range(world.size)), checkpoint, folders, is_storage=True)]
         if places:
             yield places
@@ -107,7 +106,7 @@ def _offered(world: World, store: CheckpointStore, nodes: NodeTopology) -> Itera
 
 def _names(store: CheckpointStore, has_others: bool) -> list[str]:
     try:
-        return read_with_retries(store.names, store)
+        return store.folder.read_with_retries(store.names)
     except CheckpointError as error:
         if not has_others:
             raise
@@ -117,7 +116,7 @@ def _names(store: CheckpointStore, has_others: bool) -> list[str]:
 
 def _load(store: CheckpointStore, name: str) -> dict[str, Any] | None:
     try:
-        checkpoint = read_with_retries(lambda: store.load(name), store)
+        checkpoint = store.folder.read_with_retries(lambda: store.load(name))
     except CheckpointError as error:
         store.reject(name, str(error))
         return None
@@ -167,7 +166,7 @@ def _fill_from(
             if world.is_main:
                 _fall_back(places, "; ".join(f"{file} in {_listed(refused[file])}" for file in lost), store)
             return None
-        reading = ReadOnce(plan, left, tensors, checkpoint, world, store)
+        reading = ReadOnce(plan, left, tensors, checkpoint, world, store.folder)
         errors = reading.run()
         from_storage_bytes += reading.from_storage_bytes
         for file, readers in plan.items():
@@ -265,7 +264,7 @@ def _adopt(state: TrainState, saved: Snapshot, world: World) -> None:
     state.config = saved.config  # until the loop has compared it with its own
 
 
-def _import(config: TrainConfig, world: World, data: Vocabulary) -> TrainState:
+def _import(config: TrainConfig, world: World, data: Vocabulary, folder: RunFolder) -> TrainState:
     """Start from a run, a ckpt.pt or GPT-2 weights, with the same bits on all ranks: those of the first that has them.
 
     What all see is read by that rank alone, what nodes have on their own disks by one rank at each. The rest receive.
@@ -276,7 +275,7 @@ def _import(config: TrainConfig, world: World, data: Vocabulary) -> TrainState:
     """
     first, reader_of = _readers(config, world)
     is_reader = reader_of[world.rank] == world.rank
-    snapshot = world.collectively(lambda: _read(config, is_first=world.rank == first) if is_reader else None)
+    snapshot = world.collectively(lambda: _read(config, folder, is_first=world.rank == first) if is_reader else None)
     mine = {**snapshot.model, **snapshot.optimizer} if snapshot else {}
     shapes = {name: list(mine[name].shape) for name in sorted(mine)}
     outlines = world.gather_json([describe(snapshot), shapes] if snapshot else None)
@@ -284,7 +283,7 @@ def _import(config: TrainConfig, world: World, data: Vocabulary) -> TrainState:
     description, names = outlines[first][0], list(outlines[first][1])
     alike = [rank for rank, outline in enumerate(outlines) if outline == outlines[first]]
     saved = undescribe(description, {}, {})
-    world.collectively(lambda: check_fits(config, config.init_from, saved, data) if world.is_main else None)
+    world.on_main(lambda: check_fits(config, config.init_from, saved, data))
     state = _build(config, {**saved.model_args, "dropout": config.dropout}, world, is_empty=True)
     tensors = _live_tensors(state, set(names))
 
@@ -325,14 +324,14 @@ def _readers(config: TrainConfig, world: World) -> tuple[int, list[int]]:
     return first, [origins.index(origin) if origin else first for origin in origins]
 
 
-def _read(config: TrainConfig, *, is_first: bool) -> Snapshot | None:
+def _read(config: TrainConfig, folder: RunFolder, *, is_first: bool) -> Snapshot | None:
     """Return what the run starts from, mapped from a file where that can be; None where one but the first is bad.
 
     Raises:
         CheckpointError, ConfigError: the first one cannot be read.
     """
     try:
-        snapshot = read_initial_state(config)
+        snapshot = read_initial_state(config, folder)
     except Exception as error:  # whatever is wrong with another node's copy, the first one is sent
         if is_first:
             raise

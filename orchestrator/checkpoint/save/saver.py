@@ -369,7 +369,7 @@ class Saver:
             self._save_directly(capture(state, val_loss))
         if state.iter_num != self._durable_iter:
             why = next(record["why"] for record in reversed(self._ended) if "why" in record)
-            raise StorageError(f"out_dir={self._store.out_dir}: the last state could not be saved: {why}")
+            raise StorageError(f"out_dir={self._store.folder.out_dir}: the last state could not be saved: {why}")
 
     def _wait(self) -> None:
         """Wait for copies and uploads on all ranks, and tell of them."""
@@ -390,11 +390,11 @@ class Saver:
 
     def _tell_of_waiting(self) -> None:
         silence_s = time.monotonic() - self._moved_at_s
-        logger.info("waiting for the upload to %s: %.2f GB so far", self._store.out_dir, self._moved_bytes / 1e9)
+        logger.info("waiting for the upload to %s: %.2f GB so far", self._store.folder.out_dir, self._moved_bytes / 1e9)
         if silence_s > _SILENCE_S:
             raise StorageError(
-                f"out_dir={self._store.out_dir}: the upload has not moved for {silence_s:.0f} s; the state of this "
-                "iteration is in node memory, and the same command goes on from there"
+                f"out_dir={self._store.folder.out_dir}: the upload has not moved for {silence_s:.0f} s; the state of "
+                "this iteration is in node memory, and the same command goes on from there"
             )
 
     def _skip(self, iter_num: int | None) -> None:

@@ -19,7 +19,7 @@ from orchestrator.__main__ import main
 from orchestrator.checkpoint.formats.huggingface import write_huggingface
 from orchestrator.checkpoint.formats.nanogpt import read_nanogpt, write_nanogpt
 from orchestrator.checkpoint.snapshot import Snapshot, tensors_equal
-from orchestrator.checkpoint.store import CheckpointStore, parse_state, state_text
+from orchestrator.checkpoint.store import parse_state, state_text
 from orchestrator.config import TrainConfig, check
 from orchestrator.data.tokenizers import CharTokenizer
 from orchestrator.distributed.device import resolve
@@ -32,6 +32,7 @@ from orchestrator.training.attempt import Callbacks
 from orchestrator.worker import plain
 from tests.conftest import final_state
 from tests.support import ranks
+from tests.support.runs import checkpoints_in
 from tests.support.weights import random_weights
 from tests.unit.commands.test_sample import save_run
 
@@ -65,7 +66,7 @@ def beside(config: TrainConfig, name: str, **changes: Any) -> TrainConfig:
 
 
 def names(config: TrainConfig) -> dict[int, str]:
-    return {checkpoint.iter_num: checkpoint.name for checkpoint in CheckpointStore(config.out_dir).newest_first()}
+    return {checkpoint.iter_num: checkpoint.name for checkpoint in checkpoints_in(config.out_dir).newest_first()}
 
 
 def flags(config: TrainConfig) -> list[str]:

@@ -35,6 +35,7 @@ from orchestrator.checkpoint.tensor_file import FileRecord, write_file
 from orchestrator.config import TrainConfig
 from orchestrator.distributed.world import World
 from orchestrator.errors import CheckpointError, StorageError
+from tests.support.runs import checkpoints_in
 
 NO_MEMORY = NodeTopology(None, ("0",), 0)
 ARGS = {"n_layer": 1, "n_head": 2, "n_embd": 8, "block_size": 4, "vocab_size": 11, "bias": True, "dropout": 0.0}
@@ -76,12 +77,12 @@ def _copy(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 @pytest.fixture
 def store(tmp_path: Path) -> CheckpointStore:
-    return CheckpointStore(str(tmp_path / "run"))
+    return checkpoints_in(str(tmp_path / "run"))
 
 
 @pytest.mark.parametrize("url", ["{tmp}/run", "file://{tmp}/run", "memory://{tmp}/run"])
 def test_what_is_saved_is_read(tmp_path: Path, url: str) -> None:
-    store = CheckpointStore(url.format(tmp=tmp_path))
+    store = checkpoints_in(url.format(tmp=tmp_path))
     snapshot = saved(store, 5, val_loss=1.5)
     checkpoint = store.select("latest")
     read = store.read(checkpoint)
@@ -93,7 +94,7 @@ def test_what_is_saved_is_read(tmp_path: Path, url: str) -> None:
 
 def test_model_files_are_plain_safetensors_with_nanogpt_names(store: CheckpointStore) -> None:
     snapshot = saved(store, 5)
-    tensors = load_file(store.path("checkpoint_00000005_a", "model-00000-of-00001.safetensors"))
+    tensors = load_file(store.folder.path("checkpoint_00000005_a", "model-00000-of-00001.safetensors"))
     assert tensors.keys() == {name for name, _ in GPT(GPTConfig(**ARGS)).named_parameters()}
     assert all(torch.equal(tensors[name], snapshot.model[name]) for name in tensors)
 
@@ -101,13 +102,13 @@ def test_model_files_are_plain_safetensors_with_nanogpt_names(store: CheckpointS
 def test_tensors_begin_where_a_gpu_writes_best(store: CheckpointStore) -> None:
     saved(store, 5)
     for kind in ("model", "optimizer"):
-        content = Path(store.path("checkpoint_00000005_a", f"{kind}-00000-of-00001.safetensors")).read_bytes()
+        content = Path(store.folder.path("checkpoint_00000005_a", f"{kind}-00000-of-00001.safetensors")).read_bytes()
         assert (8 + int.from_bytes(content[:8], "little")) % 64 == 0
 
 
 def test_model_only_never_opens_an_optimizer_file(store: CheckpointStore) -> None:
     snapshot = saved(store, 5)
-    store.fs.rm(store.path("checkpoint_00000005_a", "optimizer-00000-of-00001.safetensors"))
+    store.folder.fs.rm(store.folder.path("checkpoint_00000005_a", "optimizer-00000-of-00001.safetensors"))
     read = store.read(store.select(), model_only=True)
     assert not read.optimizer
     assert all(torch.equal(read.model[name], snapshot.model[name]) for name in snapshot.model)
@@ -115,7 +116,7 @@ def test_model_only_never_opens_an_optimizer_file(store: CheckpointStore) -> Non
 
 def test_nothing_exists_before_it_is_announced(store: CheckpointStore) -> None:
     saved(store, 5)
-    store.fs.rm(store.path("checkpoint_00000005_a", "state.json"))
+    store.folder.fs.rm(store.folder.path("checkpoint_00000005_a", "state.json"))
     assert list(store.newest_first()) == []
     with pytest.raises(CheckpointError, match="holds no checkpoint"):
         store.select()
@@ -147,7 +148,7 @@ def test_a_damaged_checkpoint_falls_back_to_the_one_before(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     older, _ = saved(store, 4), saved(store, 8)
-    damage(Path(store.path("checkpoint_00000008_a", file)))
+    damage(Path(store.folder.path("checkpoint_00000008_a", file)))
     config = replace(tiny, **ARGS_OF_CONFIG)
     with caplog.at_level(logging.WARNING):
         state = restore_or_initialize(config, World(), store, NO_MEMORY, ARGS)
@@ -165,7 +166,7 @@ def test_a_checkpoint_of_another_format_is_not_guessed_at(
 ) -> None:
     saved(store, 4)
     saved(store, 8)
-    path = Path(store.path("checkpoint_00000008_a", "state.json"))
+    path = Path(store.folder.path("checkpoint_00000008_a", "state.json"))
     path.write_text(json.dumps({**json.loads(path.read_text()), "format_version": version}))
     with pytest.raises(CheckpointError, match=remedy):
         store.load("checkpoint_00000008_a")
@@ -184,7 +185,7 @@ def test_the_newest_and_the_best_are_kept(store: CheckpointStore) -> None:
 def test_pruning_removes_what_was_abandoned_but_not_what_may_be_being_written(store: CheckpointStore) -> None:
     saved(store, 4)
     for name in ("checkpoint_00000003_b", "checkpoint_00000004_0", "checkpoint_00000004_b", "checkpoint_00000009_b"):
-        store.fs.makedirs(store.path(name))
+        store.folder.fs.makedirs(store.folder.path(name))
     assert store.prune(keep=1) == ["checkpoint_00000004_0", "checkpoint_00000004_b", "checkpoint_00000003_b"]
     assert store.names() == ["checkpoint_00000009_b", "checkpoint_00000004_a"]
 
@@ -192,17 +193,17 @@ def test_pruning_removes_what_was_abandoned_but_not_what_may_be_being_written(st
 def test_pruning_keeps_what_could_not_be_read(store: CheckpointStore, monkeypatch: pytest.MonkeyPatch) -> None:
     for iter_num in (1, 2, 3):
         saved(store, iter_num)
-    read = store.fs.cat_file
+    read = store.folder.fs.cat_file
 
     def refuse(path: str) -> bytes:
         if "checkpoint_00000002_a" in path:
             raise OSError("the storage has hiccups")
         return bytes(read(path))
 
-    monkeypatch.setattr(store.fs, "cat_file", refuse)
+    monkeypatch.setattr(store.folder.fs, "cat_file", refuse)
     assert store.prune(keep=1) == ["checkpoint_00000001_a"]
     monkeypatch.undo()
-    assert [checkpoint.iter_num for checkpoint in CheckpointStore(store.out_dir).newest_first()] == [3, 2]
+    assert [checkpoint.iter_num for checkpoint in checkpoints_in(store.folder.out_dir).newest_first()] == [3, 2]
 
 
 def test_a_failing_storage_leaves_the_older_checkpoint(store: CheckpointStore, monkeypatch: pytest.MonkeyPatch) -> None:

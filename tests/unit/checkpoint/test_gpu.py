@@ -29,12 +29,13 @@ from orchestrator.checkpoint.save.policy import SaveIntervals
 from orchestrator.checkpoint.save.saver import Saver
 from orchestrator.checkpoint.snapshot import tensors_equal
 from orchestrator.checkpoint.state import TrainState, capture
-from orchestrator.checkpoint.store import Checkpoint, CheckpointStore, checkpoint_name
+from orchestrator.checkpoint.store import Checkpoint, checkpoint_name
 from orchestrator.checkpoint.tensor_file import bytes_of, read_tensors
 from orchestrator.config import TrainConfig
 from orchestrator.distributed.join import plain_world
 from orchestrator.distributed.world import World
 from tests.support.fake_cuda import FakeCuda, fake_cuda
+from tests.support.runs import checkpoints_in
 from tests.unit.checkpoint.test_rescue import settle, step
 
 DEVICE = torch.device("cuda", 1)
@@ -62,7 +63,7 @@ def start(cuda: FakeCuda, tiny: TrainConfig, memory_dir: str, tmp_path: Path) ->
         state.iter_num = 7
         nodes = NodeTopology(NodeMemory(str(folder), "run"), ("here",), 0)
         world = World(device=DEVICE, attempt="abc")
-        saver = Saver(state, world, CheckpointStore(tiny.out_dir), nodes, {}, SaveIntervals(100))
+        saver = Saver(state, world, checkpoints_in(tiny.out_dir), nodes, {}, SaveIntervals(100))
         if is_settled:
             settle(saver)
         return saver
@@ -360,7 +361,7 @@ def test_no_more_is_pinned_than_is_wanted(cuda: FakeCuda, monkeypatch: pytest.Mo
 
 def refill(saver: Saver, config: TrainConfig) -> TrainState:
     """Build another state and fill it with the newest in node memory."""
-    world, store = saver._world, CheckpointStore(config.out_dir)
+    world, store = saver._world, checkpoints_in(config.out_dir)
     ((_, places),) = restore._in_memory(world, saver._nodes).items()
     state = _build(replace(config, seed=2), scratch_args(config, 64), World())
     assert restore._fill_from(state, places, world, store, model_only=False)

@@ -20,10 +20,11 @@ import torch
 from orchestrator.checkpoint.save import node_memory as memory_module
 from orchestrator.checkpoint.save.node_memory import NodeMemory, SnapshotBuffer, run_path, spare_memory_bytes
 from orchestrator.checkpoint.save.node_topology import NodeTopology, open_node_memory
-from orchestrator.checkpoint.store import FORMAT_VERSION, CheckpointStore
+from orchestrator.checkpoint.store import FORMAT_VERSION
 from orchestrator.checkpoint.tensor_file import Layout, bytes_of, layout_of, read_tensors
 from orchestrator.distributed.world import World
 from orchestrator.errors import CheckpointError
+from orchestrator.storage.run_folder import RunFolder
 from tests.support.tmpfs import small_tmpfs
 
 FILES = ("model-00000-of-00001.safetensors", "optimizer-00000-of-00001.safetensors")
@@ -90,7 +91,7 @@ def test_a_state_is_visible_when_it_is_whole_and_not_before(folder: Path) -> Non
     assert checkpoint.files == slot.records
     path = memory.share_path("checkpoint_00000004_a", 0, 1)
     assert sorted(file.name for file in path.iterdir()) == sorted([*FILES, "state.json"])
-    fs = CheckpointStore(str(folder)).fs
+    fs = RunFolder(str(folder)).fs
     for file, record in checkpoint.files.items():
         for name, tensor in read_tensors(fs, str(path / file), record).items():
             assert torch.equal(tensor, tensors_of(4)[name])

@@ -19,10 +19,11 @@ from orchestrator.checkpoint.save.node_topology import NodeTopology
 from orchestrator.checkpoint.save.policy import SaveIntervals
 from orchestrator.checkpoint.save.saver import Saver
 from orchestrator.checkpoint.state import TrainState, capture
-from orchestrator.checkpoint.store import CheckpointStore, checkpoint_name
+from orchestrator.checkpoint.store import checkpoint_name
 from orchestrator.checkpoint.tensor_file import read_tensors
 from orchestrator.config import TrainConfig
 from orchestrator.distributed.world import World
+from tests.support.runs import checkpoints_in
 
 ATTEMPT = "abc"
 StartingPoint = Callable[[int, int], Saver]
@@ -39,7 +40,7 @@ def start(tiny: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
         step(state)
         state.iter_num = iter_num
         nodes = NodeTopology(NodeMemory(str(tmp_path), "run"), ("here",) * shares, rank)
-        saver = Saver(state, world, CheckpointStore(tiny.out_dir), nodes, {}, SaveIntervals(100))
+        saver = Saver(state, world, checkpoints_in(tiny.out_dir), nodes, {}, SaveIntervals(100))
         settle(saver)  # room for states is there
         return saver
 

@@ -27,6 +27,7 @@ from orchestrator.checkpoint.tensor_file import tensor_pieces, write_file
 from orchestrator.commands.export import ExportConfig, export
 from orchestrator.config import TrainConfig
 from orchestrator.errors import CheckpointError, DamagedError
+from tests.support.runs import checkpoints_in
 
 SMALL = {"n_layer": 2, "n_head": 2, "n_embd": 8, "block_size": 4, "vocab_size": 11, "bias": True, "dropout": 0.0}
 LARGE = {**SMALL, "n_layer": 8, "n_embd": 512, "block_size": 1024, "vocab_size": 8192}  # 120 MB, 360 with the moments
@@ -43,11 +44,12 @@ def random_state(args: dict[str, object], iter_num: int = 5) -> Snapshot:
 def commit(store: CheckpointStore, snapshot: Snapshot) -> Checkpoint:
     """Write a checkpoint as one rank does, and announce it."""
     name = f"checkpoint_{snapshot.iter_num:08d}_a"
-    store.fs.makedirs(store.path(name))
+    store.folder.fs.makedirs(store.folder.path(name))
     state = {"format_version": FORMAT_VERSION, **describe(snapshot), "saved_at_s": 0.0, "files": {}, "tensors": {}}
     for kind, tensors in (("model", snapshot.model), ("optimizer", snapshot.optimizer)):
         file = f"{kind}-00000-of-00001.safetensors"
-        state["files"][file] = write_file(store.fs, store.path(name, file), tensor_pieces(tensors)).to_json()
+        record = write_file(store.folder.fs, store.folder.path(name, file), tensor_pieces(tensors))
+        state["files"][file] = record.to_json()
         for key, tensor in tensors.items():
             state["tensors"][key] = {"file": file, "shape": list(tensor.shape), "dtype": "float32"}
     return store.commit(name, state)
@@ -55,7 +57,7 @@ def commit(store: CheckpointStore, snapshot: Snapshot) -> Checkpoint:
 
 @pytest.fixture
 def store(tmp_path: Path) -> CheckpointStore:
-    return CheckpointStore(str(tmp_path / "run"))
+    return checkpoints_in(str(tmp_path / "run"))
 
 
 # memory
@@ -87,7 +89,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     """Two folders, with a small and a large model: a run, and what its export in each format gives."""
     made = [tmp_path_factory.mktemp("small"), tmp_path_factory.mktemp("large")]
     for folder, args in zip(made, (SMALL, LARGE), strict=True):
-        commit(CheckpointStore(str(folder / "run")), random_state(args))
+        commit(checkpoints_in(str(folder / "run")), random_state(args))
         export(ExportConfig(str(folder / "run"), "nanogpt", to=str(folder / "ckpt.pt")))
         export(ExportConfig(str(folder / "run"), "hf", to=str(folder / "hf")))
     return made
@@ -126,8 +128,8 @@ def test_peak_memory(folders: list[Path], work: str, file: str, limit: float) ->
 def test_export_gives_the_stored_bits(store: CheckpointStore, tmp_path: Path) -> None:
     snapshot = random_state(SMALL)
     commit(store, snapshot)
-    export(ExportConfig(store.out_dir, "nanogpt", to=str(tmp_path / "ckpt.pt")))
-    export(ExportConfig(store.out_dir, "hf", to=str(tmp_path / "hf")))
+    export(ExportConfig(store.folder.out_dir, "nanogpt", to=str(tmp_path / "ckpt.pt")))
+    export(ExportConfig(store.folder.out_dir, "hf", to=str(tmp_path / "hf")))
     assert tensors_equal(read_nanogpt(tmp_path / "ckpt.pt"), snapshot)
     tensors = read_initial_state(TrainConfig(init_from=str(tmp_path / "hf"), block_size=4)).model
     assert tensors_equal(replace(snapshot, model=tensors, optimizer={}), replace(snapshot, optimizer={}))
@@ -146,27 +148,28 @@ def test_a_model_without_biases_is_exported_with_zeros(tmp_path: Path) -> None:
 
 def test_optimizer_files_are_not_touched_for_a_model(store: CheckpointStore, tmp_path: Path) -> None:
     checkpoint = commit(store, random_state(SMALL))
-    Path(store.path(checkpoint.name, "optimizer-00000-of-00001.safetensors")).unlink()
+    Path(store.folder.path(checkpoint.name, "optimizer-00000-of-00001.safetensors")).unlink()
     assert outline(checkpoint, model_only=True).optimizer == {}
-    export(ExportConfig(store.out_dir, "hf", to=str(tmp_path / "hf")))
+    export(ExportConfig(store.folder.out_dir, "hf", to=str(tmp_path / "hf")))
     with pytest.raises(CheckpointError, match=r"optimizer-00000-of-00001\.safetensors is missing"):
-        export(ExportConfig(store.out_dir, "nanogpt", to=str(tmp_path / "ckpt.pt")))
+        export(ExportConfig(store.folder.out_dir, "nanogpt", to=str(tmp_path / "ckpt.pt")))
 
 
 @pytest.mark.parametrize("format", ["nanogpt", "hf"])
 def test_nothing_is_delivered_of_a_damaged_checkpoint(store: CheckpointStore, tmp_path: Path, format: str) -> None:
     checkpoint = commit(store, random_state(SMALL))
-    path = Path(store.path(checkpoint.name, "model-00000-of-00001.safetensors"))
+    path = Path(store.folder.path(checkpoint.name, "model-00000-of-00001.safetensors"))
     content = bytearray(path.read_bytes())
     content[-1] ^= 1  # of the last tensor: all others were written by then
     path.write_bytes(content)
     with pytest.raises(CheckpointError, match="its checksum differs"):
-        export(ExportConfig(store.out_dir, format, to=str(tmp_path / "there" / "export")))
+        export(ExportConfig(store.folder.out_dir, format, to=str(tmp_path / "there" / "export")))
     assert not [path for path in (tmp_path / "there").rglob("*") if path.is_file()]
 
     older = random_state(SMALL, iter_num=4)
     commit(store, older)
-    assert "(iteration 4)" in export(ExportConfig(store.out_dir, format, to=str(tmp_path / "export"), overwrite=True))
+    again = ExportConfig(store.folder.out_dir, format, to=str(tmp_path / "export"), overwrite=True)
+    assert "(iteration 4)" in export(again)
     if format == "nanogpt":
         assert tensors_equal(read_nanogpt(tmp_path / "export"), older)
 
@@ -180,7 +183,7 @@ def test_a_full_disk_is_not_taken_for_a_damaged_checkpoint(
     commit(store, random_state(SMALL))
     monkeypatch.setattr(torch, "save", disk_full)
     with pytest.raises(CheckpointError, match=r"cannot be written: OSError.*No space left"):
-        export(ExportConfig(store.out_dir, "nanogpt", to=str(tmp_path / "ckpt.pt")))
+        export(ExportConfig(store.folder.out_dir, "nanogpt", to=str(tmp_path / "ckpt.pt")))
     assert not store.damaged
 
 
@@ -288,6 +291,6 @@ def test_long_work_says_how_far_it_is(caplog: pytest.LogCaptureFixture) -> None:
 def test_small_work_is_quiet(store: CheckpointStore, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO)
     commit(store, random_state(SMALL))
-    export(ExportConfig(store.out_dir, "nanogpt", to=str(tmp_path / "ckpt.pt")))
+    export(ExportConfig(store.folder.out_dir, "nanogpt", to=str(tmp_path / "ckpt.pt")))
     read_nanogpt(tmp_path / "ckpt.pt")
     assert not [message for message in caplog.messages if re.search(r"\d GB", message)]

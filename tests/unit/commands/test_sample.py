@@ -23,7 +23,7 @@ from orchestrator.checkpoint.formats.nanogpt import read_nanogpt, write_nanogpt
 from orchestrator.checkpoint.save.ownership import files_of, tensor_index
 from orchestrator.checkpoint.save.upload import commit, upload
 from orchestrator.checkpoint.snapshot import Snapshot, describe
-from orchestrator.checkpoint.store import FORMAT_VERSION, CheckpointStore, checkpoint_name
+from orchestrator.checkpoint.store import FORMAT_VERSION, checkpoint_name
 from orchestrator.checkpoint.tensor_file import tensor_pieces
 from orchestrator.commands import sample as sampling
 from orchestrator.commands import sample_text
@@ -37,6 +37,7 @@ from orchestrator.distributed.world import World
 from orchestrator.errors import CheckpointError, ConfigError, DataError
 from tests.support.golden import CHARS, CKPT
 from tests.support.golden import GREEDY as GREEDY_TOKENS
+from tests.support.runs import checkpoints_in
 
 GREEDY_TEXT = "".join(CHARS[i] for i in GREEDY_TOKENS)
 GREEDY = SampleConfig(init_from=str(CKPT), num_samples=1, max_new_tokens=80, temperature=0.0, device="cpu")
@@ -64,7 +65,7 @@ def with_tokenizer(snapshot: Snapshot, **changes: Any) -> Snapshot:
 
 
 def save_run(out_dir: Path, snapshot: Snapshot) -> str:
-    store, name = CheckpointStore(str(out_dir)), checkpoint_name(snapshot.iter_num, "local")
+    store, name = checkpoints_in(str(out_dir)), checkpoint_name(snapshot.iter_num, "local")
     files = files_of(snapshot, world_size=1)
     described = {"format_version": FORMAT_VERSION, **describe(snapshot), "environment": {}, "saved_at_s": 0.0}
     part = upload(store, name, {file: partial(tensor_pieces, tensors) for file, tensors in files.items()}, {})

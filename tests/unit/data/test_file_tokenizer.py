@@ -19,7 +19,6 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 
 from orchestrator.checkpoint.formats.huggingface import write_huggingface
 from orchestrator.checkpoint.formats.nanogpt import read_nanogpt
-from orchestrator.checkpoint.store import CheckpointStore
 from orchestrator.commands.export import ExportConfig, export
 from orchestrator.commands.sample import SampleConfig, sample
 from orchestrator.config import TrainConfig
@@ -35,6 +34,7 @@ from orchestrator.distributed.world import World
 from orchestrator.errors import ConfigError, DataError
 from orchestrator.loop import train
 from tests.support.golden import CKPT
+from tests.support.runs import checkpoints_in
 
 TEXT = "the quick brown fox jumps over the lazy dog, and the dog doesn't mind\n" * 40
 MIXED = "the quick ☃ wörld\n\n 日本 \U0001f680 don't\t\n"
@@ -394,7 +394,7 @@ def test_a_run_carries_it_wherever_it_goes(folder: Path, tmp_path: Path, tiny: T
     found = read(folder)
     config = replace(tiny, data_dir=str(tmp_path / "data"), dataset="mine", max_iters=2, dropout=0.0)
     train(resolve(config), World(attempt="a"))
-    assert "sha256" in CheckpointStore(config.out_dir).select().state["config"]["tokenizer"]
+    assert "sha256" in checkpoints_in(config.out_dir).select().state["config"]["tokenizer"]
     for path in (folder, tmp_path / "data"):
         shutil.rmtree(path)
     moved = str(shutil.move(config.out_dir, tmp_path / "moved"))

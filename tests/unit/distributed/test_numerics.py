@@ -13,7 +13,6 @@ from typing import Any
 import pytest
 import torch
 
-from orchestrator.checkpoint.store import CheckpointStore
 from orchestrator.config import TrainConfig
 from orchestrator.distributed.device import agree_on_dtype, device_here, resolve
 from orchestrator.distributed.numerics import NumericsFingerprint, make_deterministic
@@ -21,6 +20,7 @@ from orchestrator.distributed.world import World
 from orchestrator.errors import ConfigError
 from orchestrator.training.changes import warn_if_numerics_changed
 from tests.support import ranks
+from tests.support.runs import checkpoints_in
 
 GPU_KINDS = ("cuda", "mps", "xpu")
 
@@ -94,7 +94,7 @@ def test_a_compiler_that_does_not_work_is_told_of_once_and_all_ranks_run_uncompi
     assert f"rank 0: compile=True, but the compiler does not work{where} (No working C++ compiler" in ended.said
     assert ended.said.count("runs uncompiled") == 1
     assert "Traceback" not in ended.said
-    assert not CheckpointStore(config.out_dir).select().state["environment"]["compile"]
+    assert not checkpoints_in(config.out_dir).select().state["environment"]["compile"]
 
 
 @pytest.fixture

@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from orchestrator.driver.journal import Journal
-from orchestrator.telemetry.metrics import MetricsLog, read_events, read_metrics
+from orchestrator.storage.run_folder import RunFolder
+from orchestrator.telemetry.metrics import MetricsLog
+from tests.support.runs import events_in, metrics_in
 
 BEGAN_S = time.time() - 1000
 
@@ -28,8 +30,11 @@ def attempt(name: str, first: int, last: int) -> list[dict[str, Any]]:
 
 def test_what_a_killed_rank_had_not_uploaded_is_kept_by_the_driver(tmp_path: Path) -> None:
     url = f"memory://events/{tmp_path.name}"
-    uploaded = MetricsLog(url, "a", flush_interval_s=1e9)
-    events = Journal(MetricsLog(url, "driver", stem="events"), MetricsLog(url, "driver", flush_interval_s=math.inf))
+    uploaded = MetricsLog(RunFolder(url), "a", flush_interval_s=1e9)
+    events = Journal(
+        MetricsLog(RunFolder(url), "driver", stem="events"),
+        MetricsLog(RunFolder(url), "driver", flush_interval_s=math.inf),
+    )
     events.begin()
     told = attempt("a", 0, 20)
     for each in told[:30]:
@@ -37,7 +42,7 @@ def test_what_a_killed_rank_had_not_uploaded_is_kept_by_the_driver(tmp_path: Pat
     uploaded.close()  # and the rest is lost with its process
     for each in told:
         events.observe(each)
-    uploaded = MetricsLog(url, "b")
+    uploaded = MetricsLog(RunFolder(url), "b")
     again = attempt("b", 20, 22)
     for each in again:
         uploaded.write(each)
@@ -45,15 +50,15 @@ def test_what_a_killed_rank_had_not_uploaded_is_kept_by_the_driver(tmp_path: Pat
     uploaded.close()
     events.observe({"kind": "note", "text": "a line for people"})
     events.close()
-    assert read_metrics(url) == sorted(told + again, key=lambda each: each["iter"]), "all of it, once"
-    assert read_events(url) == []
+    assert metrics_in(url) == sorted(told + again, key=lambda each: each["iter"]), "all of it, once"
+    assert events_in(url) == []
 
 
 def test_of_a_run_that_fails_the_last_metrics_are_kept_too(tmp_path: Path) -> None:
     url = f"memory://events/{tmp_path.name}"
-    events = Journal(None, MetricsLog(url, "driver"))
+    events = Journal(None, MetricsLog(RunFolder(url), "driver"))
     for each in attempt("a", 0, 3):
         events.observe(each)
     events.keep_metrics()
     events.close()
-    assert [each["iter"] for each in read_metrics(url) if each["kind"] == "step"] == [0, 1, 2]
+    assert [each["iter"] for each in metrics_in(url) if each["kind"] == "step"] == [0, 1, 2]

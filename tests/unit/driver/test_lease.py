@@ -15,10 +15,10 @@ from typing import Any
 
 import pytest
 
-from orchestrator.checkpoint.store import CheckpointStore
-from orchestrator.driver import lease as lease_module
+from orchestrator.driver.holder import machine, process_started
 from orchestrator.driver.lease import LEASE_FILE, Lease
 from orchestrator.errors import CheckpointError, ConfigError
+from orchestrator.storage.run_folder import RunFolder
 
 NEVER_S = 60.0  # a beat interval at which the thread does not come into play
 
@@ -42,7 +42,7 @@ class Time:
 class Other:
     """A driver on another machine, by what it writes."""
 
-    store: CheckpointStore
+    folder: RunFolder
     values: dict[str, Any] = field(default_factory=dict)
     beats: int = 0
 
@@ -57,13 +57,13 @@ class Other:
             "started_at": "2026-01-01T00:00:00+00:00",
             "beat_interval_s": 5.0,
         }
-        self.store.write_json(LEASE_FILE, {**known, **self.values, "beat": self.beats})
+        self.folder.write_json(LEASE_FILE, {**known, **self.values, "beat": self.beats})
 
 
 @pytest.fixture(params=["disk", "object store"])
-def store(request: pytest.FixtureRequest, tmp_path: Path) -> CheckpointStore:
+def folder(request: pytest.FixtureRequest, tmp_path: Path) -> RunFolder:
     is_disk = request.param == "disk"
-    return CheckpointStore(str(tmp_path / "a" / "run") if is_disk else f"memory://lease/{request.node.name}")
+    return RunFolder(str(tmp_path / "a" / "run") if is_disk else f"memory://lease/{request.node.name}")
 
 
 @pytest.fixture(autouse=True)
@@ -71,92 +71,92 @@ def _logs(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO, "orchestrator.driver.lease")
 
 
-def new_lease(store: CheckpointStore, time: Time, beat_interval_s: float = 5.0) -> Lease:
-    return Lease(store, beat_interval_s, time.clock, time.sleep)
+def new_lease(folder: RunFolder, time: Time, beat_interval_s: float = 5.0) -> Lease:
+    return Lease(folder, beat_interval_s, time.clock, time.sleep)
 
 
-def written(store: CheckpointStore) -> dict[str, Any]:
-    return store.read_json(LEASE_FILE)
+def written(folder: RunFolder) -> dict[str, Any]:
+    return folder.read_json(LEASE_FILE)
 
 
-def put(store: CheckpointStore, content: bytes) -> None:
-    store.fs.makedirs(store.root, exist_ok=True)
-    store.fs.pipe_file(store.path(LEASE_FILE), content)
+def put(folder: RunFolder, content: bytes) -> None:
+    folder.fs.makedirs(folder.root, exist_ok=True)
+    folder.fs.pipe_file(folder.path(LEASE_FILE), content)
 
 
 def here(**values: Any) -> dict[str, Any]:
     """What a driver on this machine writes of itself."""
-    return {"host": platform.node(), "machine": lease_module._machine(), **values}
+    return {"host": platform.node(), "machine": machine(), **values}
 
 
-def test_free_out_dir_is_had_at_once_and_left_as_it_was(store: CheckpointStore, tmp_path: Path) -> None:
+def test_free_out_dir_is_had_at_once_and_left_as_it_was(folder: RunFolder, tmp_path: Path) -> None:
     time = Time()
-    lease = new_lease(store, time, NEVER_S)
+    lease = new_lease(folder, time, NEVER_S)
     lease.wait_until_free()
     assert time.now_s == 0
     with lease.held():
         lease.confirm()
         assert time.now_s == 1, "the other one's write gets its time to arrive"
-        assert (written(store)["pid"], written(store)["driver"]) == (os.getpid(), lease.start_id)
-    assert not store.fs.exists(store.path(LEASE_FILE))
+        assert (written(folder)["pid"], written(folder)["driver"]) == (os.getpid(), lease.start_id)
+    assert not folder.fs.exists(folder.path(LEASE_FILE))
     assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
-def test_lease_is_given_back_however_the_run_ends(store: CheckpointStore, error: type[BaseException]) -> None:
-    with pytest.raises(error), new_lease(store, Time(), NEVER_S).held():
+def test_lease_is_given_back_however_the_run_ends(folder: RunFolder, error: type[BaseException]) -> None:
+    with pytest.raises(error), new_lease(folder, Time(), NEVER_S).held():
         raise error
-    assert written(store) == {}
+    assert written(folder) == {}
 
 
 SKEWED = ["1970-01-01T00:00:00+00:00", "2026-01-01T00:00:00+00:00", "2999-12-31T23:59:59+00:00"]
 
 
 @pytest.mark.parametrize("started_at", SKEWED)
-def test_driver_that_lives_is_not_disturbed(store: CheckpointStore, started_at: str) -> None:
-    other = Other(store, {"started_at": started_at})
+def test_driver_that_lives_is_not_disturbed(folder: RunFolder, started_at: str) -> None:
+    other = Other(folder, {"started_at": started_at})
     other.beat()
     time = Time()
     time.meanwhile = lambda: other.beat() if time.now_s == 5 else None
     with pytest.raises(ConfigError, match=r"is in use by the driver on node7 \(pid 4711, .* or give another --out_dir"):
-        new_lease(store, time).wait_until_free()
+        new_lease(folder, time).wait_until_free()
     assert time.now_s == 5
-    assert written(store)["beat"] == 2
+    assert written(folder)["beat"] == 2
 
 
 @pytest.mark.parametrize("started_at", SKEWED)
 def test_silent_driver_is_replaced_after_three_beats(
-    store: CheckpointStore, started_at: str, caplog: pytest.LogCaptureFixture
+    folder: RunFolder, started_at: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    Other(store, {"started_at": started_at}).beat()
+    Other(folder, {"started_at": started_at}).beat()
     time = Time()
-    new_lease(store, time).wait_until_free()
+    new_lease(folder, time).wait_until_free()
     assert time.now_s == 15
     who = f"the driver on node7 (pid 4711, started {started_at})"
     assert [entry.getMessage() for entry in caplog.records] == [
-        f"out_dir={store.out_dir} is in use by {who}: waiting up to 15 s to see whether it is alive",
+        f"out_dir={folder.out_dir} is in use by {who}: waiting up to 15 s to see whether it is alive",
         f"{who} has shown no life for 15 s: taking over",
     ]
 
 
 def test_file_of_any_age_says_nothing(tmp_path: Path) -> None:
-    store = CheckpointStore(str(tmp_path))
-    other = Other(store)
+    folder = RunFolder(str(tmp_path))
+    other = Other(folder)
     other.beat()
     os.utime(tmp_path / LEASE_FILE, (0, 0))
     with pytest.raises(ConfigError):
-        new_lease(store, Time(meanwhile=other.beat)).wait_until_free()
+        new_lease(folder, Time(meanwhile=other.beat)).wait_until_free()
 
 
-def test_the_beats_of_the_one_that_is_there_decide(store: CheckpointStore) -> None:
-    Other(store, {"beat_interval_s": 1.0}).beat()
+def test_the_beats_of_the_one_that_is_there_decide(folder: RunFolder) -> None:
+    Other(folder, {"beat_interval_s": 1.0}).beat()
     time = Time()
-    new_lease(store, time, 5.0).wait_until_free()
+    new_lease(folder, time, 5.0).wait_until_free()
     assert time.now_s == pytest.approx(3)
 
 
-def test_newcomer_that_stood_still_itself_watches_on(store: CheckpointStore) -> None:
-    other = Other(store)
+def test_newcomer_that_stood_still_itself_watches_on(folder: RunFolder) -> None:
+    other = Other(folder)
     other.beat()
     time = Time()
 
@@ -167,59 +167,57 @@ def test_newcomer_that_stood_still_itself_watches_on(store: CheckpointStore) -> 
 
     time.meanwhile = suspended
     with pytest.raises(ConfigError):
-        new_lease(store, time).wait_until_free()
+        new_lease(folder, time).wait_until_free()
 
 
-def test_driver_that_ends_in_the_meantime_is_not_waited_for(store: CheckpointStore) -> None:
-    Other(store).beat()
-    time = Time(meanwhile=lambda: store.delete_file(LEASE_FILE))
-    new_lease(store, time).wait_until_free()
+def test_driver_that_ends_in_the_meantime_is_not_waited_for(folder: RunFolder) -> None:
+    Other(folder).beat()
+    time = Time(meanwhile=lambda: folder.delete(LEASE_FILE))
+    new_lease(folder, time).wait_until_free()
     assert time.now_s == 1
 
 
-def test_dead_process_of_this_machine_is_replaced_at_once(
-    store: CheckpointStore, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_dead_process_of_this_machine_is_replaced_at_once(folder: RunFolder, caplog: pytest.LogCaptureFixture) -> None:
     dead = subprocess.Popen([sys.executable, "-c", ""])
     dead.wait()
-    Other(store, here(pid=dead.pid)).beat()
+    Other(folder, here(pid=dead.pid)).beat()
     time = Time()
-    new_lease(store, time).wait_until_free()
+    new_lease(folder, time).wait_until_free()
     assert time.now_s == 0
     assert f"(pid {dead.pid}, " in caplog.text
     assert "is gone: taking over at once" in caplog.text
 
 
-def test_dead_process_that_nobody_has_reaped_is_replaced_at_once(store: CheckpointStore) -> None:
+def test_dead_process_that_nobody_has_reaped_is_replaced_at_once(folder: RunFolder) -> None:
     with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as process:
-        Other(store, here(pid=process.pid, process_started=lease_module._process_started(process.pid))).beat()
+        Other(folder, here(pid=process.pid, process_started=process_started(process.pid))).beat()
         process.kill()
         os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
         time = Time()
-        new_lease(store, time).wait_until_free()
+        new_lease(folder, time).wait_until_free()
     assert time.now_s == 0
 
 
-def test_number_of_a_dead_process_may_be_anothers_by_now(store: CheckpointStore) -> None:
-    Other(store, here(pid=os.getpid(), process_started=1)).beat()
+def test_number_of_a_dead_process_may_be_anothers_by_now(folder: RunFolder) -> None:
+    Other(folder, here(pid=os.getpid(), process_started=1)).beat()
     time = Time()
-    new_lease(store, time).wait_until_free()
+    new_lease(folder, time).wait_until_free()
     assert time.now_s == 0
 
 
 @pytest.mark.parametrize(
     "values",
     [
-        here(pid=os.getpid(), process_started=lease_module._process_started(os.getpid())),  # it hangs, or it is stopped
+        here(pid=os.getpid(), process_started=process_started(os.getpid())),  # it hangs, or it is stopped
         here(pid=2**22 + 1, machine="another boot, or another container"),
         here(pid=2**22 + 1, machine=None),
         here(pid=2**22 + 1, host="another"),
     ],
 )
-def test_process_that_cannot_be_seen_to_be_gone_is_watched(store: CheckpointStore, values: dict[str, Any]) -> None:
-    Other(store, values).beat()
+def test_process_that_cannot_be_seen_to_be_gone_is_watched(folder: RunFolder, values: dict[str, Any]) -> None:
+    Other(folder, values).beat()
     time = Time()
-    new_lease(store, time).wait_until_free()
+    new_lease(folder, time).wait_until_free()
     assert time.now_s == 15
 
 
@@ -228,39 +226,37 @@ DAMAGED = [b"", b"{", b"[1]", b"\xff", b'{"driver": "x"}']
 
 @pytest.mark.parametrize("content", DAMAGED)
 def test_damaged_file_is_watched_and_then_replaced(
-    store: CheckpointStore, content: bytes, caplog: pytest.LogCaptureFixture
+    folder: RunFolder, content: bytes, caplog: pytest.LogCaptureFixture
 ) -> None:
-    put(store, content)
+    put(folder, content)
     time = Time()
-    lease = new_lease(store, time)
+    lease = new_lease(folder, time)
     lease.wait_until_free()
     assert time.now_s == 15
     assert "a driver that a damaged driver.json does not name has shown no life for 15 s: taking over" in caplog.text
     with lease.held():
         lease.confirm()
-        assert written(store)["driver"] == lease.start_id
+        assert written(folder)["driver"] == lease.start_id
 
 
 @pytest.mark.parametrize("values", [{"pid": 0}, {"pid": "1"}, {"beat_interval_s": 1e9}, {"beat_interval_s": None}])
-def test_values_that_cannot_be_are_damage(store: CheckpointStore, values: dict[str, Any]) -> None:
-    Other(store, values).beat()
+def test_values_that_cannot_be_are_damage(folder: RunFolder, values: dict[str, Any]) -> None:
+    Other(folder, values).beat()
     time = Time()
-    new_lease(store, time).wait_until_free()
+    new_lease(folder, time).wait_until_free()
     assert time.now_s == 15
 
 
-def test_damaged_file_that_changes_is_somebodys(store: CheckpointStore) -> None:
-    put(store, b"{")  # caught in the middle of a write
+def test_damaged_file_that_changes_is_somebodys(folder: RunFolder) -> None:
+    put(folder, b"{")  # caught in the middle of a write
     with pytest.raises(ConfigError, match="node7"):
-        new_lease(store, Time(meanwhile=Other(store).beat)).wait_until_free()
+        new_lease(folder, Time(meanwhile=Other(folder).beat)).wait_until_free()
 
 
-def test_storage_that_cannot_be_read_is_not_taken_for_free(
-    store: CheckpointStore, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(store.fs, "cat_file", failing(PermissionError("no")))
+def test_storage_that_cannot_be_read_is_not_taken_for_free(folder: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(type(folder.fs), "cat_file", failing(PermissionError("no")))
     with pytest.raises(CheckpointError, match=r"driver.json cannot be read: access denied .PermissionError: no"):
-        new_lease(store, Time()).wait_until_free()
+        new_lease(folder, Time()).wait_until_free()
 
 
 def failing(error: Exception) -> Callable[..., Any]:
@@ -270,8 +266,8 @@ def failing(error: Exception) -> Callable[..., Any]:
     return call
 
 
-def test_of_two_that_begin_at_the_same_moment_one_stays(store: CheckpointStore) -> None:
-    first, second = new_lease(store, Time(), NEVER_S), new_lease(store, Time(), NEVER_S)
+def test_of_two_that_begin_at_the_same_moment_one_stays(folder: RunFolder) -> None:
+    first, second = new_lease(folder, Time(), NEVER_S), new_lease(folder, Time(), NEVER_S)
     first.wait_until_free()
     second.wait_until_free()
     with first.held(), second.held():
@@ -279,69 +275,67 @@ def test_of_two_that_begin_at_the_same_moment_one_stays(store: CheckpointStore) 
             first.confirm()
         second.confirm()
         first.beat()
-        assert written(store)["driver"] == second.start_id
+        assert written(folder)["driver"] == second.start_id
 
 
-def test_driver_that_was_cut_off_notices_and_writes_nothing(store: CheckpointStore) -> None:
-    lease = new_lease(store, Time(), NEVER_S)
+def test_driver_that_was_cut_off_notices_and_writes_nothing(folder: RunFolder) -> None:
+    lease = new_lease(folder, Time(), NEVER_S)
     with lease.held():
         lease.beat()
-        assert written(store)["beat"] == 2
+        assert written(folder)["beat"] == 2
         assert lease.check() is None
-        Other(store).beat()
+        Other(folder).beat()
         lease.beat()
         assert lease.successor
         assert "taken over by the driver on node7 (pid 4711" in lease.cut_off
-        assert written(store)["driver"] == "other"
-    assert written(store)["driver"] == "other", "what is another's is not deleted"
+        assert written(folder)["driver"] == "other"
+    assert written(folder)["driver"] == "other", "what is another's is not deleted"
 
 
-def test_driver_that_comes_back_after_its_successor_has_ended_notices(store: CheckpointStore) -> None:
-    lease = new_lease(store, Time(), NEVER_S)
+def test_driver_that_comes_back_after_its_successor_has_ended_notices(folder: RunFolder) -> None:
+    lease = new_lease(folder, Time(), NEVER_S)
     with lease.held():
-        store.write_json("run.json", {"start_id": lease.start_id})
-        store.write_json("run.json", {"start_id": "its successor's"})
-        store.delete_file(LEASE_FILE)
+        folder.write_json("run.json", {"start_id": lease.start_id})
+        folder.write_json("run.json", {"start_id": "its successor's"})
+        folder.delete(LEASE_FILE)
         lease.beat()
         assert lease.successor == "a driver that has ended since"
-        assert written(store) == {}
+        assert written(folder) == {}
 
 
 @pytest.mark.parametrize("started", ["nobody", "the one before", "this one"])
 @pytest.mark.parametrize("content", [None, b"{"])
-def test_file_that_is_lost_or_damaged_is_written_again(
-    store: CheckpointStore, started: str, content: bytes | None
-) -> None:
-    store.write_json("run.json", {"start_id": "the one before"})
-    lease = new_lease(store, Time(), NEVER_S)
+def test_file_that_is_lost_or_damaged_is_written_again(folder: RunFolder, started: str, content: bytes | None) -> None:
+    folder.write_json("run.json", {"start_id": "the one before"})
+    lease = new_lease(folder, Time(), NEVER_S)
     with lease.held():
         if started == "this one":
-            store.write_json("run.json", {"start_id": lease.start_id})
+            folder.write_json("run.json", {"start_id": lease.start_id})
         if started == "nobody":
-            store.delete_file("run.json")
-        store.delete_file(LEASE_FILE)
+            folder.delete("run.json")
+        folder.delete(LEASE_FILE)
         if content is not None:
-            put(store, content)
+            put(folder, content)
         lease.beat()
         assert lease.successor is None
-        assert written(store)["driver"] == lease.start_id
+        assert written(folder)["driver"] == lease.start_id
 
 
 @pytest.mark.parametrize("broken", ["cat_file", "put_file"])
 def test_storage_that_fails_does_not_end_the_run(
     broken: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    store = CheckpointStore(f"memory://lease/{tmp_path.name}")
-    lease = new_lease(store, Time(), NEVER_S)
+    folder = RunFolder(f"memory://lease/{tmp_path.name}")
+    lease = new_lease(folder, Time(), NEVER_S)
     with lease.held():
         with monkeypatch.context() as patch:
-            patch.setattr(type(store.fs), broken, failing(OSError("503 Slow Down")))
+            patch.setattr(type(folder.fs), broken, failing(OSError("503 Slow Down")))
             for _ in range(3):
                 lease.beat()
         assert lease.successor is None
-        assert written(store)["beat"] == 1
+        assert written(folder)["beat"] == 1
         lease.beat()
-        assert written(store)["beat"] > 1
+        assert written(folder)["beat"] > 1
     levels = [entry.levelname for entry in caplog.records]
     assert levels == ["WARNING", "INFO"], "one line when it begins, one when it is over"
     assert "cannot show that it is alive" in caplog.text
@@ -349,23 +343,23 @@ def test_storage_that_fails_does_not_end_the_run(
 
 
 def test_storage_that_is_gone_at_the_end_does_not_hide_how_the_run_ended(
-    store: CheckpointStore, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    folder: RunFolder, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     def work() -> None:
-        monkeypatch.setattr(store.fs, "cat_file", failing(OSError("gone")))
+        monkeypatch.setattr(folder.fs, "cat_file", failing(OSError("gone")))
         raise ZeroDivisionError
 
-    with pytest.raises(ZeroDivisionError), new_lease(store, Time()).held():
+    with pytest.raises(ZeroDivisionError), new_lease(folder, Time()).held():
         work()
     assert "driver.json stays behind, the next driver may wait 15 s" in caplog.text
 
 
 def test_file_that_was_replaced_while_it_was_opened_is_read_again(
-    store: CheckpointStore, monkeypatch: pytest.MonkeyPatch
+    folder: RunFolder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    lease = new_lease(store, Time(), NEVER_S)
+    lease = new_lease(folder, Time(), NEVER_S)
     with lease.held():
-        original, calls = store.fs.cat_file, []
+        original, calls = folder.fs.cat_file, []
 
         def stale_at_first(*args: Any, **options: Any) -> Any:
             calls.append(args)
@@ -373,21 +367,21 @@ def test_file_that_was_replaced_while_it_was_opened_is_read_again(
                 raise OSError(116, "Stale file handle")
             return original(*args, **options)
 
-        monkeypatch.setattr(store.fs, "cat_file", stale_at_first)
+        monkeypatch.setattr(folder.fs, "cat_file", stale_at_first)
         lease.beat()
-        assert written(store)["beat"] == 2
+        assert written(folder)["beat"] == 2
 
 
-def test_it_beats_by_itself(store: CheckpointStore, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_it_beats_by_itself(folder: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
     third = threading.Event()
-    original = store.write_json
+    original = folder.write_json
 
     def write_json(name: str, value: dict[str, Any], **options: Any) -> None:
         original(name, value, **options)
         if value["beat"] >= 3:
             third.set()
 
-    monkeypatch.setattr(store, "write_json", write_json)
-    with new_lease(store, Time(), 0.001).held():
+    monkeypatch.setattr(folder, "write_json", write_json)
+    with new_lease(folder, Time(), 0.001).held():
         assert third.wait(timeout=30)
     assert "lease" not in {thread.name for thread in threading.enumerate()}

@@ -7,17 +7,17 @@ import pickle
 from pathlib import Path
 
 import pytest
-from fsspec.implementations.local import LocalFileSystem
 from pyarrow.fs import FileType
 from ray.train.v2._internal.constants import VALIDATE_STORAGE_MARKER_FILENAME
 from ray.train.v2._internal.execution.storage import StorageContext
 
 from orchestrator.driver import registry
 from orchestrator.driver.registry import REGISTRY_FILE, storage_for_ray
+from orchestrator.storage.run_folder import RunFolder
 
 
 def write(path: Path, content: bytes) -> None:
-    storage = pickle.loads(pickle.dumps(storage_for_ray(LocalFileSystem())))  # it travels to Ray's controller
+    storage = pickle.loads(pickle.dumps(storage_for_ray(RunFolder(str(path.parent)))))  # it travels to Ray's controller
     with storage.open_output_stream(str(path)) as stream:
         stream.write(content[:3])
         stream.write(content[3:])
@@ -53,11 +53,11 @@ def test_all_else_fails_as_it_does(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError):
         write(tmp_path / "nowhere" / "file", b"content")
     write(tmp_path / "file", b"content")
-    assert storage_for_ray(LocalFileSystem()).get_file_info(str(tmp_path / "file")).type == FileType.File
+    assert storage_for_ray(RunFolder(str(tmp_path))).get_file_info(str(tmp_path / "file")).type == FileType.File
 
 
 def test_nothing_is_written_to_find_out_whether_it_can_be(tmp_path: Path) -> None:
-    storage = storage_for_ray(LocalFileSystem())
+    storage = storage_for_ray(RunFolder(str(tmp_path)))
     context = StorageContext(str(tmp_path), "run", storage)  # which writes a file and looks for it
     context._check_validation_file()
     assert list(tmp_path.iterdir()) == []

@@ -14,8 +14,7 @@ from fsspec.exceptions import FSTimeoutError
 from s3fs.errors import translate_boto_error
 
 from orchestrator.errors import CheckpointError, StorageUnavailableError
-from orchestrator.storage.reasons import has_expired, is_refused, lacks_bucket, reason_of
-from orchestrator.storage.retry import is_transient
+from orchestrator.storage.reasons import has_expired, is_refused, is_transient, lacks_bucket, reason_of
 
 KEY = paramiko.RSAKey.generate(1024)
 

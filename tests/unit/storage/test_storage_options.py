@@ -23,11 +23,14 @@ from orchestrator.config import TrainConfig, parse
 from orchestrator.distributed.world import World
 from orchestrator.driver.preflight import plan
 from orchestrator.errors import CheckpointError, ConfigError
+from orchestrator.storage.location import locate
 from orchestrator.storage.options import GIVEN_INLINE, Secret, redacted, storage_options_of
-from orchestrator.storage.transfer import locate, make_folder
+from orchestrator.storage.run_folder import RunFolder
+from orchestrator.storage.transfer import make_folder
 from orchestrator.telemetry.emit import open_telemetry
 from orchestrator.telemetry.metrics import MetricsLog
 from orchestrator.worker import run as worker
+from tests.support.runs import checkpoints_in
 
 SECRET = "s3cr3t-value"
 INLINE = json.dumps({"key": "me", "secret": SECRET})
@@ -136,12 +139,13 @@ def test_a_job_carries_them_hidden() -> None:
 
 def test_preflight_and_start_open_out_dir_with_them(tiny: TrainConfig, opened: list[Any]) -> None:
     config = replace(tiny, out_dir="memory://storage-options/run", storage_options='{"skip_instance_cache": true}')
-    planned = plan(config)
-    assert planned.store.storage_options == {"skip_instance_cache": True}
+    MemoryFileSystem()
     opened.clear()
+    planned = plan(config)
+    assert len(opened) == 1, "a client without the options would have been the one that was made before"
     with pytest.raises(CheckpointError, match="holds neither a checkpoint nor"):
-        check_start(replace(config, init_from="resume"), planned.store, None)
-    assert opened, "a client without the options would have been one that was made before"
+        check_start(replace(config, init_from="resume"), CheckpointStore(planned.folder), None)
+    assert len(opened) == 1, "it is opened once"
 
 
 def test_preflight_refuses_what_no_client_takes(tiny: TrainConfig) -> None:
@@ -165,12 +169,13 @@ def test_telemetry_has_them_and_tells_nobody(
     monkeypatch.setattr("orchestrator.telemetry.sinks.WandbSink", Wandb)
     options = json.dumps({"skip_instance_cache": True, "secret": SECRET})
     config = replace(tiny, out_dir="memory://storage-options/run", storage_options=options, wandb_log=True)
-    with open_telemetry(config, World(attempt="a"), lambda _record: None):
+    folder = RunFolder(config.out_dir, storage_options_of(config))
+    with open_telemetry(config, World(attempt="a"), folder, lambda _record: None):
         pass
     assert {"secret": SECRET} in opened
-    *_, shown, given = told["args"]
+    given, *_, shown = told["args"]
     assert SECRET not in json.dumps(shown)
-    assert given["secret"] == SECRET
+    assert given.fs.storage_options["secret"] == SECRET
 
 
 def test_metrics_make_no_bucket(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
@@ -180,8 +185,8 @@ def test_metrics_make_no_bucket(monkeypatch: pytest.MonkeyPatch, caplog: pytest.
         def makedirs(self, path: str, exist_ok: bool = False) -> None:  # noqa: ARG002
             pytest.fail("a bucket was made")
 
-    monkeypatch.setattr("orchestrator.telemetry.metrics.locate", lambda *_: (Bucket(), "bucket/run"))
-    log = MetricsLog("s3://bucket/run", "a")
+    monkeypatch.setattr("orchestrator.storage.location.locate", lambda *_: (Bucket(), "bucket/run"))
+    log = MetricsLog(RunFolder("s3://bucket/run"), "a")
     log.write({"kind": "step", "iter": 0})
     with caplog.at_level(logging.WARNING):
         log.close()
@@ -212,7 +217,7 @@ def test_a_server_that_nobody_listens_for_is_an_error_of_ours() -> None:
 def test_the_next_commands_have_them(
     tiny: TrainConfig, options_file: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    CheckpointStore(tiny.out_dir).write_json("run.json", {"run_id": "x"})
+    checkpoints_in(tiny.out_dir).folder.write_json("run.json", {"run_id": "x"})
     monkeypatch.setattr(sys, "argv", ["orchestrator"])
     assert main(["inspect", f"--out_dir={tiny.out_dir}", f"--storage_options={options_file}"]) == 0
     assert f"sample --out_dir={tiny.out_dir} --storage_options={options_file}" in capsys.readouterr().out

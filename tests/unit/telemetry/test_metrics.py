@@ -11,8 +11,10 @@ import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 
 from orchestrator.errors import CheckpointError, ConfigError
-from orchestrator.telemetry.metrics import MetricsLog, read_metrics, to_line
+from orchestrator.storage.run_folder import RunFolder
+from orchestrator.telemetry.metrics import MetricsLog, to_line
 from orchestrator.telemetry.sinks import Sinks, TensorBoardSink, WandbSink, open_sinks, scalars
+from tests.support.runs import metrics_in
 
 
 class Clock:
@@ -50,7 +52,7 @@ def out_dir(request: pytest.FixtureRequest, tmp_path: Path, memory_dir: str) -> 
 
 def test_records_come_back_with_attempt_and_time(out_dir: str) -> None:
     clock = Clock()
-    log = MetricsLog(out_dir, "a1", clock=clock)
+    log = MetricsLog(RunFolder(out_dir), "a1", clock=clock)
     records = [evaluation(0), step(0), {"kind": "checkpoint", "iter": 5, "name": "c5", "bytes": 10, "seconds": 0.5}]
     for record in records:
         clock.now_s += 1
@@ -58,24 +60,24 @@ def test_records_come_back_with_attempt_and_time(out_dir: str) -> None:
     log.close()
     times = [1001.0, 1002.0, 1003.0]
     expected = [{**r, "attempt": "a1", "time": t} for r, t in zip(records, times, strict=True)]
-    assert read_metrics(out_dir) == expected
+    assert metrics_in(out_dir) == expected
 
 
 def test_a_run_without_metrics_has_none(out_dir: str) -> None:
-    assert read_metrics(out_dir) == []
+    assert metrics_in(out_dir) == []
 
 
 def test_of_an_iteration_computed_twice_the_last_wins(out_dir: str) -> None:
     clock = Clock()
     for attempt, iters, loss in (("zz", range(6), 1.0), ("aa", range(3, 5), 2.0)):
-        log = MetricsLog(out_dir, attempt, clock=clock)
+        log = MetricsLog(RunFolder(out_dir), attempt, clock=clock)
         for i in iters:
             clock.now_s += 1
             log.write(step(i, loss))
             log.write(evaluation(i))
         log.write({"kind": "begin", "iter": iters[0]})
         log.close()
-    records = read_metrics(out_dir)
+    records = metrics_in(out_dir)
     steps = [(r["iter"], r["loss"], r["attempt"]) for r in records if r["kind"] == "step"]
     assert steps == [(0, 1.0, "zz"), (1, 1.0, "zz"), (2, 1.0, "zz"), (3, 2.0, "aa"), (4, 2.0, "aa"), (5, 1.0, "zz")]
     assert [r["iter"] for r in records if r["kind"] == "eval"] == list(range(6))
@@ -83,7 +85,7 @@ def test_of_an_iteration_computed_twice_the_last_wins(out_dir: str) -> None:
 
 
 def test_a_line_on_a_disk_is_there_at_once(tmp_path: Path) -> None:
-    log = MetricsLog(str(tmp_path), "a")
+    log = MetricsLog(RunFolder(str(tmp_path)), "a")
     log.write(step(1))
     assert json.loads((tmp_path / "metrics.jsonl").read_text())["iter"] == 1
 
@@ -91,34 +93,34 @@ def test_a_line_on_a_disk_is_there_at_once(tmp_path: Path) -> None:
 def test_a_torn_line_is_left_out_and_does_not_swallow_the_next(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    MetricsLog(str(tmp_path), "a").write(step(1))
+    MetricsLog(RunFolder(str(tmp_path)), "a").write(step(1))
     path = tmp_path / "metrics.jsonl"
     path.write_text(path.read_text() + '{"kind": "step", "iter": 2, "lo')
-    MetricsLog(str(tmp_path), "b").write(step(2))
-    assert [(r["iter"], r["attempt"]) for r in read_metrics(str(tmp_path))] == [(1, "a"), (2, "b")]
+    MetricsLog(RunFolder(str(tmp_path)), "b").write(step(2))
+    assert [(r["iter"], r["attempt"]) for r in metrics_in(str(tmp_path))] == [(1, "a"), (2, "b")]
     assert "left out 1 cut off or damaged line" in caplog.text
 
 
 def test_an_object_store_gets_parts_by_time(memory_dir: str) -> None:
     clock = Clock()
-    log = MetricsLog(memory_dir, "a", flush_interval_s=30.0, clock=clock)
+    log = MetricsLog(RunFolder(memory_dir), "a", flush_interval_s=30.0, clock=clock)
     log.write(step(7))
-    assert read_metrics(memory_dir) == []
+    assert metrics_in(memory_dir) == []
     clock.now_s += 30
     log.write(step(8))
     log.close()
     assert parts(memory_dir) == ["metrics-00000007-a.jsonl"]
-    assert [r["iter"] for r in read_metrics(memory_dir)] == [7, 8]
+    assert [r["iter"] for r in metrics_in(memory_dir)] == [7, 8]
 
 
 def test_a_part_grows_until_it_is_large(memory_dir: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("orchestrator.telemetry.metrics._PART_BYTES", len(to_line({**step(0), "attempt": "a"})) * 2)
-    log = MetricsLog(memory_dir, "a")
+    log = MetricsLog(RunFolder(memory_dir), "a")
     for i in (0, 1, 2, 3, 0, 1):  # back to 0: a rollback within the attempt
         log.write(step(i))
         log.close()
     assert parts(memory_dir) == ["metrics-00000000-a-2.jsonl", "metrics-00000000-a.jsonl", "metrics-00000002-a.jsonl"]
-    assert [r["iter"] for r in read_metrics(memory_dir)] == [0, 1, 2, 3]
+    assert [r["iter"] for r in metrics_in(memory_dir)] == [0, 1, 2, 3]
 
 
 def test_training_does_not_wait_for_a_slow_upload(memory_dir: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -131,14 +133,14 @@ def test_training_does_not_wait_for_a_slow_upload(memory_dir: str, monkeypatch: 
         put(self, path, value)
 
     monkeypatch.setattr(MemoryFileSystem, "pipe_file", slow_put)
-    log = MetricsLog(memory_dir, "a", flush_interval_s=0.0)
+    log = MetricsLog(RunFolder(memory_dir), "a", flush_interval_s=0.0)
     log.write(step(0))
     assert has_begun.wait(60)
     log.write(step(1))  # returns although the upload of step 0 hangs
     log.flush()
     is_open.set()
     log.close()
-    assert [r["iter"] for r in read_metrics(memory_dir)] == [0, 1]
+    assert [r["iter"] for r in metrics_in(memory_dir)] == [0, 1]
 
 
 def test_close_gives_up_on_storage_that_hangs(
@@ -146,7 +148,7 @@ def test_close_gives_up_on_storage_that_hangs(
 ) -> None:
     is_open = threading.Event()
     monkeypatch.setattr(MemoryFileSystem, "pipe_file", lambda *_: is_open.wait(60))
-    log = MetricsLog(memory_dir, "a", close_timeout_s=0.0)
+    log = MetricsLog(RunFolder(memory_dir), "a", close_timeout_s=0.0)
     log.write(step(0))
     log.close()
     is_open.set()
@@ -157,32 +159,32 @@ def test_lines_wait_while_storage_fails(
     out_dir: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO)
-    log = MetricsLog(out_dir, "a")
+    log = MetricsLog(RunFolder(out_dir), "a")
 
     def fail(*_: Any) -> None:
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as broken:
-        broken.setattr(MetricsLog, "_append", fail)
-        broken.setattr(MetricsLog, "_put", fail)
+        broken.setattr("orchestrator.storage.run_folder.append_lines", fail)
+        broken.setattr(MemoryFileSystem, "pipe_file", fail)
         broken.setattr("orchestrator.telemetry.metrics._KEPT_LINES", 2)
         for i in range(4):
             log.write(step(i))
             log.close()
     log.write(step(4))
     log.close()
-    assert [r["iter"] for r in read_metrics(out_dir)] == [2, 3, 4]
+    assert [r["iter"] for r in metrics_in(out_dir)] == [2, 3, 4]
     changes = [r.levelname for r in caplog.records if "training goes on" in r.msg or "again" in r.msg]
     assert changes == ["WARNING", "INFO"]
     assert "No space left" in caplog.text
 
 
 def test_a_record_without_iteration_belongs_to_the_one_before(out_dir: str) -> None:
-    log = MetricsLog(out_dir, "a")
+    log = MetricsLog(RunFolder(out_dir), "a")
     for record in ({"kind": "note"}, step(4), {"kind": "note"}):
         log.write(record)
     log.close()
-    assert [(r["kind"], r["iter"]) for r in read_metrics(out_dir)] == [("note", 0), ("step", 4), ("note", 4)]
+    assert [(r["kind"], r["iter"]) for r in metrics_in(out_dir)] == [("note", 0), ("step", 4), ("note", 4)]
 
 
 def test_lines_are_standard_json() -> None:
@@ -195,10 +197,10 @@ def test_lines_are_standard_json() -> None:
 
 def test_what_is_no_storage_is_refused(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="nothing://run"):
-        MetricsLog("nothing://run", "a")
+        metrics_in("nothing://run")
     (tmp_path / "metrics.jsonl").mkdir()
     with pytest.raises(CheckpointError, match="cannot be read"):
-        read_metrics(str(tmp_path))
+        metrics_in(str(tmp_path))
 
 
 class Broken:
@@ -265,7 +267,7 @@ def test_charts_have_nanogpts_names() -> None:
 
 
 def test_open_sinks_writes_the_metrics_file(tmp_path: Path) -> None:
-    sinks = open_sinks(out_dir=str(tmp_path), attempt="a")
+    sinks = open_sinks(RunFolder(str(tmp_path)), "a")
     sinks.write(step(3))
     sinks.close()
     assert [p.name for p in tmp_path.iterdir()] == ["metrics.jsonl"]
@@ -281,7 +283,7 @@ def test_a_missing_package_is_named(
     monkeypatch.setitem(sys.modules, module, None)
     settings: dict[str, Any] = {setting: True}
     with pytest.raises(ConfigError, match=rf"{setting}=True.*pip install 'nanogpt-orchestrator\[{extra}\]'"):
-        open_sinks(out_dir=str(tmp_path), attempt="a", **settings)
+        open_sinks(RunFolder(str(tmp_path)), "a", **settings)
 
 
 def test_a_sink_that_cannot_open_is_left_out(
@@ -291,9 +293,9 @@ def test_a_sink_that_cannot_open_is_left_out(
         raise OSError("disk full")
 
     monkeypatch.setattr(TensorBoardSink, "__init__", fail)
-    sinks = open_sinks(out_dir=str(tmp_path), attempt="a", tensorboard_log=True)
+    sinks = open_sinks(RunFolder(str(tmp_path)), "a", tensorboard_log=True)
     sinks.write(step(1))
-    assert len(read_metrics(str(tmp_path))) == 1
+    assert len(metrics_in(str(tmp_path))) == 1
     assert "disk full" in caplog.text
 
 
@@ -324,7 +326,7 @@ def test_wandb_offline_continues_the_same_run(tmp_path: Path, monkeypatch: pytes
     monkeypatch.setenv("WANDB_SILENT", "true")
     ids = []
     for _ in range(2):
-        sink = WandbSink(str(tmp_path), "owt", "mini", {"n_layer": 2})
+        sink = WandbSink(RunFolder(str(tmp_path)), "owt", "mini", {"n_layer": 2})
         ids.append((sink._run.id, sink._run.project, sink._run.name, dict(sink._run.config)))
         sink.write({"kind": "begin", "iter": 0})
         sink.write(evaluation(5))

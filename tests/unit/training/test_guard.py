@@ -11,14 +11,13 @@ from torch import nn
 
 from orchestrator.checkpoint.rollbacks import Rollback, data_iter, is_undone
 from orchestrator.checkpoint.snapshot import tensors_equal
-from orchestrator.checkpoint.store import CheckpointStore
 from orchestrator.config import TrainConfig
-from orchestrator.telemetry.metrics import read_metrics
 from orchestrator.training.guard import difference, digest_of, spike_of
 from tests.conftest import Undisturbed, final_state
 from tests.support import ranks
 from tests.support.faults import Fault
 from tests.support.poison import FlippedBit, Poison
+from tests.support.runs import checkpoints_in, metrics_in
 
 
 def test_spike_of() -> None:
@@ -58,11 +57,11 @@ def test_what_a_rollback_undoes_and_skips() -> None:
 
 
 def records(config: TrainConfig, kind: str) -> list[dict[str, object]]:
-    return [record for record in read_metrics(config.out_dir) if record["kind"] == kind]
+    return [record for record in metrics_in(config.out_dir) if record["kind"] == kind]
 
 
 def guard_of(config: TrainConfig) -> dict[str, object]:
-    store = CheckpointStore(config.out_dir)
+    store = checkpoints_in(config.out_dir)
     return dict(store.select("latest").state["guard"])
 
 

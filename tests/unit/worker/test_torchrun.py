@@ -11,6 +11,7 @@ import pytest
 
 from orchestrator.config import TrainConfig
 from orchestrator.distributed.world import World
+from orchestrator.storage.run_folder import RunFolder
 from orchestrator.worker import torchrun as vigil
 from orchestrator.worker.torchrun import PeerLossGuard
 
@@ -33,7 +34,7 @@ def saver(**values: Any) -> Any:
 def test_who_is_asked_to_stop_and_is_stuck_keeps_its_state_and_ends(
     tiny: TrainConfig, ended: threading.Event, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    with PeerLossGuard(tiny, World(1, 2)) as watching:
+    with PeerLossGuard(tiny, World(1, 2), RunFolder(tiny.out_dir)) as watching:
         watching.guard(saver())
         watching.beat()
         os.kill(os.getpid(), signal.SIGTERM)
@@ -44,7 +45,7 @@ def test_who_is_asked_to_stop_and_is_stuck_keeps_its_state_and_ends(
 
 
 def test_who_comes_to_the_end_of_its_iteration_stops_by_itself(tiny: TrainConfig, ended: threading.Event) -> None:
-    with PeerLossGuard(tiny, World(1, 2)) as watching:
+    with PeerLossGuard(tiny, World(1, 2), RunFolder(tiny.out_dir)) as watching:
         os.kill(os.getpid(), signal.SIGTERM)
         for _ in range(8):
             watching.beat()
@@ -52,14 +53,14 @@ def test_who_comes_to_the_end_of_its_iteration_stops_by_itself(tiny: TrainConfig
 
 
 def test_who_waits_for_its_last_upload_is_not_stuck(tiny: TrainConfig, ended: threading.Event) -> None:
-    with PeerLossGuard(tiny, World(1, 2)) as watching:
+    with PeerLossGuard(tiny, World(1, 2), RunFolder(tiny.out_dir)) as watching:
         watching.guard(saver(is_finishing=True))
         os.kill(os.getpid(), signal.SIGTERM)
         assert not ended.wait(0.5)
 
 
 def test_who_is_alone_waits_for_nobody(tiny: TrainConfig, ended: threading.Event) -> None:
-    with PeerLossGuard(tiny, World()) as watching:
+    with PeerLossGuard(tiny, World(), RunFolder(tiny.out_dir)) as watching:
         assert signal.set_wakeup_fd(-1) == -1, "signals are not listened to"
         assert watching._watchdog is None
         os.kill(os.getpid(), signal.SIGTERM)
