@@ -91,7 +91,8 @@ class ReplicatedTraining:
         stay, as zeros, for DDP to move into the new buckets.
         """
         rows = self._config.batch_size if self._config.compile else 1  # another shape would be compiled anew
-        X, Y = torch.zeros((2, rows, self._config.block_size), dtype=torch.int64, device=self._device).unbind()
+        shape = (rows, self._config.block_size)
+        X, Y = (torch.zeros(shape, dtype=torch.int64, device=self._device) for _ in range(2))  # any tokens show it
         with autocast(self._config):
             _, loss = ddp(X, Y)
         loss.backward()

@@ -6,12 +6,14 @@ import errno
 import logging
 import math
 import re
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch import Tensor, nn
 
 from orchestrator import loop
 from orchestrator.checkpoint.formats.nanogpt import write_nanogpt
@@ -178,6 +180,38 @@ def test_an_evaluation_alone_is_stopped_and_changes_nothing(tiny: TrainConfig) -
     outcome = train(resolve(config), World(attempt="b"), Callbacks(stop_request=lambda: StopRequest.STOP))
     assert (outcome.stopped, outcome.iter_num) == (True, 8)
     assert contents(tiny.out_dir) == before
+
+
+class Alone:
+    """The least that a Parallelism has to be: one rank, no compiler, no DDP."""
+
+    is_replicated = True
+
+    def __init__(self, net: nn.Module, n_micro_steps: int) -> None:
+        self.net, self.micro_steps, self.weight = net, range(n_micro_steps), 1 / n_micro_steps
+
+    def __call__(self, idx: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        logits, loss = self.net(idx, targets)
+        return logits, loss
+
+    def accumulate(self, micro_step: int) -> AbstractContextManager[None]:
+        assert micro_step in self.micro_steps
+        return nullcontext()
+
+    def clip(self, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler, grad_clip: float) -> Tensor:
+        scaler.unscale_(optimizer)
+        return nn.utils.clip_grad_norm_(self.net.parameters(), grad_clip)
+
+    def zero_grad(self, optimizer: torch.optim.Optimizer) -> None:
+        optimizer.zero_grad()
+
+
+def test_the_loop_asks_a_parallelism_for_no_more_than_its_protocol(tiny: TrainConfig, tmp_path: Path) -> None:
+    run(tiny)
+    other = resolve(replace(tiny, out_dir=str(tmp_path / "other")))
+    opened = attempt.open_attempt(other, World(attempt="b"), Callbacks())
+    loop.iterate(opened, Alone(opened.state.model, tiny.gradient_accumulation_steps))
+    assert tensors_equal(last_state(tiny), last_state(other))
 
 
 def test_weights_follow_from_seed_and_data_alone(tiny: TrainConfig, tmp_path: Path) -> None:
