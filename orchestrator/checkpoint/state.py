@@ -14,6 +14,7 @@ from model import GPT
 from orchestrator.checkpoint.snapshot import ParamGroup, Snapshot
 from orchestrator.checkpoint.store import Checkpoint
 from orchestrator.checkpoint.tensor_file import bytes_of
+from orchestrator.checkpoint.tensor_slice import Placement, replicate
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -38,7 +39,8 @@ class TrainState:
     """nanoGPT's model, optimizer, iter_num, best_val_loss and config, and the GradScaler (in use with float16 only).
 
     evaluated_at: the iteration whose evaluation, if one was due, is behind it; val_loss: what it gave, if it was due.
-    guard: what is remembered of the numbers so far, as JSON values (recovery/guard.py).
+    guard: the losses and bad steps so far, as JSON values (training/guard.py).
+    placement: which rank holds which part of which tensor.
     """
 
     model: GPT
@@ -51,11 +53,17 @@ class TrainState:
     val_loss: float | None = None
     guard: dict[str, Any] = field(default_factory=dict)
     resumed_from: Resumed | None = None
+    placement: Placement = replicate
 
     @property
     def is_evaluated(self) -> bool:
         """Whether the evaluation of this iteration is done, or none is due."""
         return self.evaluated_at == self.iter_num
+
+    @property
+    def is_durable(self) -> bool:
+        """Whether the state that was resumed lies in storage; once it is evaluated there, too."""
+        return self.resumed_from is not None and self.resumed_from.is_durable and self.is_evaluated
 
 
 class ScalerValues:

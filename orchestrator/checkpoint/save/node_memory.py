@@ -166,6 +166,7 @@ class SnapshotBuffer:
         self._memory = memory
         self._path = self._begun = memory.path / f".slot-{os.urandom(4).hex()}"
         self.iter_num = -1  # of the generation that it holds whole, -1 for none
+        self.is_uploading = False  # from here to storage: it must not be written over
         self.records: dict[str, FileRecord] = {}
         self.layouts = layouts
         self._path.mkdir(mode=0o700)

@@ -60,7 +60,7 @@ def test_the_old_state_is_gone_before_the_new_one_is_built(tiny: TrainConfig, mo
     assert [record["to_iter"] for record in records if record["kind"] == "rollback"] == [4]
     assert len(models) == len(savers) == 2
     assert alive == [False]
-    assert savers[0]._pool.buffers == []
+    assert savers[0]._memory.pool.buffers == []
 
 
 def test_a_gpu_gives_back_what_its_allocator_keeps(tiny: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -20,7 +20,7 @@ from model.pretrained import Pretrained
 from model.weight_files import Stored
 from orchestrator.checkpoint.formats.huggingface import write_huggingface
 from orchestrator.checkpoint.formats.nanogpt import read_nanogpt, write_nanogpt
-from orchestrator.checkpoint.save.ownership import files_of, tensor_index
+from orchestrator.checkpoint.save.plan import files_of, tensor_index, tensors_in
 from orchestrator.checkpoint.save.upload import commit, upload
 from orchestrator.checkpoint.snapshot import Snapshot, describe
 from orchestrator.checkpoint.store import FORMAT_VERSION, CheckpointStore, checkpoint_name
@@ -67,7 +67,7 @@ def save_run(out_dir: Path, snapshot: Snapshot) -> str:
     store, name = CheckpointStore(str(out_dir)), checkpoint_name(snapshot.iter_num, "local")
     files = files_of(snapshot, world_size=1)
     described = {"format_version": FORMAT_VERSION, **describe(snapshot), "environment": {}, "saved_at_s": 0.0}
-    part = upload(store, name, {file: partial(tensor_pieces, tensors) for file, tensors in files.items()}, {})
+    part = upload(store, name, {file: partial(tensor_pieces, tensors_in(slices)) for file, slices in files.items()}, {})
     assert commit(World(), store, name, part, {**described, "tensors": tensor_index(files)}, keep=9) is None
     return name
 
