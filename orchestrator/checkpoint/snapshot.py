@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+MOMENTS = ("exp_avg", "exp_avg_sq")  # that AdamW keeps of every parameter
+
 
 @dataclass(frozen=True)
 class ParamGroup:
@@ -33,7 +35,7 @@ class Snapshot:
         model was read, or when nothing was stepped yet.
     param_groups: empty where the source has no optimizer.
     val_loss: the validation loss of exactly this state, None where it was not evaluated.
-    guard: what was seen of the numbers so far (recovery/guard.py), and how many rollbacks the state knows of.
+    guard: the losses and bad steps so far (training/guard.py), and how many rollbacks the state knows of.
     """
 
     model: dict[str, Tensor]

@@ -11,12 +11,10 @@ import torch
 from torch import Tensor
 
 from model import GPT
-from orchestrator.checkpoint.snapshot import ParamGroup, Snapshot
+from orchestrator.checkpoint.snapshot import MOMENTS, ParamGroup, Snapshot
 from orchestrator.checkpoint.store import Checkpoint
 from orchestrator.checkpoint.tensor_file import bytes_of
 from orchestrator.checkpoint.tensor_slice import Placement, replicate
-
-MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 @dataclass(frozen=True)
@@ -38,7 +36,7 @@ class Resumed:
 class TrainState:
     """nanoGPT's model, optimizer, iter_num, best_val_loss and config, and the GradScaler (in use with float16 only).
 
-    evaluated_at: the iteration whose evaluation, if one was due, is behind it; val_loss: what it gave, if it was due.
+    evaluated_at: the iteration whose evaluation, if one was due, is done; val_loss: its validation loss, if it was due.
     guard: the losses and bad steps so far, as JSON values (training/guard.py).
     placement: which rank holds which part of which tensor.
     """
@@ -67,9 +65,9 @@ class TrainState:
 
 
 class ScalerValues:
-    """A GradScaler's `state_dict` that waits for no device: what lies on one is copied to `places`, as tensors are.
+    """A GradScaler's `state_dict` that waits for no device: values on a device are copied to `places`, as tensors are.
 
-    tensors: what lies there, of the state that the scaler is in when this is made.
+    tensors: the values on the device, of the state that the scaler is in when this is made.
     """
 
     def __init__(self, scaler: torch.amp.GradScaler) -> None:
@@ -90,7 +88,7 @@ class ScalerValues:
         return {name: bytes_of(copy) for name, copy in self._copies.items()}
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what `load_state_dict` takes, once everything was copied."""
+        """Return the argument for `load_state_dict`, once all values are copied."""
         return {**self._known, **{name: copy.item() for name, copy in self._copies.items()}}
 
 
@@ -102,9 +100,9 @@ def capture(state: TrainState, val_loss: float | None = None, scaler: dict[str, 
     names: dict[Tensor, str] = {parameter: name for name, parameter in state.model.named_parameters()}
     optimizer: dict[str, Tensor] = {}
     if state.optimizer.state:  # in the model's order, whatever the optimizer's own: equal states are equal files
-        slots_of = state.optimizer.state
-        optimizer = {f"{moment}.{names[p]}": slots_of[p][moment] for moment in MOMENTS for p in names}
-        optimizer["step"] = next(iter(slots_of.values()))["step"]  # the same for all: every parameter is in every step
+        kept = state.optimizer.state
+        optimizer = {f"{moment}.{names[p]}": kept[p][moment] for moment in MOMENTS for p in names}
+        optimizer["step"] = next(iter(kept.values()))["step"]  # the same for all: every parameter is in every step
     groups = tuple(
         ParamGroup(
             params=tuple(names[parameter] for parameter in group["params"]),
@@ -139,14 +137,14 @@ def forecast(state: TrainState) -> Snapshot:
 
 
 def allocate_moments(optimizer: torch.optim.Optimizer) -> None:
-    """Give every parameter its AdamW slots, as the first step would; what is in them has to be filled in."""
+    """Give every parameter its moments and step count, as AdamW's first step would; their values are still to come."""
     for group in optimizer.param_groups:
         on_device = group.get("fused") or group.get("capturable")
         for parameter in group["params"]:
-            slots = optimizer.state[parameter]
-            slots["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device if on_device else "cpu")
+            kept = optimizer.state[parameter]
+            kept["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device if on_device else "cpu")
             for moment in MOMENTS:
-                slots[moment] = torch.empty_like(parameter, memory_format=torch.preserve_format)
+                kept[moment] = torch.empty_like(parameter, memory_format=torch.preserve_format)
 
 
 def adopt_groups(optimizer: torch.optim.Optimizer, groups: tuple[ParamGroup, ...]) -> list[str]:

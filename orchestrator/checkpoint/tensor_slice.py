@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -39,8 +40,22 @@ class TensorSlice:
 
     @property
     def key(self) -> str:
-        """The name under which a file stores it: the tensor's, where it is all of it."""
+        """The name under which a file stores it: the tensor's, if it is all of it."""
         return self.name if self.is_whole else f"{self.name}[{self.offset}:{self.offset + self.tensor.numel()}]"
+
+    def to_json(self) -> dict[str, Any]:
+        """Return its description for state.json."""
+        entry = {"shape": list(self.tensor.shape), "dtype": str(self.tensor.dtype).removeprefix("torch.")}
+        if self.is_whole:
+            return entry
+        return {**entry, "slice_of": self.name, "global_shape": list(self.global_shape), "offset": self.offset}
+
+    @classmethod
+    def from_json(cls, key: str, entry: dict[str, Any], tensor: Tensor) -> TensorSlice:
+        """Return the slice that a file stores under this key; nobody holds it yet."""
+        if "slice_of" not in entry:
+            return cls(key, tuple(tensor.shape), 0, tensor, ())
+        return cls(entry["slice_of"], tuple(entry["global_shape"]), entry["offset"], tensor, ())
 
 
 # From the tensors of a rank and the number of ranks: the slices of the whole state, the same list on all ranks.

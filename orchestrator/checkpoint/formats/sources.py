@@ -19,7 +19,7 @@ import torch
 from fsspec.implementations.local import LocalFileSystem
 from torch import Tensor
 
-from model import PretrainedError, open_pretrained, read_pretrained_args
+from model import PretrainedError, open_pretrained, parameter_shapes, read_pretrained_args
 from model.names import HEAD
 from model.pretrained import Pretrained
 from orchestrator.checkpoint.finite import all_finite
@@ -317,7 +317,7 @@ def _outline(source: Source, found: Pretrained) -> Snapshot:
     others = sorted(str(dtype).removeprefix("torch.") for dtype in found.dtypes - {torch.float32})
     if others:
         logger.info("%s: its weights are %s, they are taken as float32", source.where, ", ".join(others))
-    model = {name: torch.empty(shape, device="meta") for name, shape in found.shapes().items()}
+    model = {name: torch.empty(shape, device="meta") for name, shape in found.shapes.items()}
     return Snapshot(model, {}, (), {"dropout": 0.0, **found.args}, 0, NO_LOSS, config=_config_of(source))
 
 
@@ -345,7 +345,7 @@ def _empty(snapshot: Snapshot) -> Snapshot:
 def _pretrained(source: Source) -> Iterator[Pretrained]:
     """Open pretrained weights; `model/` knows none of our errors."""
     with ExitStack() as stack:
-        yield _translate(lambda: stack.enter_context(open_pretrained(source.where, _fs(source))))
+        yield _translate(lambda: stack.enter_context(open_pretrained(source.where, parameter_shapes, _fs(source))))
 
 
 def _translate(call: Callable[[], T]) -> T:

@@ -109,12 +109,4 @@ def tensors_in(slices: dict[str, TensorSlice]) -> dict[str, Tensor]:
 
 def tensor_index(files: Files) -> dict[str, dict[str, Any]]:
     """Return where every slice lies and what it is, for state.json."""
-    return {key: _entry(file, each) for file, slices in files.items() for key, each in slices.items()}
-
-
-def _entry(file: str, each: TensorSlice) -> dict[str, Any]:
-    tensor = each.tensor
-    entry = {"file": file, "shape": list(tensor.shape), "dtype": str(tensor.dtype).removeprefix("torch.")}
-    if each.is_whole:
-        return entry
-    return {**entry, "slice_of": each.name, "global_shape": list(each.global_shape), "offset": each.offset}
+    return {key: {"file": file, **each.to_json()} for file, slices in files.items() for key, each in slices.items()}

@@ -15,8 +15,7 @@ import torch
 from torch.nn import functional as F
 
 from model import GPT, GPTConfig, transpose_if_linear
-from model.names import parameter_shapes
-from model.pretrained import Pretrained
+from model.pretrained import Pretrained, ShapesOf
 from model.weight_files import Stored
 from orchestrator.checkpoint.formats.huggingface import write_huggingface
 from orchestrator.checkpoint.formats.nanogpt import read_nanogpt, write_nanogpt
@@ -149,14 +148,14 @@ def test_a_name_takes_gpt2s_tokenizer_and_shows_whole_characters(monkeypatch: py
         yield from torch.tensor(snowman)[:, None, None]
 
     @contextmanager
-    def opened(name: str, _fs: object) -> Iterator[Pretrained]:
+    def opened(name: str, shapes_of: ShapesOf, _fs: object) -> Iterator[Pretrained]:
         assert name == "gpt2"
         args = {"block_size": 4, "vocab_size": 50257, "n_layer": 1, "n_head": 1, "n_embd": 2, "bias": True}
-        zeros = {name: torch.zeros(shape) for name, shape in parameter_shapes(args).items()}
+        zeros = {name: torch.zeros(shape) for name, shape in shapes_of(args).items()}
         stored = {
             name: Stored(x.t().shape, x.dtype, partial(transpose_if_linear, name, x)) for name, x in zeros.items()
         }
-        yield Pretrained(args, stored, [], {})
+        yield Pretrained(args, shapes_of(args), stored, [], {})
 
     monkeypatch.setattr(GPT, "generate_stream", stream)
     monkeypatch.setattr("orchestrator.checkpoint.formats.sources.open_pretrained", opened)
