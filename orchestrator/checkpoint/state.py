@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from copy import deepcopy
 from dataclasses import asdict, dataclass, field, replace
@@ -10,11 +11,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from model import GPT
+from model import GPT, GPTConfig
 from orchestrator.checkpoint.snapshot import MOMENTS, ParamGroup, Snapshot
 from orchestrator.checkpoint.store import Checkpoint
 from orchestrator.checkpoint.tensor_file import bytes_of
 from orchestrator.checkpoint.tensor_slice import Placement, replicate
+from orchestrator.config import TrainConfig
+from orchestrator.distributed.world import World
+from orchestrator.errors import CheckpointError
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -92,6 +98,19 @@ class ScalerValues:
         return {**self._known, **{name: copy.item() for name, copy in self._copies.items()}}
 
 
+def build_state(config: TrainConfig, model_args: dict[str, Any], world: World, *, is_empty: bool = False) -> TrainState:
+    """Build the model, its optimizer and scaler; with is_empty, their values are still to be filled in."""
+    torch.manual_seed(config.seed)
+    args = GPTConfig(**model_args)
+    model = GPT.empty(args, world.device) if is_empty else GPT(args).to(world.device)
+    model.transformer.recompute, model.loss_chunk = config.activation_checkpointing, config.loss_chunk
+    optimizer = model.configure_optimizers(
+        config.weight_decay, config.learning_rate, (config.beta1, config.beta2), world.device.type
+    )
+    scaler = torch.amp.GradScaler(world.device.type, enabled=config.dtype == "float16")
+    return TrainState(model, optimizer, scaler, config={})
+
+
 def capture(state: TrainState, val_loss: float | None = None, scaler: dict[str, Any] | None = None) -> Snapshot:
     """Return the state as a snapshot that shares its tensors: nothing is copied, so use it before the next step.
 
@@ -147,7 +166,42 @@ def allocate_moments(optimizer: torch.optim.Optimizer) -> None:
                 kept[moment] = torch.empty_like(parameter, memory_format=torch.preserve_format)
 
 
-def adopt_groups(optimizer: torch.optim.Optimizer, groups: tuple[ParamGroup, ...]) -> list[str]:
+def tensors_to_fill(state: TrainState, wanted: set[str], world_size: int) -> dict[str, Tensor]:
+    """Return the slices of the live state that are filled from a saved one: key -> tensor.
+
+    wanted: their keys. Without those of the optimizer, it keeps no moments.
+
+    Raises:
+        CheckpointError: the saved state has others.
+    """
+    if "step" in wanted:
+        allocate_moments(state.optimizer)
+    live = capture(state)
+    slices = state.placement({**live.model, **live.optimizer}, world_size)
+    tensors = {each.key: each.tensor for each in slices}
+    if tensors.keys() != wanted:
+        raise CheckpointError(f"the saved state lacks or adds tensors: {sorted(tensors.keys() ^ wanted)[:5]}")
+    return tensors
+
+
+def set_step_counts(state: TrainState, tensors: dict[str, Tensor]) -> None:
+    """Give every parameter the one step count that was saved for all."""
+    if "step" in tensors:
+        for kept in state.optimizer.state.values():
+            kept["step"].copy_(tensors["step"])
+
+
+def adopt(state: TrainState, saved: Snapshot, world: World) -> None:
+    """Set everything but the tensors to the saved values."""
+    if saved.param_groups and (changed := _adopt_groups(state.optimizer, saved.param_groups)) and world.is_main:
+        logger.warning("the optimizer goes on as saved, as in nanoGPT: %s", ", ".join(changed))
+    if state.scaler.is_enabled() and saved.scaler:
+        state.scaler.load_state_dict(saved.scaler)
+    state.iter_num, state.best_val_loss, state.guard = saved.iter_num, saved.best_val_loss, saved.guard
+    state.config = saved.config  # until the loop has compared it with its own
+
+
+def _adopt_groups(optimizer: torch.optim.Optimizer, groups: tuple[ParamGroup, ...]) -> list[str]:
     """Set the optimizer's hyperparameters to the saved ones, as nanoGPT's resume does; return what that changed."""
     changed = []
     for live, saved in zip(optimizer.param_groups, groups, strict=True):

@@ -17,8 +17,7 @@ from torch import Tensor
 
 from orchestrator.checkpoint.restore import restore, staging
 from orchestrator.checkpoint.restore.init_from import scratch_args
-from orchestrator.checkpoint.restore.read_once import Source
-from orchestrator.checkpoint.restore.restore import _build
+from orchestrator.checkpoint.restore.read_plan import Source, plan_reads
 from orchestrator.checkpoint.restore.staging import Staging
 from orchestrator.checkpoint.save import gpu, pinning
 from orchestrator.checkpoint.save.background import BackgroundQueue
@@ -28,7 +27,7 @@ from orchestrator.checkpoint.save.pinning import Pinned, address_of, between_bor
 from orchestrator.checkpoint.save.policy import SaveIntervals, SaveStatus
 from orchestrator.checkpoint.save.saver import Saver
 from orchestrator.checkpoint.snapshot import tensors_equal
-from orchestrator.checkpoint.state import TrainState, capture
+from orchestrator.checkpoint.state import TrainState, build_state, capture
 from orchestrator.checkpoint.store import Checkpoint, CheckpointStore, checkpoint_name
 from orchestrator.checkpoint.tensor_file import bytes_of, read_tensors
 from orchestrator.config import TrainConfig
@@ -56,7 +55,7 @@ def start(cuda: FakeCuda, tiny: TrainConfig, memory_dir: str, tmp_path: Path) ->
     folder.mkdir()
 
     def start(scaler: torch.amp.GradScaler | None = None, is_settled: bool = True) -> Saver:
-        state = _build(tiny, scratch_args(tiny, 64), World())
+        state = build_state(tiny, scratch_args(tiny, 64), World())
         state.scaler = scaler or state.scaler
         step(state)
         state.iter_num = 7
@@ -364,8 +363,8 @@ def refill(saver: Saver, config: TrainConfig) -> TrainState:
     """Build another state and fill it with the newest in node memory."""
     world, store = saver._rescuer._world, CheckpointStore(config.out_dir)
     ((_, places),) = restore._in_memory(world, saver._memory._nodes).items()
-    state = _build(replace(config, seed=2), scratch_args(config, 64), World())
-    assert restore._fill_from(state, places, world, store, model_only=False)
+    state = build_state(replace(config, seed=2), scratch_args(config, 64), World())
+    assert restore.fill_from(state, places, world, store, model_only=False)
     return state
 
 
@@ -408,7 +407,8 @@ def places_of(layout: str) -> list[Source]:
     records = {f"{kind}-{i}": {"size_bytes": size, "xxh3_128": ""} for kind, size in (("m", 1), ("o", 2)) for i in "01"}
     checkpoint = Checkpoint("c", {"files": records})
     ranks = {node: tuple(i for i, its in enumerate(layout) if its == node) for node in sorted(set(layout))}
-    return [Source(f"node {node}", its, checkpoint, {}) for node, its in ranks.items()]
+    folders = dict.fromkeys(records, "folder")
+    return [Source(f"node {node}", its, checkpoint, folders) for node, its in ranks.items()]
 
 
 @pytest.mark.parametrize(
@@ -423,18 +423,18 @@ def places_of(layout: str) -> list[Source]:
 def test_where_every_node_has_the_state_one_rank_of_each_reads_it(layout: str, readers: list[set[int]]) -> None:
     places = places_of(layout)
     files = places[0].checkpoint.files
-    plan = restore._assign(files, places, {}, World(size=len(layout), device=DEVICE))
+    plan = plan_reads(files, places, {}, World(size=len(layout), device=DEVICE))
     assert [set(plan[file]) for file in sorted(files, key=lambda file: (-files[file].size_bytes, file))] == readers
     for its in plan.values():
         assert all(rank in place.ranks for rank, place in its.items())
-    on_cpus = restore._assign(files, places, {}, World(size=len(layout)))
+    on_cpus = plan_reads(files, places, {}, World(size=len(layout)))
     assert all(set(its) == set(range(len(layout))) for its in on_cpus.values())
 
 
 def test_a_file_that_one_node_lacks_is_read_by_one_for_all() -> None:
     places = places_of("001")
     refused = {"m-0": {"node 0": "is damaged"}}
-    plan = restore._assign(places[0].checkpoint.files, places, refused, World(size=3, device=DEVICE))
+    plan = plan_reads(places[0].checkpoint.files, places, refused, World(size=3, device=DEVICE))
     assert set(plan["m-0"]) == {2}
     assert all(len(plan[file]) == 2 for file in ("m-1", "o-0", "o-1"))
 

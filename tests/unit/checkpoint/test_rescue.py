@@ -12,13 +12,12 @@ import torch
 from fsspec.implementations.local import LocalFileSystem
 
 from orchestrator.checkpoint.restore.init_from import scratch_args
-from orchestrator.checkpoint.restore.restore import _build
 from orchestrator.checkpoint.save import rescue
 from orchestrator.checkpoint.save.node_memory import NodeMemory, states_in
 from orchestrator.checkpoint.save.node_topology import NodeTopology
 from orchestrator.checkpoint.save.policy import SaveIntervals
 from orchestrator.checkpoint.save.saver import Saver
-from orchestrator.checkpoint.state import TrainState, capture
+from orchestrator.checkpoint.state import TrainState, build_state, capture
 from orchestrator.checkpoint.store import CheckpointStore, checkpoint_name
 from orchestrator.checkpoint.tensor_file import read_tensors
 from orchestrator.config import TrainConfig
@@ -35,7 +34,7 @@ def start(tiny: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 
     def start(rank: int, iter_num: int, shares: int = 2) -> Saver:
         world = World(rank, shares, attempt=ATTEMPT)
-        state = _build(tiny, scratch_args(tiny, 64), world)
+        state = build_state(tiny, scratch_args(tiny, 64), world)
         step(state)
         state.iter_num = iter_num
         nodes = NodeTopology(NodeMemory(str(tmp_path), "run"), ("here",) * shares, rank)

@@ -43,7 +43,7 @@ def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_old_state_is_gone_before_the_new_one_is_built(tiny: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     models: list[weakref.ref[GPT]] = []
     alive: list[bool] = []
-    build = restore._build
+    build = restore.build_state
 
     def noted(*args: Any, **options: Any) -> Any:
         alive.extend(model() is not None for model in models)
@@ -52,7 +52,7 @@ def test_the_old_state_is_gone_before_the_new_one_is_built(tiny: TrainConfig, mo
         models.append(weakref.ref(state.model))
         return state
 
-    monkeypatch.setattr(restore, "_build", noted)
+    monkeypatch.setattr(restore, "build_state", noted)
     savers: list[Saver] = []  # kept, as a worker keeps what can rescue its state
     config = resolve(replace(tiny, max_bad_steps=2, max_iters=12, lr_decay_iters=12, eval_interval=100))
     records: list[dict[str, Any]] = []
