@@ -88,7 +88,7 @@ def arm(fault: Fault) -> None:
     from orchestrator.checkpoint.restore import read_once as reading
     from orchestrator.checkpoint.save import async_copy as copying
     from orchestrator.checkpoint.save import upload as durable
-    from orchestrator.checkpoint.save.node_memory import SnapshotBuffer
+    from orchestrator.checkpoint.save.snapshot_buffer import SnapshotBuffer
     from orchestrator.checkpoint.save.to_memory import SnapshotWriter
     from orchestrator.checkpoint.store import CheckpointStore
     from orchestrator.distributed import gradients

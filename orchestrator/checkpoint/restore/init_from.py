@@ -13,14 +13,8 @@ from fsspec.implementations.local import LocalFileSystem
 from torch import Tensor
 
 from orchestrator.checkpoint.formats.nanogpt import NO_LOSS
-from orchestrator.checkpoint.formats.sources import (
-    Kind,
-    Source,
-    find_source,
-    look_at,
-    read_source,
-    tokenizer_json,
-)
+from orchestrator.checkpoint.formats.sources import Kind, Source, find_source
+from orchestrator.checkpoint.formats.weights import look_at, read_source, tokenizer_json
 from orchestrator.checkpoint.snapshot import Snapshot
 from orchestrator.checkpoint.store import CheckpointStore
 from orchestrator.config import GPT2_NAMES, TrainConfig

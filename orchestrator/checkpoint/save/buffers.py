@@ -8,9 +8,9 @@ from __future__ import annotations
 import logging
 import time
 
-from orchestrator.checkpoint.save.node_memory import SnapshotBuffer
 from orchestrator.checkpoint.save.node_topology import NodeTopology
 from orchestrator.checkpoint.save.pinning import Pinned
+from orchestrator.checkpoint.save.snapshot_buffer import SnapshotBuffer
 from orchestrator.checkpoint.tensor_file import Layout
 from orchestrator.distributed.world import World
 from orchestrator.errors import CheckpointError
@@ -94,7 +94,7 @@ class BufferPool:
         self.is_missing = True
 
     def release(self, is_finished: bool) -> None:
-        """Unpin and forget the buffers; if the run is finished, delete their files. An upload keeps its own mapped."""
+        """Unpin and drop the buffers; if the run is finished, delete their files. An upload keeps its own mapped."""
         if self._pinned:
             self._pinned.unpin()
         while self.buffers:

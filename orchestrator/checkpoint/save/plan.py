@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor
@@ -29,6 +29,10 @@ class SavePlan:
     iter_num: int
     files: Files
     description: dict[str, Any]
+
+    def without_tensors(self) -> SavePlan:
+        """Return what a thread needs that outlives this iteration: live tensors must not stay alive because of it."""
+        return replace(self, files={})
 
     def files_of(self, rank: int) -> dict[str, dict[str, Tensor]]:
         """Return the files that a rank writes to storage: file name -> key -> tensor."""

@@ -12,9 +12,10 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from orchestrator.checkpoint.save.node_memory import NodeMemory, SnapshotBuffer, spare_memory_bytes
+from orchestrator.checkpoint.save.node_memory import NodeMemory, spare_memory_bytes
 from orchestrator.checkpoint.save.node_topology import NodeTopology
 from orchestrator.checkpoint.save.plan import SavePlan
+from orchestrator.checkpoint.save.snapshot_buffer import SnapshotBuffer
 from orchestrator.checkpoint.save.state_lock import StateLock
 from orchestrator.checkpoint.save.to_memory import SnapshotWriter
 from orchestrator.checkpoint.state import TrainState

@@ -19,10 +19,10 @@ from orchestrator.checkpoint.save.async_copy import AsyncCopy, copy_tensors
 from orchestrator.checkpoint.save.background import BackgroundQueue
 from orchestrator.checkpoint.save.buffers import BufferPool
 from orchestrator.checkpoint.save.gpu import Gpu
-from orchestrator.checkpoint.save.node_memory import SnapshotBuffer
 from orchestrator.checkpoint.save.node_topology import NodeTopology
 from orchestrator.checkpoint.save.plan import Files, SavePlan, tensors_in
 from orchestrator.checkpoint.save.policy import SnapshotCost
+from orchestrator.checkpoint.save.snapshot_buffer import SnapshotBuffer
 from orchestrator.checkpoint.state import ScalerValues
 from orchestrator.checkpoint.tensor_file import Layout, layout_of
 from orchestrator.distributed.world import World
@@ -68,7 +68,7 @@ class SnapshotWriter:
         """
         buffer = self.pool.free_buffer()
         self._copy = AsyncCopy(plan.tensors_on(self._world.rank), ScalerValues(self._scaler), self.gpu)
-        published = self._submit(partial(self._write, self._copy, buffer, plan))
+        published = self._submit(partial(self._write, self._copy, buffer, plan.without_tensors()))
         if len(self.pool.buffers) < 2:
             self._submit(partial(self.pool.replace_older_attempts, plan.name))
         return buffer, published

@@ -13,8 +13,8 @@ from functools import partial
 from typing import Any
 
 from orchestrator.checkpoint.save.background import BackgroundQueue
-from orchestrator.checkpoint.save.node_memory import SnapshotBuffer
 from orchestrator.checkpoint.save.plan import SavePlan, rank_of
+from orchestrator.checkpoint.save.snapshot_buffer import SnapshotBuffer
 from orchestrator.checkpoint.save.upload import Pieces, commit, upload
 from orchestrator.checkpoint.store import CheckpointStore, checkpoint_name
 from orchestrator.checkpoint.tensor_file import pieces_of, tensor_pieces
@@ -61,7 +61,7 @@ class CheckpointWriter:
         """Upload a snapshot in the background, once it is published in its buffer. Hold the StateLock."""
         buffer.is_uploading = True
         self.durable_iter, self.pause_s = plan.iter_num, 0.0
-        self._uploader.submit(partial(self._upload, plan, buffer, published))
+        self._uploader.submit(partial(self._upload, plan.without_tensors(), buffer, published))
 
     def write_now(self, plan: SavePlan) -> float:
         """Write a checkpoint from the live tensors, and wait for it; return how long that took in seconds."""

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import threading
 import time
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,10 +14,10 @@ import torch
 from fsspec.implementations.local import LocalFileSystem
 
 from orchestrator.checkpoint.restore.init_from import scratch_args
-from orchestrator.checkpoint.save import rescue
+from orchestrator.checkpoint.save import rescue, to_storage
 from orchestrator.checkpoint.save.node_memory import NodeMemory, states_in
 from orchestrator.checkpoint.save.node_topology import NodeTopology
-from orchestrator.checkpoint.save.policy import SaveIntervals
+from orchestrator.checkpoint.save.policy import SaveIntervals, SaveStatus
 from orchestrator.checkpoint.save.saver import Saver
 from orchestrator.checkpoint.state import TrainState, build_state, capture
 from orchestrator.checkpoint.store import CheckpointStore, checkpoint_name
@@ -168,3 +170,22 @@ def test_after_a_rescue_the_state_changes_no_more(start: StartingPoint) -> None:
     threading.Thread(target=change, daemon=True).start()
     assert not changed.wait(0.3)
     assert survivor.rescue() == 7, "asked again, it answers the same"
+
+
+def test_an_upload_that_hangs_keeps_no_live_tensor(start: StartingPoint, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run that goes back to an earlier state builds it while the upload of a later one is still on its way."""
+    rank = start(0, 100, 1)
+    is_over = threading.Event()
+    monkeypatch.setattr(to_storage, "commit", lambda *_: is_over.wait(20))
+    state = rank._rescuer._state
+    assert state
+    rank._agreed = SaveStatus(is_copying=False, is_uploading=False)
+    rank.offer(state, None)
+    rank.join()
+    settle(rank)
+    rank.close(is_finished=False)
+    moment = weakref.ref(state.optimizer.state[state.model.lm_head.weight]["exp_avg"])
+    del state
+    gc.collect()
+    assert moment() is None
+    is_over.set()

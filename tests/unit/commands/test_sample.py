@@ -158,7 +158,7 @@ def test_a_name_takes_gpt2s_tokenizer_and_shows_whole_characters(monkeypatch: py
         yield Pretrained(args, shapes_of(args), stored, [], {})
 
     monkeypatch.setattr(GPT, "generate_stream", stream)
-    monkeypatch.setattr("orchestrator.checkpoint.formats.sources.open_pretrained", opened)
+    monkeypatch.setattr("orchestrator.checkpoint.formats.weights.open_pretrained", opened)
     written: list[str] = []
     monkeypatch.setattr(sample_text, "print_text", lambda _, text: written.append(text))
     sample(SampleConfig("gpt2", start="<|endoftext|>", num_samples=1, device="cpu"), io.StringIO())
