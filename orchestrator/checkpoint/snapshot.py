@@ -1,7 +1,6 @@
 """Snapshot: one training state as named tensors and JSON values, the form in which it travels and is stored.
 
-Nothing here knows where a snapshot is kept (`store.py`) or how other programs write theirs (`nanogpt.py`,
-`huggingface.py`).
+Knows no storage (`store.py`) and no other program's format (`formats/`).
 """
 
 from __future__ import annotations

@@ -8,8 +8,9 @@ it. DDP replicates every tensor (`replicate`). An optimizer that gives each rank
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -31,14 +32,14 @@ class TensorSlice:
     global_shape: tuple[int, ...]
     offset: int
     tensor: Tensor
-    holders: tuple[int, ...]
+    holders: Sequence[int]
 
-    @property
+    @cached_property
     def is_whole(self) -> bool:
         """Whether it is all of its tensor, and has its shape."""
         return tuple(self.tensor.shape) == self.global_shape
 
-    @property
+    @cached_property
     def key(self) -> str:
         """The name under which a file stores it: the tensor's, if it is all of it."""
         return self.name if self.is_whole else f"{self.name}[{self.offset}:{self.offset + self.tensor.numel()}]"
@@ -64,7 +65,7 @@ Placement = Callable[[Mapping[str, Tensor], int], list[TensorSlice]]
 
 def replicate(tensors: Mapping[str, Tensor], world_size: int) -> list[TensorSlice]:
     """Return the slices of a state that every rank holds whole."""
-    everybody = tuple(range(world_size))
+    everybody = range(world_size)
     return [TensorSlice(name, tuple(tensor.shape), 0, tensor, everybody) for name, tensor in tensors.items()]
 
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from orchestrator.checkpoint.save.node_memory import NodeMemory
 from orchestrator.checkpoint.save.plan import Files, holds_all, rank_of
+from orchestrator.checkpoint.tensor_slice import TensorSlice
 from orchestrator.distributed.world import World
 from orchestrator.errors import CheckpointError
 
@@ -46,18 +47,18 @@ class NodeTopology:
         ranks of this node, as far as these hold all of their slices.
         """
         rank = self.ranks[self.share if share is None else share]
-        return {file: slices for file, slices in files.items() if self._keeper_of(file, files) == rank}
+        elsewhere = sorted({rank_of(file) for file in files} - set(self.ranks))
+        return {file: slices for file, slices in files.items() if self._keeper_of(file, slices, elsewhere) == rank}
 
     def can_write(self, files: Files, share: int) -> bool:
         """Return whether this rank holds all slices of a share of this node's memory."""
         return all(holds_all(slices, self.rank) for slices in self.share_of(files, share).values())
 
-    def _keeper_of(self, file: str, files: Files) -> int | None:
+    def _keeper_of(self, file: str, slices: dict[str, TensorSlice], elsewhere: list[int]) -> int | None:
         """Return the rank of this node that keeps a file in node memory, None if no rank here holds all of it."""
-        if (owner := rank_of(file)) in self.ranks:
+        if (owner := rank_of(file)) not in elsewhere:
             return owner
-        holders = [rank for rank in self.ranks if holds_all(files[file], rank)]
-        elsewhere = sorted({rank_of(each) for each in files} - set(self.ranks))
+        holders = [rank for rank in self.ranks if holds_all(slices, rank)]
         return holders[elsewhere.index(owner) % len(holders)] if holders else None
 
 

@@ -69,14 +69,12 @@ def files_of(snapshot: Snapshot, world_size: int, placement: Placement = replica
     """Return the files of a state's checkpoint. Each is one rank's; model and optimizer never share one."""
     slices = placement({**snapshot.model, **snapshot.optimizer}, world_size)
     owner = owners(slices, world_size)
-    files: Files = {
-        f"{kind}-{rank:05d}-of-{world_size:05d}.safetensors": {
-            each.key: each for each in slices if owner[each.key] == rank and (each.name in snapshot.model) == is_model
-        }
-        for kind, is_model in (("model", True), ("optimizer", False))
-        for rank in range(world_size)
-    }
-    return {file: slices for file, slices in files.items() if slices}
+    files: Files = {}
+    for each in slices:
+        kind = "model" if each.name in snapshot.model else "optimizer"
+        file = f"{kind}-{owner[each.key]:05d}-of-{world_size:05d}.safetensors"
+        files.setdefault(file, {})[each.key] = each
+    return dict(sorted(files.items()))
 
 
 def owners(slices: Sequence[TensorSlice], world_size: int) -> dict[str, int]:
