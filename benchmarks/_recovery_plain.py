@@ -15,9 +15,9 @@ from ray.train import Checkpoint, FailureConfig, RunConfig, ScalingConfig, Train
 from ray.train.torch import TorchTrainer
 
 from model import GPT, GPTConfig
-from orchestrator.checkpoint.restore.init_from import GPT2_VOCAB_SIZE
 from orchestrator.config import TrainConfig
 from orchestrator.data.dataset import open_dataset
+from orchestrator.data.vocabulary import PADDED_GPT2_VOCAB_SIZE
 from orchestrator.training.attempt import batch_order
 
 
@@ -29,7 +29,7 @@ def train_func(job: dict[str, Any]) -> None:
     data = open_dataset(config.data_dir, config.dataset, batch_order(config))
     torch.manual_seed(config.seed)
     shape = {key: getattr(config, key) for key in ("n_layer", "n_head", "n_embd", "block_size", "dropout", "bias")}
-    raw = GPT(GPTConfig(**shape, vocab_size=data.vocab_size or GPT2_VOCAB_SIZE))
+    raw = GPT(GPTConfig(**shape, vocab_size=data.vocab_size or PADDED_GPT2_VOCAB_SIZE))
     optimizer = torch.optim.AdamW(raw.parameters(), lr=config.learning_rate)
     start = 0
     if checkpoint := ray.train.get_checkpoint():

@@ -4,7 +4,7 @@ Plain PyTorch. It must not know how it is trained: nothing here imports the orch
 """
 
 from model.config import GPTConfig
-from model.gpt import GPT
+from model.gpt import GPT, parameter_shapes
 from model.huggingface import PretrainedError, from_huggingface, huggingface_config, to_huggingface, transpose_if_linear
 from model.pretrained import open_pretrained, read_pretrained_args
 
@@ -15,6 +15,7 @@ __all__ = [
     "from_huggingface",
     "huggingface_config",
     "open_pretrained",
+    "parameter_shapes",
     "read_pretrained_args",
     "to_huggingface",
     "transpose_if_linear",

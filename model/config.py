@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+GPT2_VOCAB_SIZE = 50257
 ACTIVATIONS = ("gelu", "gelu_tanh")
 
 

@@ -10,13 +10,15 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
 
 from model.cache import KVCache, LayerCache
@@ -151,7 +153,7 @@ class GPT(nn.Module):
     @classmethod
     def empty(cls, config: GPTConfig, device: torch.device | str = "cpu") -> GPT:
         """Return a GPT whose weights are still to be filled in: none are drawn, and no memory is touched."""
-        with torch.device("meta"):
+        with _without_weights():
             model = cls(config)
         model.to_empty(device=device)
         model._tie_weights()  # which are two tensors now
@@ -278,8 +280,8 @@ class GPT(nn.Module):
         overrides = override_args or {}
         if set(overrides) - {"dropout"}:
             raise ValueError(f"only dropout can be overridden for pretrained weights, got {sorted(overrides)}")
-        args, state = read_pretrained(model_type)
-        with torch.device("meta"):  # weights that are about to be replaced are never drawn
+        args, state = read_pretrained(model_type, parameter_shapes)
+        with _without_weights():  # those that are about to be replaced are never drawn
             model = cls(GPTConfig(**{**args, **overrides}))
         model.load_state_dict(state, assign=True)
         model._tie_weights()  # assigned tensors are new parameters
@@ -322,3 +324,26 @@ class GPT(nn.Module):
         flops_per_token = 6 * self.get_num_params() + 12 * cfg.n_layer * cfg.n_head * head_size * cfg.block_size
         flops_per_iter = flops_per_token * cfg.block_size * fwdbwd_per_iter
         return flops_per_iter / dt / peak_flops
+
+
+def parameter_shapes(args: dict[str, Any]) -> dict[str, tuple[int, ...]]:
+    """Return the parameters of a GPT, name -> shape, in the order of its named_parameters(); args are GPTConfig's."""
+    with _without_weights():
+        transformer = Transformer(GPTConfig(**args))  # the head's weight is the token embedding's
+    return {f"transformer.{name}": tuple(weight.shape) for name, weight in transformer.named_parameters()}
+
+
+@contextmanager
+def _without_weights() -> Iterator[None]:
+    """Build modules whose weights have a shape, but no memory and no values."""
+    with torch.device("meta"), _DrawNothing():
+        yield
+
+
+class _DrawNothing(TorchFunctionMode):
+    """Skips the random numbers of PyTorch's layers: to draw none, on device meta, it imports sympy for a second."""
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        return None if func in (nn.init.normal_, nn.init.kaiming_uniform_) else func(*args, **(kwargs or {}))

@@ -11,14 +11,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from model.config import GPTConfig
+from model.config import GPT2_VOCAB_SIZE, GPTConfig
 from model.names import EMBEDDING, HEAD, MASK_BUFFERS, renamed, without_wrappers
 
 # OpenAI's GPT-2 keeps these as Conv1D, (in, out), where nn.Linear holds (out, in).
 TRANSPOSED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
 ACTIVATION_NAMES = {"gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "gelu": "gelu"}
 _BARE = ("wte.", "wpe.", "h.", "ln_f.")  # how names begin in files of the transformer alone
-_SIZES = {"n_layer": 12, "n_head": 12, "n_embd": 768, "n_positions": 1024, "vocab_size": 50257}
+_SIZES = {"n_layer": 12, "n_head": 12, "n_embd": 768, "n_positions": 1024, "vocab_size": GPT2_VOCAB_SIZE}
 
 # Settings of GPT2Config that change the maths: ours is the default of each, so a key may be missing.
 FIXED_SETTINGS = {

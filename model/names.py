@@ -1,9 +1,8 @@
-"""The parameters of a GPT by name and shape, and the names that wrappers make of them. Pure functions."""
+"""The names of a GPT's parameters, and the names that wrappers make of them. Pure functions."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
 
 HEAD, EMBEDDING = "lm_head.weight", "transformer.wte.weight"  # one tensor under two names
 MASK_BUFFERS = (".attn.bias", ".attn.masked_bias")  # causal masks that some files store as if they were weights
@@ -11,24 +10,6 @@ MASK_BUFFERS = (".attn.bias", ".attn.masked_bias")  # causal masks that some fil
 # What DDP and DataParallel put before a name, and what torch.compile, DeepSpeed, FSDP and checkpointing put anywhere.
 _OUTERMOST = "module"
 _WRAPPERS = {"_orig_mod", "_forward_module", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
-
-
-def parameter_shapes(args: dict[str, Any]) -> dict[str, tuple[int, ...]]:
-    """Return the parameters of a GPT, name -> shape, in the order of its named_parameters(); args are GPTConfig's."""
-    C = args["n_embd"]
-    modules: dict[str, tuple[int, ...]] = {}
-    modules |= {"transformer.wte": (args["vocab_size"], C), "transformer.wpe": (args["block_size"], C)}
-    for i in range(args["n_layer"]):
-        block = f"transformer.h.{i}"
-        modules |= {f"{block}.ln_1": (C,), f"{block}.attn.c_attn": (3 * C, C), f"{block}.attn.c_proj": (C, C)}
-        modules |= {f"{block}.ln_2": (C,), f"{block}.mlp.c_fc": (4 * C, C), f"{block}.mlp.c_proj": (C, 4 * C)}
-    modules["transformer.ln_f"] = (C,)
-    shapes: dict[str, tuple[int, ...]] = {}
-    for name, shape in modules.items():
-        shapes[f"{name}.weight"] = shape
-        if args["bias"] and not name.endswith(("wte", "wpe")):
-            shapes[f"{name}.bias"] = shape[:1]  # (out)
-    return shapes
 
 
 def without_wrappers(name: str) -> str:

@@ -1,14 +1,14 @@
 """Reads pretrained GPT-2 weights: by Hub name, from a Hugging Face folder, or from an fsspec URL of one.
 
 Only config.json and the tensors are read, never code. That they fit each other is known before any tensor is read. Must
-not build a model: it hands over arguments and tensors (`gpt.py` puts them together).
+not build a model: it hands over arguments and tensors. `gpt.py` puts them together, and tells the shapes.
 """
 
 from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +18,7 @@ import fsspec
 import torch
 from torch import Tensor
 
+from model.config import GPT2_VOCAB_SIZE
 from model.huggingface import (
     PretrainedError,
     check_tied,
@@ -26,7 +27,7 @@ from model.huggingface import (
     names_in,
     transpose_if_linear,
 )
-from model.names import EMBEDDING, HEAD, differences, parameter_shapes
+from model.names import EMBEDDING, HEAD, differences
 from model.weight_files import Folder, Stored, adapter_only, folder_at, hub_folder, stored_tensors
 
 # Source: config.json of https://huggingface.co/openai-community/gpt2 and its three larger siblings
@@ -38,15 +39,21 @@ GPT2_SIZES = {
 }
 
 
+Shapes = dict[str, tuple[int, ...]]  # name of a parameter -> shape, in our layout
+ShapesOf = Callable[[dict[str, Any]], Shapes]  # from GPTConfig's arguments: `gpt.parameter_shapes`
+
+
 @dataclass(frozen=True)
 class Pretrained:
     """A GPT-2 whose config.json and tensors fit each other.
 
-    args: GPTConfig's. stored: its tensors by our names, in the file's layout.
-    left_out: what else the file holds, such as another head. config: the content of config.json, {} of a Hub name.
+    args: GPTConfig's. shapes: of its parameters. stored: its tensors by our names, in the file's layout.
+    left_out: names of other tensors in the file, such as another head's. config: the content of config.json, {} for a
+    Hub name.
     """
 
     args: dict[str, Any]
+    shapes: Shapes
     stored: dict[str, Stored]
     left_out: list[str]
     config: dict[str, Any]
@@ -54,10 +61,6 @@ class Pretrained:
     @property
     def dtypes(self) -> set[torch.dtype]:
         return {each.dtype for each in self.stored.values()}
-
-    def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Return name -> shape, in our layout."""
-        return parameter_shapes(self.args)
 
     def state(self, *, views: bool = False) -> dict[str, Tensor]:
         """Return a GPT state dict, float32 in our layout; views: see `read_pretrained`.
@@ -73,7 +76,7 @@ class Pretrained:
         Raises:
             PretrainedError: the head's weight is not the token embedding's.
         """
-        for name in self.shapes():
+        for name in self.shapes:
             tensor = self.stored[name].read()
             if name == EMBEDDING and HEAD in self.stored:
                 check_tied(self.stored[HEAD].read(), tensor)
@@ -87,14 +90,20 @@ def read_pretrained_args(source: str) -> dict[str, Any]:
         PretrainedError: no such source, or not a GPT-2.
     """
     if source in GPT2_SIZES:
-        return {**GPT2_SIZES[source], "block_size": 1024, "vocab_size": 50257, "bias": True, "activation": "gelu_tanh"}
+        return {
+            **GPT2_SIZES[source],
+            "block_size": 1024,
+            "vocab_size": GPT2_VOCAB_SIZE,
+            "bias": True,
+            "activation": "gelu_tanh",
+        }
     with _folder_of(source, None) as folder:
         return _read_config(folder)[0]
 
 
 @contextmanager
-def open_pretrained(source: str, fs: Any = None) -> Iterator[Pretrained]:
-    """Lend pretrained weights of which the headers only were read. What is fetched is deleted afterwards.
+def open_pretrained(source: str, shapes_of: ShapesOf, fs: Any = None) -> Iterator[Pretrained]:
+    """Lend pretrained weights of which the headers only were read. Files that are fetched are deleted afterwards.
 
     source: a key of GPT2_SIZES, a folder, or an fsspec URL such as s3://bucket/gpt2.
     fs: the filesystem of the folder, connected as it has to be; default: as fsspec connects to it by itself.
@@ -108,21 +117,24 @@ def open_pretrained(source: str, fs: Any = None) -> Iterator[Pretrained]:
         ours = {name: stored[old] for name, old in names.items()}
         if EMBEDDING not in ours and HEAD in ours:
             ours[EMBEDDING] = ours[HEAD]
-        _check_fits(ours, args, source)
-        yield Pretrained(args, ours, left_out, config)
+        shapes = shapes_of(args)
+        _check_fits(ours, shapes, source)
+        yield Pretrained(args, shapes, ours, left_out, config)
 
 
-def read_pretrained(source: str, *, views: bool = False, fs: Any = None) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def read_pretrained(
+    source: str, shapes_of: ShapesOf, *, views: bool = False, fs: Any = None
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Return GPTConfig's arguments and a GPT state dict, float32 on the CPU.
 
-    source, fs: see `open_pretrained`.
+    source, shapes_of, fs: see `open_pretrained`.
     views: for a caller that copies the tensors and drops them: they stay mapped from the files where these are float32,
         which outlives the files' deletion, not their being overwritten. Otherwise each is copied as it is read.
 
     Raises:
         PretrainedError: the source is unreachable, incomplete, damaged or not a GPT-2.
     """
-    with open_pretrained(source, fs) as found:
+    with open_pretrained(source, shapes_of, fs) as found:
         return found.args, found.state(views=views)
 
 
@@ -168,13 +180,13 @@ def _names_in(stored: dict[str, Stored], source: str) -> tuple[dict[str, str], l
         raise PretrainedError(f"{source}: {error}") from None
 
 
-def _check_fits(stored: dict[str, Stored], args: dict[str, Any], source: str) -> None:
+def _check_fits(stored: dict[str, Stored], shapes: Shapes, source: str) -> None:
     """Compare names and shapes with those that config.json asks for, in the file's layout, and look at the types.
 
     Raises:
         PretrainedError: naming the tensors that are missing, unexpected or of another shape.
     """
-    expected = {name: _in_file(name, shape) for name, shape in parameter_shapes(args).items()}
+    expected = {name: _in_file(name, shape) for name, shape in shapes.items()}
     found = {name: each.shape for name, each in stored.items()}
     if faults := differences({**expected, **({HEAD: expected[EMBEDDING]} if HEAD in found else {})}, found):
         raise PretrainedError(f"{source}: tensors do not fit its config.json: {faults}")

@@ -1,11 +1,10 @@
-"""The checkpoint adapter: training state <-> tensors <-> files, in node memory and in fsspec storage. Knows no Ray.
+"""The training state, kept safe in node memory and in fsspec storage, and brought back. Knows no Ray.
 
-state, snapshot              the live state, and the form in which it travels
-saver, schedule, pace        keep it safe while training goes on: what, when, how often
-copying, memory, nodes       into the memory of every node
-durable, ownership           into storage, each tensor by its owner
-store, files                 a run's folder; one file of tensors
-restore, start               begin an attempt: the newest whole state, or what init_from names
-nanogpt, huggingface         other programs' formats; stream, torch_file, transfer, progress serve them
-leftovers, behind            what killed attempts leave; a thread that runs calls in order
+state           the live state: built, captured, filled
+snapshot        the form in which a state travels; tensor_slice: a piece of a tensor, and who holds it
+store           the checkpoints in a run's folder; tensor_file: one file of tensors
+rollbacks       stretches of a run that were undone; orphans: files that killed attempts leave
+save/           while training goes on: when (policy), who writes what (plan), to_memory, to_storage, rescue
+restore/        at the start of an attempt: the newest whole state of the run, or the one that init_from names
+formats/        other programs' files: nanoGPT's ckpt.pt, Hugging Face folders; sources: what a path or name stands for
 """

@@ -1,7 +1,6 @@
 """Snapshot: one training state as named tensors and JSON values, the form in which it travels and is stored.
 
-Nothing here knows where a snapshot is kept (`store.py`) or how other programs write theirs (`nanogpt.py`,
-`huggingface.py`).
+Knows no storage (`store.py`) and no other program's format (`formats/`).
 """
 
 from __future__ import annotations
@@ -11,6 +10,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+MOMENTS = ("exp_avg", "exp_avg_sq")  # that AdamW keeps of every parameter
 
 
 @dataclass(frozen=True)
@@ -33,7 +34,7 @@ class Snapshot:
         model was read, or when nothing was stepped yet.
     param_groups: empty where the source has no optimizer.
     val_loss: the validation loss of exactly this state, None where it was not evaluated.
-    guard: what was seen of the numbers so far (recovery/guard.py), and how many rollbacks the state knows of.
+    guard: the losses and bad steps so far (training/guard.py), and how many rollbacks the state knows of.
     """
 
     model: dict[str, Tensor]

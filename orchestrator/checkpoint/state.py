@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from copy import deepcopy
 from dataclasses import asdict, dataclass, field, replace
@@ -10,12 +11,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from model import GPT
-from orchestrator.checkpoint.snapshot import ParamGroup, Snapshot
+from model import GPT, GPTConfig
+from orchestrator.checkpoint.snapshot import MOMENTS, ParamGroup, Snapshot
 from orchestrator.checkpoint.store import Checkpoint
 from orchestrator.checkpoint.tensor_file import bytes_of
+from orchestrator.checkpoint.tensor_slice import Placement, replicate
+from orchestrator.config import TrainConfig
+from orchestrator.distributed.world import World
+from orchestrator.errors import CheckpointError
 
-MOMENTS = ("exp_avg", "exp_avg_sq")
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -37,8 +42,9 @@ class Resumed:
 class TrainState:
     """nanoGPT's model, optimizer, iter_num, best_val_loss and config, and the GradScaler (in use with float16 only).
 
-    evaluated_at: the iteration whose evaluation, if one was due, is behind it; val_loss: what it gave, if it was due.
-    guard: what is remembered of the numbers so far, as JSON values (recovery/guard.py).
+    evaluated_at: the iteration whose evaluation, if one was due, is done; val_loss: its validation loss, if it was due.
+    guard: the losses and bad steps so far, as JSON values (training/guard.py).
+    placement: which rank holds which part of which tensor.
     """
 
     model: GPT
@@ -51,17 +57,23 @@ class TrainState:
     val_loss: float | None = None
     guard: dict[str, Any] = field(default_factory=dict)
     resumed_from: Resumed | None = None
+    placement: Placement = replicate
 
     @property
     def is_evaluated(self) -> bool:
         """Whether the evaluation of this iteration is done, or none is due."""
         return self.evaluated_at == self.iter_num
 
+    @property
+    def is_durable(self) -> bool:
+        """Whether the state that was resumed lies in storage; once it is evaluated there, too."""
+        return self.resumed_from is not None and self.resumed_from.is_durable and self.is_evaluated
+
 
 class ScalerValues:
-    """A GradScaler's `state_dict` that waits for no device: what lies on one is copied to `places`, as tensors are.
+    """A GradScaler's `state_dict` that waits for no device: values on a device are copied to `places`, as tensors are.
 
-    tensors: what lies there, of the state that the scaler is in when this is made.
+    tensors: the values on the device, of the state that the scaler is in when this is made.
     """
 
     def __init__(self, scaler: torch.amp.GradScaler) -> None:
@@ -82,8 +94,21 @@ class ScalerValues:
         return {name: bytes_of(copy) for name, copy in self._copies.items()}
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what `load_state_dict` takes, once everything was copied."""
+        """Return the argument for `load_state_dict`, once all values are copied."""
         return {**self._known, **{name: copy.item() for name, copy in self._copies.items()}}
+
+
+def build_state(config: TrainConfig, model_args: dict[str, Any], world: World, *, is_empty: bool = False) -> TrainState:
+    """Build the model, its optimizer and scaler; with is_empty, their values are still to be filled in."""
+    torch.manual_seed(config.seed)
+    args = GPTConfig(**model_args)
+    model = GPT.empty(args, world.device) if is_empty else GPT(args).to(world.device)
+    model.transformer.recompute, model.loss_chunk = config.activation_checkpointing, config.loss_chunk
+    optimizer = model.configure_optimizers(
+        config.weight_decay, config.learning_rate, (config.beta1, config.beta2), world.device.type
+    )
+    scaler = torch.amp.GradScaler(world.device.type, enabled=config.dtype == "float16")
+    return TrainState(model, optimizer, scaler, config={})
 
 
 def capture(state: TrainState, val_loss: float | None = None, scaler: dict[str, Any] | None = None) -> Snapshot:
@@ -94,9 +119,9 @@ def capture(state: TrainState, val_loss: float | None = None, scaler: dict[str, 
     names: dict[Tensor, str] = {parameter: name for name, parameter in state.model.named_parameters()}
     optimizer: dict[str, Tensor] = {}
     if state.optimizer.state:  # in the model's order, whatever the optimizer's own: equal states are equal files
-        slots_of = state.optimizer.state
-        optimizer = {f"{moment}.{names[p]}": slots_of[p][moment] for moment in MOMENTS for p in names}
-        optimizer["step"] = next(iter(slots_of.values()))["step"]  # the same for all: every parameter is in every step
+        kept = state.optimizer.state
+        optimizer = {f"{moment}.{names[p]}": kept[p][moment] for moment in MOMENTS for p in names}
+        optimizer["step"] = next(iter(kept.values()))["step"]  # the same for all: every parameter is in every step
     groups = tuple(
         ParamGroup(
             params=tuple(names[parameter] for parameter in group["params"]),
@@ -131,17 +156,52 @@ def forecast(state: TrainState) -> Snapshot:
 
 
 def allocate_moments(optimizer: torch.optim.Optimizer) -> None:
-    """Give every parameter its AdamW slots, as the first step would; what is in them has to be filled in."""
+    """Give every parameter its moments and step count, as AdamW's first step would; their values are still to come."""
     for group in optimizer.param_groups:
         on_device = group.get("fused") or group.get("capturable")
         for parameter in group["params"]:
-            slots = optimizer.state[parameter]
-            slots["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device if on_device else "cpu")
+            kept = optimizer.state[parameter]
+            kept["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device if on_device else "cpu")
             for moment in MOMENTS:
-                slots[moment] = torch.empty_like(parameter, memory_format=torch.preserve_format)
+                kept[moment] = torch.empty_like(parameter, memory_format=torch.preserve_format)
 
 
-def adopt_groups(optimizer: torch.optim.Optimizer, groups: tuple[ParamGroup, ...]) -> list[str]:
+def tensors_to_fill(state: TrainState, wanted: set[str], world_size: int) -> dict[str, Tensor]:
+    """Return the slices of the live state that are filled from a saved one: key -> tensor.
+
+    wanted: their keys. Without those of the optimizer, it keeps no moments.
+
+    Raises:
+        CheckpointError: the saved state has others.
+    """
+    if "step" in wanted:
+        allocate_moments(state.optimizer)
+    live = capture(state)
+    slices = state.placement({**live.model, **live.optimizer}, world_size)
+    tensors = {each.key: each.tensor for each in slices}
+    if tensors.keys() != wanted:
+        raise CheckpointError(f"the saved state lacks or adds tensors: {sorted(tensors.keys() ^ wanted)[:5]}")
+    return tensors
+
+
+def set_step_counts(state: TrainState, tensors: dict[str, Tensor]) -> None:
+    """Give every parameter the one step count that was saved for all."""
+    if "step" in tensors:
+        for kept in state.optimizer.state.values():
+            kept["step"].copy_(tensors["step"])
+
+
+def adopt(state: TrainState, saved: Snapshot, world: World) -> None:
+    """Set everything but the tensors to the saved values."""
+    if saved.param_groups and (changed := _adopt_groups(state.optimizer, saved.param_groups)) and world.is_main:
+        logger.warning("the optimizer goes on as saved, as in nanoGPT: %s", ", ".join(changed))
+    if state.scaler.is_enabled() and saved.scaler:
+        state.scaler.load_state_dict(saved.scaler)
+    state.iter_num, state.best_val_loss, state.guard = saved.iter_num, saved.best_val_loss, saved.guard
+    state.config = saved.config  # until the loop has compared it with its own
+
+
+def _adopt_groups(optimizer: torch.optim.Optimizer, groups: tuple[ParamGroup, ...]) -> list[str]:
     """Set the optimizer's hyperparameters to the saved ones, as nanoGPT's resume does; return what that changed."""
     changed = []
     for live, saved in zip(optimizer.param_groups, groups, strict=True):

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from orchestrator.checkpoint.snapshot import Snapshot, undescribe
 from orchestrator.checkpoint.tensor_file import FileRecord, read_tensors
+from orchestrator.checkpoint.tensor_slice import TensorSlice, assemble
 from orchestrator.errors import CheckpointError, UndeletableError, nearest
 from orchestrator.storage.run_folder import RunFolder
 
@@ -67,10 +68,12 @@ class Checkpoint:
         return sum(record.size_bytes for record in self.files.values())
 
     def snapshot(self, tensors: dict[str, Tensor]) -> Snapshot:
-        """Return the state with these tensors, which may lack the optimizer's."""
-        in_model = {name for name, entry in self.state["tensors"].items() if entry["file"].startswith("model-")}
-        model = {name: tensor for name, tensor in tensors.items() if name in in_model}
-        return undescribe(self.state, model, {name: tensors[name] for name in tensors if name not in in_model})
+        """Return the state with these tensors of its files, put together from slices; it may lack the optimizer's."""
+        parts: dict[bool, list[TensorSlice]] = {True: [], False: []}
+        for key, tensor in tensors.items():
+            entry = self.state["tensors"][key]
+            parts[entry["file"].startswith("model-")].append(TensorSlice.from_json(key, entry, tensor))
+        return undescribe(self.state, assemble(parts[True]), assemble(parts[False]))
 
 
 class CheckpointStore:

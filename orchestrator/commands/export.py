@@ -11,15 +11,8 @@ from pathlib import Path
 from orchestrator.checkpoint.formats.huggingface import write_huggingface
 from orchestrator.checkpoint.formats.nanogpt import write_nanogpt
 from orchestrator.checkpoint.formats.run_tokenizer import whole_json
-from orchestrator.checkpoint.formats.sources import (
-    Kind,
-    Source,
-    Weights,
-    find_source,
-    refuse_missing,
-    tokenizer_of,
-    using,
-)
+from orchestrator.checkpoint.formats.sources import Kind, Source, find_source, refuse_missing
+from orchestrator.checkpoint.formats.weights import Weights, tokenizer_of, using
 from orchestrator.checkpoint.snapshot import Snapshot
 from orchestrator.data.tokenizers import Tokenizer
 from orchestrator.errors import ConfigError, DataError, nearest

@@ -11,15 +11,8 @@ from fsspec.implementations.local import LocalFileSystem
 
 from orchestrator.checkpoint.finite import count_not_finite
 from orchestrator.checkpoint.formats.nanogpt import NO_LOSS
-from orchestrator.checkpoint.formats.sources import (
-    Kind,
-    Source,
-    Weights,
-    find_source,
-    refuse_missing,
-    tokenizer_json,
-    using,
-)
+from orchestrator.checkpoint.formats.sources import Kind, Source, find_source, refuse_missing
+from orchestrator.checkpoint.formats.weights import Weights, tokenizer_json, using
 from orchestrator.checkpoint.save.node_memory import run_path, share_path, states_in
 from orchestrator.checkpoint.store import Checkpoint, CheckpointStore, best, newest_name_first
 from orchestrator.checkpoint.tensor_file import FileRecord, stream_tensors

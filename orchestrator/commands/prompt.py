@@ -11,7 +11,8 @@ from orchestrator.config import GPT2_NAMES
 from orchestrator.data.token_files import read_tokenizer
 from orchestrator.data.token_ids import REPLACEMENT
 from orchestrator.data.tokenizer_folder import read_tokenizer_folder
-from orchestrator.data.tokenizers import GPT2_VOCAB_SIZE, GPT2Tokenizer, Tokenizer
+from orchestrator.data.tokenizers import GPT2Tokenizer, Tokenizer
+from orchestrator.data.vocabulary import GPT2_VOCAB_SIZE
 from orchestrator.errors import ConfigError, DataError
 from orchestrator.storage.run_folder import RunFolder
 

@@ -20,7 +20,8 @@ from torch import Tensor
 from model import GPT, GPTConfig
 from model.generation import NotFiniteError, skip_draws
 from model.names import HEAD
-from orchestrator.checkpoint.formats.sources import Kind, Weights, find_source, refuse_missing, using
+from orchestrator.checkpoint.formats.sources import Kind, find_source, refuse_missing
+from orchestrator.checkpoint.formats.weights import Weights, using
 from orchestrator.checkpoint.snapshot import Snapshot
 from orchestrator.commands.prompt import encode_prompt, folder_tokenizer, tokenizer_of
 from orchestrator.commands.sample_text import Texts, print_text

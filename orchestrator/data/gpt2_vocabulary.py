@@ -20,6 +20,7 @@ import tiktoken
 from tiktoken.load import data_gym_to_mergeable_bpe_ranks
 from tiktoken_ext.openai_public import r50k_pat_str
 
+from orchestrator.data.vocabulary import GPT2_VOCAB_SIZE
 from orchestrator.errors import DataError
 
 _URL = "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/"
@@ -85,7 +86,7 @@ def _encoding_from(folder: Path) -> Any:
     )
     return tiktoken.Encoding(
         "gpt2",
-        explicit_n_vocab=50257,
+        explicit_n_vocab=GPT2_VOCAB_SIZE,
         pat_str=r50k_pat_str,
         mergeable_ranks=ranks,
         special_tokens={"<|endoftext|>": 50256},

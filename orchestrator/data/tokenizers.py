@@ -18,10 +18,10 @@ from numpy.typing import NDArray
 from orchestrator.data.file_tokenizer import TOKENIZER_FILE, FileTokenizer
 from orchestrator.data.gpt2_vocabulary import load_gpt2_encoding
 from orchestrator.data.token_ids import REPLACEMENT, Tokens, token_dtype, without_surrogates
+from orchestrator.data.vocabulary import GPT2_VOCAB_SIZE
 from orchestrator.data.word_tokenizer import WordTokenizer
 from orchestrator.errors import DataError
 
-GPT2_VOCAB_SIZE = 50257
 GPT2_END_OF_TEXT = 50256
 _MAX_CODEPOINT = 0x10FFFF
 

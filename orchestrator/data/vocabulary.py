@@ -6,7 +6,8 @@ from itertools import zip_longest
 from typing import Any
 
 GPT2 = {"kind": "gpt2"}
-GPT2_SIZES = (50257, 50304)  # GPT-2's ids, and the same padded to a multiple of 64, as nanoGPT does
+GPT2_VOCAB_SIZE = 50257
+PADDED_GPT2_VOCAB_SIZE = 50304  # to a multiple of 64, for speed, as nanoGPT does without a meta.pkl
 _MULTIPLES = (8, 64, 128, 256)  # to which people pad a vocabulary for speed
 
 
@@ -31,7 +32,7 @@ def is_padded(model_size: int, data_size: int) -> bool:
 
 def assumed(vocab_size: int) -> dict[str, Any] | None:
     """Return the tokenizer of a model that carries none, by the size of its vocabulary: GPT-2's or unknown."""
-    return GPT2 if vocab_size in GPT2_SIZES else None
+    return GPT2 if vocab_size in (GPT2_VOCAB_SIZE, PADDED_GPT2_VOCAB_SIZE) else None
 
 
 def _between_characters(model: str, data: str) -> str:

@@ -14,7 +14,7 @@ import ray
 import torch
 from ray.cluster_utils import Cluster
 
-from orchestrator.checkpoint.save.saver import Saver
+from orchestrator.checkpoint.save.rescue import Rescuer
 from orchestrator.checkpoint.snapshot import tensors_equal
 from orchestrator.config import TrainConfig
 from orchestrator.controller.gpu_check import GpuCheck
@@ -60,7 +60,7 @@ class GpuBroken(Fault):
         fired = self.marker.read_text() if self.marker.exists() else ""
         if len(fired.splitlines()) < self.times:
             self.marker.write_text(f"{fired}{ray.get_runtime_context().get_node_id()}\n")
-            Saver._put_aside = self.broken  # type: ignore[method-assign]
+            Rescuer._save = self.broken  # type: ignore[method-assign]
             self.before_it_breaks()
             self.broken()
 

@@ -16,7 +16,7 @@ from fsspec.implementations.local import LocalFileSystem
 
 from orchestrator import loop
 from orchestrator.checkpoint.restore import read_once as reading
-from orchestrator.checkpoint.restore import restore
+from orchestrator.checkpoint.restore import read_plan
 from orchestrator.checkpoint.save.node_memory import run_path, share_path, states_in
 from orchestrator.checkpoint.snapshot import Snapshot, tensors_equal
 from orchestrator.checkpoint.store import Checkpoint, CheckpointStore, newest_name_first, parse_state, state_text
@@ -381,7 +381,7 @@ def test_who_has_the_state_in_memory_reads_it_and_only_the_rest_is_sent(
 
 def read_as_on_gpus(rank: int) -> None:
     """Let a process take what others send within its node to be faster than memory, and say what is read and sent."""
-    restore._reads_for_itself = lambda _world: False
+    read_plan._reads_for_itself = lambda _world: False
     tell_what_is_read_and_sent(rank)
 
 

@@ -26,7 +26,7 @@ from fsspec.implementations.local import LocalFileSystem
 from s3fs import S3FileSystem
 
 from orchestrator.checkpoint.save import upload as durable
-from orchestrator.checkpoint.save.node_memory import SnapshotBuffer
+from orchestrator.checkpoint.save.snapshot_buffer import SnapshotBuffer
 from orchestrator.checkpoint.snapshot import Snapshot, tensors_equal
 from orchestrator.checkpoint.store import CheckpointStore
 from orchestrator.checkpoint.tensor_file import write_file

@@ -88,8 +88,8 @@ def arm(fault: Fault) -> None:
     from orchestrator.checkpoint.restore import read_once as reading
     from orchestrator.checkpoint.save import async_copy as copying
     from orchestrator.checkpoint.save import upload as durable
-    from orchestrator.checkpoint.save.node_memory import SnapshotBuffer
-    from orchestrator.checkpoint.save.saver import Saver
+    from orchestrator.checkpoint.save.snapshot_buffer import SnapshotBuffer
+    from orchestrator.checkpoint.save.to_memory import SnapshotWriter
     from orchestrator.checkpoint.store import CheckpointStore
     from orchestrator.distributed import gradients
     from orchestrator.distributed.world import World
@@ -117,7 +117,7 @@ def arm(fault: Fault) -> None:
 
         setattr(owner, name, wraps(original)(wrapped))
 
-    original_seed, original_evaluate, original_write = loop.seed_dropout, attempt.evaluate, durable.write_file
+    original_seed, original_evaluate, original_file = loop.seed_dropout, attempt.evaluate, durable.write_file
 
     def seed_dropout(dropout: float, seed: int, iter_num: int, micro_step: int) -> None:
         step["iter_num"] = iter_num
@@ -134,7 +134,7 @@ def arm(fault: Fault) -> None:
             reached("during", _iter_of(path))
             written(size_bytes)
 
-        return original_write(fs, path, pieces, told)
+        return original_file(fs, path, pieces, told)
 
     loop.seed_dropout, attempt.evaluate, durable.write_file = seed_dropout, evaluate, write_file
     optim.register_optimizer_step_pre_hook(lambda *_: reached("optimizer", step["iter_num"], is_exact=True))
@@ -148,11 +148,11 @@ def arm(fault: Fault) -> None:
     wrap(SnapshotBuffer, "publish", lambda _slot, name, *_: _iter_of(name), before="seal", after="sealed")
 
     copied = {"tensors": 0, "of": 0, "iter_num": -1}
-    original_copy, original_to_memory = copying._copy_in_host_memory, Saver._to_memory
+    original_copy, original_write = copying._copy_in_host_memory, SnapshotWriter._write
 
-    def to_memory(self: Any, copy: Any, slot: Any, name: str, state: Any) -> None:
-        copied.update(tensors=0, of=len(state["tensors"]), iter_num=_iter_of(name))
-        original_to_memory(self, copy, slot, name, state)
+    def write(self: Any, copy: Any, buffer: Any, plan: Any) -> Any:
+        copied.update(tensors=0, of=len(plan.description["tensors"]), iter_num=plan.iter_num)
+        return original_write(self, copy, buffer, plan)
 
     def copy_in_host_memory(source: memoryview, target: memoryview) -> None:
         original_copy(source, target)
@@ -160,7 +160,7 @@ def arm(fault: Fault) -> None:
         if copied["tensors"] == copied["of"] // 6:  # of three ranks, each copies about a third
             reached("copy", copied["iter_num"])
 
-    Saver._to_memory, copying._copy_in_host_memory = to_memory, copy_in_host_memory  # type: ignore[method-assign]
+    SnapshotWriter._write, copying._copy_in_host_memory = write, copy_in_host_memory  # type: ignore[method-assign]
 
 
 def _iter_of(path: str) -> int:

@@ -16,7 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from model.names import EMBEDDING, HEAD, MASK_BUFFERS, differences, parameter_shapes, renamed, without_wrappers
+from model import parameter_shapes
+from model.names import EMBEDDING, HEAD, MASK_BUFFERS, differences, renamed, without_wrappers
 from orchestrator.checkpoint.formats.nanogpt_optimizer import optimizer_state, read_optimizer
 from orchestrator.checkpoint.formats.torch_file import TorchFile
 from orchestrator.checkpoint.formats.torch_load import load_torch_file
@@ -218,8 +219,8 @@ def _read_iter_num(content: dict[str, Any], source: str) -> int:
             raise CheckpointError(f"{source}: iter_num={iter_num!r} is no number of iterations")
         return int(value)
     optimizer = content.get("optimizer")
-    slots = optimizer.get("state") if isinstance(optimizer, dict) else None
-    steps = {int(each["step"]) for each in (slots or {}).values() if isinstance(each, dict) and "step" in each}
+    kept = optimizer.get("state") if isinstance(optimizer, dict) else None
+    steps = {int(each["step"]) for each in (kept or {}).values() if isinstance(each, dict) and "step" in each}
     iter_num = max(steps, default=0)
     why = "as many as its optimizer has stepped" if steps else "and no optimizer that counts them"
     logger.warning("%s: no iter_num in it: %d iterations are taken, %s", source, iter_num, why)

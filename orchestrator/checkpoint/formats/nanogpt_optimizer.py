@@ -13,12 +13,11 @@ import torch
 from torch import Tensor
 
 from orchestrator.checkpoint.formats.torch_file import TorchFile
-from orchestrator.checkpoint.snapshot import ParamGroup, Snapshot
+from orchestrator.checkpoint.snapshot import MOMENTS, ParamGroup, Snapshot
 from orchestrator.errors import CheckpointError
 
 logger = logging.getLogger(__name__)
 
-_SLOTS = ("exp_avg", "exp_avg_sq")
 _OTHER_MATHS = {"amsgrad": False, "maximize": False, "decoupled_weight_decay": True}  # of AdamW as nanoGPT makes it
 Shapes = dict[str, tuple[int, ...]]
 
@@ -45,8 +44,8 @@ def read_optimizer(
         _check_kind(saved)
         groups = tuple(_read_group(group, names) for group, names in zip(saved["param_groups"], members, strict=True))
         ids = [i for group in saved["param_groups"] for i in group["params"]]
-        slots_of = dict(zip((name for names in members for name in names), map(saved["state"].get, ids), strict=True))
-        tensors = dict(_named_slots(slots_of, model)) if saved["state"] else {}
+        kept = dict(zip((name for names in members for name in names), map(saved["state"].get, ids), strict=True))
+        tensors = dict(_named_moments(kept, model)) if saved["state"] else {}
     except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
         reason = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
         raise CheckpointError(
@@ -68,8 +67,8 @@ def _check_kind(saved: dict[str, Any]) -> None:
         for key, value in _OTHER_MATHS.items():
             if group.get(key, value) != value:
                 raise ValueError(f"it has {key}={group[key]}")
-    kept = set().union(*(slots.keys() for slots in saved["state"].values()))
-    if kept - {"step", *_SLOTS} or (kept and not kept >= {"step", *_SLOTS}):
+    kept = set().union(*(each.keys() for each in saved["state"].values()))
+    if kept - {"step", *MOMENTS} or (kept and not kept >= {"step", *MOMENTS}):
         raise ValueError(f"it keeps {', '.join(sorted(map(str, kept)))} of a parameter")
     if len(saved["param_groups"]) != 2:
         raise ValueError(f"it has {len(saved['param_groups'])} groups of parameters instead of 2: decayed and the rest")
@@ -83,14 +82,14 @@ def _read_group(group: dict[str, Any], names: tuple[str, ...]) -> ParamGroup:
     return ParamGroup(names, float(group["lr"]), (float(beta1), float(beta2)), *scalars)
 
 
-def _named_slots(slots_of: dict[str, dict[str, Any]], model: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+def _named_moments(kept: dict[str, dict[str, Any]], model: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
     steps = set()
-    for name, slots in slots_of.items():
-        for slot in _SLOTS:
-            if slots[slot].shape != model[name].shape:
-                raise ValueError(f"{slot} of {name} is {tuple(slots[slot].shape)}")
-            yield f"{slot}.{name}", slots[slot]
-        steps.add(float(slots["step"]))
+    for name, its in kept.items():
+        for moment in MOMENTS:
+            if its[moment].shape != model[name].shape:
+                raise ValueError(f"{moment} of {name} is {tuple(its[moment].shape)}")
+            yield f"{moment}.{name}", its[moment]
+        steps.add(float(its["step"]))
     if len(steps) != 1:
         raise ValueError(f"parameters were stepped differently often: {sorted(steps)}")
     yield "step", torch.tensor(steps.pop(), dtype=torch.float32)
@@ -110,14 +109,14 @@ def optimizer_state(snapshot: Snapshot, shapes: Shapes, file: TorchFile, target:
     if not snapshot.optimizer and snapshot.iter_num:
         logger.warning("%s: the state has no optimizer moments; nanoGPT would resume with new ones", target)
     names = [name for group in members for name in group] if snapshot.optimizer else []
-    state = {i: _slots(snapshot.optimizer, name, file) for i, name in enumerate(names)}
+    state = {i: _parameter_state(snapshot.optimizer, name, file) for i, name in enumerate(names)}
     return {"state": state, "param_groups": groups}
 
 
-def _slots(optimizer: dict[str, Tensor], name: str, file: TorchFile) -> dict[str, Tensor]:
+def _parameter_state(optimizer: dict[str, Tensor], name: str, file: TorchFile) -> dict[str, Tensor]:
     return {
         "step": file.blank("step", optimizer["step"]),  # each parameter's own: AdamW counts them up in place
-        **{slot: file.blank(f"{slot}.{name}", optimizer[f"{slot}.{name}"]) for slot in _SLOTS},
+        **{moment: file.blank(f"{moment}.{name}", optimizer[f"{moment}.{name}"]) for moment in MOMENTS},
     }
 
 

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import pickle
 import re
+import struct
 import zipfile
+import zlib
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -26,6 +28,11 @@ _PIECE_BYTES = 2**20
 _NUMBER = re.compile(r"[biuf]\d{1,2}|U\d{1,4}")  # the types of numpy whose bytes are read, and text
 _GLOBAL = re.compile(r"GLOBAL (\S+)")  # in what PyTorch says of what it does not load
 _LFS_POINTER = b"version https://git-lfs"
+# raised by Python's and PyTorch's parsers when they read a damaged file, or one of another kind
+_PARSER_ERRORS = (
+    *(ArithmeticError, AssertionError, AttributeError, EOFError, ImportError, LookupError, MemoryError, OSError),
+    *(RuntimeError, TypeError, ValueError, pickle.PickleError, struct.error, zipfile.BadZipFile, zlib.error),
+)
 
 
 def load_torch_file(path: Path, source: str) -> dict[str, Any]:
@@ -44,7 +51,7 @@ def load_torch_file(path: Path, source: str) -> dict[str, Any]:
         content = _plain(content)
     except (pickle.UnpicklingError, _NotPlainError) as error:
         raise _refusal(path, source, error) from None
-    except Exception as error:  # whatever a file that is no checkpoint makes of torch.load
+    except _PARSER_ERRORS as error:
         reason = str(error).partition("\n")[0]
         raise CheckpointError(f"{source} is not a file of torch.save's ({reason}); check the path") from None
     if not isinstance(content, dict):
@@ -79,7 +86,7 @@ def _verify(path: Path, source: str) -> None:
         damaged = _damaged_record(path, source)
     except OSError as error:
         raise CheckpointError(f"{source} cannot be read: {reason_of(error)}") from None
-    except Exception as error:  # whatever a damaged directory of records makes of zipfile
+    except _PARSER_ERRORS as error:
         what = "is cut off or not a file of torch.save's"
         raise CheckpointError(f"{source} {what} ({error}); is it still being written? Else {remedy}") from None
     if damaged:
@@ -188,7 +195,7 @@ def _refusal(path: Path, source: str, error: Exception) -> CheckpointError:
     asked = _GLOBAL.search(str(error))
     is_ours = isinstance(error, _NotPlainError)
     wanted = str(error) if is_ours else f"it asks for {asked[1]}" if asked else "its pickle does more than that"
-    with suppress(Exception):  # a pickle that is made to be refused may do anything
+    with suppress(*_PARSER_ERRORS):  # then the message names no key
         wanted = next("{} is of {}".format(*found) for found in _unknown(_Outline(path).load(), ""))
     return CheckpointError(
         f"{source} holds more than tensors and plain values, and nothing is run from a checkpoint: {wanted}; "

@@ -13,18 +13,12 @@ from fsspec.implementations.local import LocalFileSystem
 from torch import Tensor
 
 from orchestrator.checkpoint.formats.nanogpt import NO_LOSS
-from orchestrator.checkpoint.formats.sources import (
-    Kind,
-    Source,
-    find_source,
-    look_at,
-    read_source,
-    tokenizer_json,
-)
+from orchestrator.checkpoint.formats.sources import Kind, Source, find_source
+from orchestrator.checkpoint.formats.weights import look_at, read_source, tokenizer_json
 from orchestrator.checkpoint.snapshot import Snapshot
 from orchestrator.checkpoint.store import CheckpointStore
 from orchestrator.config import GPT2_NAMES, TrainConfig
-from orchestrator.data.vocabulary import difference, is_padded
+from orchestrator.data.vocabulary import PADDED_GPT2_VOCAB_SIZE, difference, is_padded
 from orchestrator.errors import CheckpointError, ConfigError, DataError, FinishedRunError
 from orchestrator.host.machine import seen_as
 from orchestrator.storage.identity import is_on_disk
@@ -32,7 +26,6 @@ from orchestrator.storage.run_folder import RunFolder
 
 logger = logging.getLogger(__name__)
 
-GPT2_VOCAB_SIZE = 50304  # 50257 rounded up to a multiple of 64 for speed, as nanoGPT does without a meta file
 _SHAPE_KEYS = ("n_layer", "n_head", "n_embd", "block_size", "bias", "vocab_size")
 _POSITIONS = "transformer.wpe.weight"
 _DIFFERENT_TOKENS = "Prepare the text again with the model's tokens, or begin with --init_from=scratch"
@@ -58,7 +51,7 @@ class Vocabulary:
 def scratch_args(config: TrainConfig, vocab_size: int | None) -> dict[str, Any]:
     """Return GPTConfig's arguments of a new model; vocab_size None is GPT-2's."""
     args = {key: getattr(config, key) for key in ("n_layer", "n_head", "n_embd", "block_size", "bias", "dropout")}
-    return {**args, "vocab_size": vocab_size or GPT2_VOCAB_SIZE}
+    return {**args, "vocab_size": vocab_size or PADDED_GPT2_VOCAB_SIZE}
 
 
 def check_start(config: TrainConfig, store: CheckpointStore, data: Vocabulary | None) -> StartingPoint:

@@ -1,13 +1,12 @@
-"""Files of a state into live tensors: read by one rank each, or one of each node, and sent to the others meanwhile.
+"""ReadOnce: reads the files of a state into live tensors, each by one rank or one of each node, and sends them on.
 
-Knows no model and not which state it is; which rank reads what, and where, is decided before (restore.py).
+Knows no model and not which state it is. A ReadPlan says which rank reads which file, and where.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from functools import partial
 from itertools import zip_longest
 from threading import Event
@@ -16,6 +15,7 @@ import torch
 from fsspec.implementations.local import LocalFileSystem
 from torch import Tensor
 
+from orchestrator.checkpoint.restore.read_plan import ReadPlan, Source
 from orchestrator.checkpoint.restore.staging import Staging
 from orchestrator.checkpoint.store import Checkpoint
 from orchestrator.checkpoint.tensor_file import FileRecord, own_pieces, stream_tensors
@@ -25,26 +25,12 @@ from orchestrator.storage.run_folder import RunFolder
 
 _RUN_BYTES = 32 * 2**20  # tensors that are sent together
 
-# file -> which ranks read it, and where. Who reads it alone sends it to all; one of each node, to those of its source
-ReadPlan = dict[str, dict[int, "Source"]]
-
-
-@dataclass(frozen=True)
-class Source:
-    """Where a state lies whole, and which ranks can read it there; folders: file -> its folder."""
-
-    label: str
-    ranks: tuple[int, ...]
-    checkpoint: Checkpoint
-    folders: dict[str, str]
-    is_storage: bool = False
-
 
 class ReadOnce:
-    """One pass over files that lie somewhere: this rank's are read by a thread, and sent by the one that calls `run`.
+    """One pass over files: a thread reads this rank's, and the thread that calls `run` sends them to the other ranks.
 
-    All ranks send and receive in the same order, whatever comes of reading: what could not be read is sent as it is.
-    from_storage_bytes: what this rank has read of storage.
+    All ranks send and receive in the same order, even if reading fails: then a tensor is sent as it is.
+    from_storage_bytes: the bytes that this rank has read from storage.
     """
 
     def __init__(
@@ -68,7 +54,7 @@ class ReadOnce:
         self.from_storage_bytes = 0
 
     def run(self) -> dict[str, dict[str, str]]:
-        """Fill the tensors on all ranks; return what went wrong with a file on any rank: file -> place -> why."""
+        """Fill the tensors on all ranks; return the errors of all ranks: file -> label of its source -> why."""
         with self._world.part(self._nodes()) as node:
             return self._run(node)
 
@@ -98,7 +84,7 @@ class ReadOnce:
     def _nodes(self) -> list[tuple[int, ...]]:
         """Return the ranks of every node, if files are read by one rank of each."""
         readers = next((its for its in self._plan.values() if 1 < len(its) < self._world.size), {})
-        return sorted(place.ranks for place in readers.values())
+        return sorted(source.ranks for source in readers.values())
 
     def _names(self, file: str) -> list[str]:
         return [name for name in self._file_of if self._file_of[name] == file]
@@ -106,10 +92,10 @@ class ReadOnce:
     def _sender(self, file: str) -> int:
         """Return the rank from which this one has a file."""
         readers = self._plan[file]
-        return next((rank for rank, place in readers.items() if self._world.rank in place.ranks), next(iter(readers)))
+        return next((rank for rank, source in readers.items() if self._world.rank in source.ranks), next(iter(readers)))
 
     def _in_turns(self, files: list[str]) -> Iterator[tuple[int, list[str]]]:
-        """Yield what is sent of files, in order: the first tensors of every sender, then the next ones."""
+        """Yield which tensors of files are sent by whom, in order: the first of every sender, then the next ones."""
         runs: dict[int, list[list[str]]] = {}
         for file in files:
             runs.setdefault(self._sender(file), []).extend(self._cut(self._names(file)))
@@ -134,19 +120,19 @@ class ReadOnce:
         world.broadcast([self._tensors[name] for name in names], rank)
 
     def _read_mine(self) -> dict[str, list[str]]:
-        """Read this rank's files into the live tensors; return what went wrong: file -> place, why."""
+        """Read this rank's files into the live tensors; return its errors: file -> label of the source, why."""
         errors = {}
         try:
             self._staging = Staging(self._world.device, self._ready) if self._ready and self._reads_any() else None
             for file, readers in self._plan.items():
-                if place := readers.get(self._world.rank):
+                if source := readers.get(self._world.rank):
                     try:
-                        self._folder.read_with_retries(partial(self._read, file, place))
+                        self._folder.read_with_retries(partial(self._read, file, source))
                     except CheckpointError as error:
-                        errors[file] = [place.label, str(error)]
+                        errors[file] = [source.label, str(error)]
                 self._let_go(self._names(file))
         finally:
-            self._let_go(self._is_there)  # whatever it is: the others wait for this rank
+            self._let_go(self._is_there)  # even if reading failed: the others wait for this rank
         return errors
 
     def _reads_any(self) -> bool:
@@ -156,13 +142,13 @@ class ReadOnce:
         for name in names:
             self._is_there[name].set()
 
-    def _read(self, file: str, place: Source) -> None:
+    def _read(self, file: str, source: Source) -> None:
         if file in self._begun:
             self._read_again.append(file)
         self._begun.add(file)
-        fs = self._folder.fs if place.is_storage else LocalFileSystem()
-        counter = self._count if place.is_storage else lambda _bytes: None
-        path, record = f"{place.folders[file]}/{file}", self._records[file]
+        fs = self._folder.fs if source.is_storage else LocalFileSystem()
+        counter = self._count if source.is_storage else lambda _bytes: None
+        path, record = f"{source.folders[file]}/{file}", self._records[file]
         pieces = self._staging.pieces if self._staging else own_pieces
         for name, tensor in stream_tensors(fs, path, record, partial(self._place_of, file), counter, pieces):
             if self._staging:
@@ -172,7 +158,7 @@ class ReadOnce:
             self._is_there[name].set()
 
     def _place_of(self, file: str, name: str, dtype: torch.dtype, shape: list[int]) -> Tensor:
-        if self._file_of.get(name) != file:  # damaged: what another file has brought must not be overwritten
+        if self._file_of.get(name) != file:  # damaged: it must not overwrite a tensor of another file
             raise CheckpointError(f"{file} holds {name}, which is none of its tensors")
         live = self._tensors[name]
         if live.dtype != dtype or list(live.shape) != shape:

@@ -1,7 +1,7 @@
-"""Copy: live tensors into host memory behind the training step, by another thread and, on a GPU, another stream.
+"""AsyncCopy: copies live tensors into host memory while a training step runs, in a thread and, on a GPU, a stream.
 
-From the moment that it is made until `join` has returned, the tensors must not change. On a GPU no second copy is made
-on the device: the bytes go straight into the mapped files, which are pinned for that.
+The tensors must not change until `join` has returned. On a GPU there is no second copy on the device: the bytes go
+straight into the mapped files, which are pinned for that.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ _PIECE_BYTES = 64 * 2**20
 
 
 class AsyncCopy:
-    """One copy of a state; made and joined by the loop's thread, run by another.
+    """One copy of a state. The loop's thread makes and joins it, another thread runs it.
 
-    scaler: its GradScaler's values, which are copied as well; gpu: where the state lies on one.
+    scaler: its GradScaler's values, which are copied as well. gpu: None if the state lies in host memory.
     """
 
     def __init__(self, tensors: dict[str, Tensor], scaler: ScalerValues, gpu: Gpu | None) -> None:
@@ -31,7 +31,7 @@ class AsyncCopy:
         self._done: torch.cuda.Event | None = None
 
     def run(self, places: dict[str, memoryview]) -> None:
-        """Copy the tensors that have a place, and wait until their bytes are there."""
+        """Copy the tensors that have a place, and wait until their bytes are there. places: key -> memory."""
         places = {**places, **self.scaler.places}
         try:
             if self._gpu:
@@ -44,12 +44,12 @@ class AsyncCopy:
             self._done.synchronize()
 
     def release(self) -> None:
-        """Let the loop go on, whatever has become of the copy."""
+        """Let the loop go on, even if the copy has failed."""
         self._tensors = {}
         self._is_issued.set()
 
     def join(self) -> None:
-        """Wait until what is being copied may change."""
+        """Wait until the tensors may change."""
         self._is_issued.wait()
         if self._done:  # on the host, which can tell how long it takes
             self._done.synchronize()

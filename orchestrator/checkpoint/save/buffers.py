@@ -1,6 +1,6 @@
-"""BufferPool: what a rank's Saver has in node memory: two buffers that take turns, pinned where there is a GPU.
+"""BufferPool: the two buffers of a rank in node memory, which take turns; on a GPU they are pinned.
 
-Knows no live model. Where memory has no room, or fails, checkpoints go on without it.
+Knows no live model. If node memory has no room, or fails, the run goes on without it.
 """
 
 from __future__ import annotations
@@ -8,9 +8,9 @@ from __future__ import annotations
 import logging
 import time
 
-from orchestrator.checkpoint.save.node_memory import SnapshotBuffer
 from orchestrator.checkpoint.save.node_topology import NodeTopology
 from orchestrator.checkpoint.save.pinning import Pinned
+from orchestrator.checkpoint.save.snapshot_buffer import SnapshotBuffer
 from orchestrator.checkpoint.tensor_file import Layout
 from orchestrator.distributed.world import World
 from orchestrator.errors import CheckpointError
@@ -21,10 +21,10 @@ _OTHERS_S = 10.0  # in which the ranks of a node finish their shares of a state
 
 
 class BufferPool:
-    """Made by the loop's thread; what takes long is for the copier's.
+    """Made by the loop's thread; reserving and deleting take long, and run in the background.
 
-    buffers: two, or one while older states are here. is_missing: nothing can be kept here.
-    is_ending: the attempt ends, and somebody waits: nothing more is prepared for states that will not come.
+    buffers: two, or one while states of an earlier attempt are here. is_missing: node memory cannot be used.
+    is_ending: the attempt ends, and a rescue waits: we prepare nothing more for later states.
     """
 
     def __init__(self, nodes: NodeTopology, world: World) -> None:
@@ -34,39 +34,48 @@ class BufferPool:
         self.is_missing = nodes.memory is None
         self.is_ending = False
 
-    def free_buffer(self, uploading: SnapshotBuffer | None) -> SnapshotBuffer:
+    @property
+    def is_usable(self) -> bool:
+        """Whether a state can be written here now."""
+        return bool(self.buffers) and not self.is_missing
+
+    def free_buffer(self) -> SnapshotBuffer:
         """Return the buffer that is not being uploaded; of two, the one with the older state."""
-        return min((buffer for buffer in self.buffers if buffer is not uploading), key=lambda buffer: buffer.iter_num)
+        return min((buffer for buffer in self.buffers if not buffer.is_uploading), key=lambda buffer: buffer.iter_num)
 
     def reserve(self, layouts: dict[str, Layout]) -> None:
-        """Reserve room for two states of this rank's share; for one, while older ones are here.
+        """Reserve room for two states of this rank's share; for one, while an earlier attempt's state is here.
 
-        So there are never more than two: an older one goes as soon as the first of this attempt is whole.
+        So there are never more than two: the earlier one is deleted as soon as the first of this attempt is whole.
+
+        Raises:
+            CheckpointError, OSError: there is no room.
         """
         memory = self._nodes.memory
         assert memory
-        try:
-            if not self.buffers:  # for both: who has room for one only could lose it while it is written
-                share_bytes = sum(layout.size_bytes for layout in layouts.values())
-                memory.check_room(2 * share_bytes * self._nodes.shares)
-            for _ in range(1 if memory.holds_other_than(self._attempt) else 2 - len(self.buffers)):
-                if not (self.buffers and self.is_ending):  # one is enough for a rescue
-                    self._add(SnapshotBuffer(memory, layouts))
-        except Exception as error:  # whatever a memory file system fails with: checkpoints go on without it
-            self.give_up(error)
+        if not self.buffers:  # for both: with room for one only, we could lose it while we write over it
+            share_bytes = sum(layout.size_bytes for layout in layouts.values())
+            memory.check_room(2 * share_bytes * self._nodes.shares)
+        for _ in range(1 if memory.holds_other_than(self._attempt) else 2 - len(self.buffers)):
+            if not (self.buffers and self.is_ending):  # one is enough for a rescue
+                self._add(SnapshotBuffer(memory, layouts))
 
     def _add(self, buffer: SnapshotBuffer) -> None:
         self.buffers.append(buffer)  # first of all: it can be used
         if self._pinned:
             self._pinned.pin(list(buffer.contents().values()), lambda: not self.is_ending)
 
-    def take_all(self, name: str) -> None:
-        """Once the first state of this attempt is whole on this node, delete older ones; reserve the second buffer."""
+    def replace_older_attempts(self, name: str) -> None:
+        """Wait until a state of this attempt is whole on this node, delete older attempts', reserve the second buffer.
+
+        Raises:
+            CheckpointError, OSError: there is no room for it.
+        """
         if len(self.buffers) < 2:
-            self._drop_older_attempts(name)
+            self._delete_older_attempts(name)
             self.reserve(self.buffers[0].layouts)
 
-    def _drop_older_attempts(self, name: str) -> None:
+    def _delete_older_attempts(self, name: str) -> None:
         memory = self._nodes.memory
         assert memory
         deadline_s = time.monotonic() + _OTHERS_S
@@ -84,8 +93,8 @@ class BufferPool:
             )
         self.is_missing = True
 
-    def let_go(self, is_finished: bool) -> None:
-        """Free the buffers, but for what is being uploaded; where the run is finished, delete their files."""
+    def release(self, is_finished: bool) -> None:
+        """Unpin and drop the buffers; if the run is finished, delete their files. An upload keeps its own mapped."""
         if self._pinned:
             self._pinned.unpin()
         while self.buffers:

@@ -1,7 +1,7 @@
-"""Gpu: what a Saver has on its GPU: two streams, and the moment of the state's last change.
+"""Gpu: the Saver's two streams on its GPU, and the event of the state's last change.
 
-A collective whose peer is gone never ends on a GPU, and what is behind it in the loop's stream waits with it. So only
-the loop itself ever waits for that stream. Copies have streams of their own, and wait for nothing but the last change,
+A collective whose peer is gone never ends on a GPU, and everything behind it in the loop's stream waits with it. So
+only the loop itself ever waits for that stream. Copies have streams of their own. They wait for the last change alone,
 which was done before anything could get stuck. Knows no files and not which state it is.
 """
 
@@ -25,23 +25,23 @@ class Gpu:
     """Made by the loop's thread when the state is filled, before anything in its stream depends on another rank."""
 
     def __init__(self, device: torch.device, scaler: torch.amp.GradScaler) -> None:
-        self._device = device
+        self._device, self._live_scaler = device, scaler
         # PyTorch has 32 streams of a priority and deals them out in turns, NCCL's too: so none is made per copy, and
         # they are of the priority that NCCL does not ask for.
         self._behind = torch.cuda.Stream(device, priority=-1)  # type: ignore[no-untyped-call]
         self._for_rescues = torch.cuda.Stream(device, priority=-1)  # type: ignore[no-untyped-call]
-        self.note_change(scaler)
+        self.note_change()
 
     def wait_for_step(self) -> None:
-        """Wait until all is done that the loop has put into its stream. No wait where it has seen the results."""
+        """Wait until everything in the loop's stream is done; no wait if the loop has read the results already."""
         stream = torch.cuda.current_stream(self._device)
         if not stream.query():
             stream.synchronize()
 
-    def note_change(self, scaler: torch.amp.GradScaler) -> None:
+    def note_change(self) -> None:
         """Remember this place in the loop's stream: from here on the state does not change until the next call."""
         self._changed: torch.cuda.Event = torch.cuda.current_stream(self._device).record_event()
-        self._scaler = ScalerValues(scaler)
+        self._scaler = ScalerValues(self._live_scaler)
 
     def begin_copy(self, tensors: dict[str, Tensor], places: dict[str, memoryview]) -> torch.cuda.Event:
         """Put a copy of tensors, as they are since the last change, into a stream; return the event at its end."""

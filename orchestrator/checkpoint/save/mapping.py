@@ -1,8 +1,8 @@
-"""Files of a memory file system that are mapped, with all of their room reserved and touched.
+"""Maps files of a memory file system, with all of their pages reserved and touched.
 
-A page costs far more when it is touched first than when it is written again. Python's own ways to touch them at once
-(`mmap` with MAP_POPULATE, `mmap.madvise`) keep its lock meanwhile, 0.3 to 0.6 s for a gigabyte: no step would be
-launched in that time, and no question answered, so that this process would be taken for one that stands still.
+The first touch of a page costs far more than later ones. Python's own ways to touch all pages (`mmap` with
+MAP_POPULATE, `mmap.madvise`) hold its lock meanwhile, 0.3 to 0.6 s for a gigabyte. In that time this process would
+launch no step and answer no question, so the others would take it for one that stands still.
 """
 
 from __future__ import annotations

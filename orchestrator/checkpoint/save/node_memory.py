@@ -1,11 +1,12 @@
-"""The newest states in the memory of this node, which outlive every process on it (not the node).
+"""NodeMemory: the newest states in the memory of this node. They outlive every process on it, but not the node.
 
     <memory_dir>/nanogpt-orchestrator-<uid>/<run_id>/checkpoint_<iter_num>_<attempt>.0-of-2/state.json, *.safetensors
-                                                    /.slot-<random>/          a generation that is being written
+                                                    /.slot-<random>/          a share that is being written
+                                                    /.alive-<attempt>-<share>     locked while its process lives
 
-The ranks of a node share a state between them: what one of them holds is a share, a directory with the files and the
-format of a checkpoint in storage. It is renamed once it is whole, and a generation is whole when all its shares are
-here. Nothing of this waits for another process. Knows nothing of ranks beyond this node or of live models.
+The ranks of a node share a state between them: each keeps a share, a folder with the files and the format of a
+checkpoint in storage. A share is renamed once it is written. A state is whole once all its shares are here. Nothing
+here waits for another process. Knows nothing of ranks on other nodes or of live models.
 """
 
 from __future__ import annotations
@@ -19,13 +20,8 @@ import shutil
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
-import xxhash
-
-from orchestrator.checkpoint.save.mapping import mapped
-from orchestrator.checkpoint.store import Checkpoint, iter_num_of, parse_state, state_text
-from orchestrator.checkpoint.tensor_file import FileRecord, Layout
+from orchestrator.checkpoint.store import Checkpoint, iter_num_of, parse_state
 from orchestrator.errors import CheckpointError
 
 logger = logging.getLogger(__name__)
@@ -53,13 +49,13 @@ class NodeMemory:
         self._lock = _entered(self.path)
         self._alive: int | None = None
         self._stood_in: list[int] = []  # locks, kept until this process ends
-        for path in self.path.glob(".slot-*"):  # half-written by a process that was killed; nobody else is this early
-            _delete(path)
+        for path in self.path.glob(".slot-*"):  # half-written by a process that was killed: no rank writes this early
+            delete_tree(path)
         self._older = {path.name for path in _listed(self.path)}
         self.node_id = _written_once(self.root / ".node", os.urandom(8).hex())
 
     def generations(self) -> dict[str, dict[int, Checkpoint]]:
-        """Return the states that are whole here: name -> share -> what it holds. Damaged shares are left out."""
+        """Return the states that are whole here: name -> share -> its description. Damaged shares are left out."""
         return states_in(self.path)
 
     def is_whole(self, name: str, shares: int) -> bool:
@@ -75,13 +71,13 @@ class NodeMemory:
         return any(True for _ in self._of_others(attempt))
 
     def forget_other_than(self, attempt: str, keep: str = "") -> None:
-        """Delete the states of earlier attempts but one. What a process that was given up has open stays its own.
+        """Delete the states of earlier attempts but one. A process that still has one of them open keeps its memory.
 
-        Those that came later stay: this may be the attempt that was given up, and comes back.
+        States of later attempts stay: this may be an attempt that was given up, and comes back.
         """
         for path in self._of_others(attempt):
             if not path.name.startswith(f"{keep}."):
-                _delete(path)
+                delete_tree(path)
 
     def _of_others(self, attempt: str) -> Iterator[Path]:
         for path in _listed(self.path):
@@ -90,20 +86,20 @@ class NodeMemory:
                 yield path
 
     def hold_liveness_lock(self, attempt: str, share: int) -> None:
-        """Show that the process that keeps this share is alive: the lock is held until it signs out or ends."""
+        """Hold a file lock for this share, until it is released or the process ends: the others see that it lives."""
         for path in self.path.glob(".alive-*"):
             if not path.name.startswith(f".alive-{attempt}-"):
                 path.unlink(missing_ok=True)
         self._alive = _locked(self._alive_path(attempt, share), fcntl.LOCK_EX)
 
     def release_liveness_lock(self) -> None:
-        """Let another process of this node write this share from now on."""
+        """Release the lock: from now on another process of this node may write this share."""
         if self._alive is not None:
             os.close(self._alive)
             self._alive = None
 
     def try_stand_in(self, attempt: str, share: int) -> bool:
-        """Return whether the process that kept a share is gone, and this is the one that stands in for it."""
+        """Return whether the process that kept a share is gone, and this process now stands in for it."""
         try:
             self._stood_in.append(_locked(self._alive_path(attempt, share), fcntl.LOCK_EX | fcntl.LOCK_NB))
         except OSError:
@@ -119,21 +115,21 @@ class NodeMemory:
         return self.path / f".alive-{attempt}-{share}"
 
     def close(self, is_finished: bool) -> None:
-        """Let go of the run; when it is finished, the last to do so on this node deletes it."""
+        """Leave the run's folder; if the run is finished, the last process of this node to leave deletes it."""
         self.release_liveness_lock()
         os.close(self._lock)
         if is_finished:
             _delete_unused(self.path)
 
     def check_room(self, wanted_bytes: int) -> None:
-        """Check that this run can have so much here in all; where it cannot, what ended runs have left goes.
+        """Check that this run can have so much here in all; if it cannot, delete the states of ended runs.
 
         Raises:
             CheckpointError: it does not fit, by the file system or by the machine's memory.
         """
         missing_bytes = wanted_bytes - self._room_bytes()
         others = [path for path in _listed(self.root) if path.is_dir() and path != self.path]
-        if 0 < missing_bytes <= sum(map(_used_bytes, others)):  # else nothing is won
+        if 0 < missing_bytes <= sum(map(_used_bytes, others)):  # else to delete them would not help
             self._delete_ended_runs()
         if (room_bytes := self._room_bytes()) < wanted_bytes:
             raise CheckpointError(
@@ -153,63 +149,6 @@ class NodeMemory:
                 logger.warning("node memory was needed: the states of the ended run %s were deleted there", path.name)
 
 
-class SnapshotBuffer:
-    """BufferPool for one generation of this process's share: files that are mapped, written over and renamed.
-
-    layouts: of its files, by name.
-
-    Raises:
-        OSError: there is no room.
-    """
-
-    def __init__(self, memory: NodeMemory, layouts: dict[str, Layout]) -> None:
-        self._memory = memory
-        self._path = self._begun = memory.path / f".slot-{os.urandom(4).hex()}"
-        self.iter_num = -1  # of the generation that it holds whole, -1 for none
-        self.records: dict[str, FileRecord] = {}
-        self.layouts = layouts
-        self._path.mkdir(mode=0o700)
-        try:
-            self._maps = {file: mapped(self._path / file, layout.size_bytes) for file, layout in layouts.items()}
-        except OSError:
-            self.delete()
-            raise
-        for file, content in self._maps.items():
-            content[: len(layouts[file].header)] = layouts[file].header
-
-    def contents(self) -> dict[str, memoryview]:
-        """Return the bytes of every file."""
-        return {file: memoryview(content) for file, content in self._maps.items()}
-
-    def open(self) -> dict[str, memoryview]:
-        """Withdraw the generation that was here and return where each tensor's bytes go."""
-        self.iter_num = -1
-        if self._path != self._begun:
-            self._path.rename(self._begun)
-            self._path = self._begun
-        contents = self.contents()
-        return {
-            name: contents[file][start:end]
-            for file, layout in self.layouts.items()
-            for name, (start, end) in layout.spans.items()
-        }
-
-    def publish(self, name: str, share: int, shares: int, state: dict[str, Any]) -> None:
-        """Checksum the files, describe them and give the directory the name of the generation that it holds now."""
-        for file, content in self._maps.items():
-            self.records[file] = FileRecord(len(content), xxhash.xxh3_128(content).hexdigest())
-        records = {file: record.to_json() for file, record in self.records.items()}
-        (self._path / "state.json").write_text(state_text({**state, "files": records}))
-        target = self._memory.share_path(name, share, shares)
-        _delete(target)  # of this attempt: the same state, before it was taken again
-        self._path.rename(target)
-        self._path, self.iter_num = target, int(state["iter_num"])
-
-    def delete(self) -> None:
-        """Delete the files."""
-        _delete(self._path)
-
-
 def run_path(memory_dir: str, run_id: str) -> Path:
     """Return where a node keeps the states of a run.
 
@@ -227,7 +166,7 @@ def share_path(folder: Path, name: str, share: int, shares: int) -> Path:
 
 
 def states_in(folder: Path) -> dict[str, dict[int, Checkpoint]]:
-    """Return the states that are whole in a run's folder: name -> share -> what it holds. Makes and changes nothing."""
+    """Return the states that are whole in a run's folder: name -> share -> its description. Changes nothing."""
     found: dict[str, dict[int, Checkpoint]] = {}
     shares_of: dict[str, int] = {}
     for path in _listed(folder):
@@ -244,7 +183,7 @@ def states_in(folder: Path) -> dict[str, dict[int, Checkpoint]]:
 
 
 def spare_memory_bytes() -> int:
-    """Return the memory that this machine, or the container it is, can give and stay well."""
+    """Return the memory that this machine or container can give without coming near its limit."""
     fields = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
     total, available = (int(fields[key].split()[0]) * 1024 for key in ("MemTotal", "MemAvailable"))
     with suppress(OSError, ValueError):  # no limit, or none that is told this way
@@ -267,7 +206,7 @@ def _make_private(path: Path) -> None:
 
 
 def _entered(path: Path) -> int:
-    """Make a run's folder where it is missing; return the lock that is shared by all that use it, until they end."""
+    """Make a run's folder if it is missing; return the lock that all its processes share until they end."""
     while True:
         _make_private(path)
         with suppress(FileNotFoundError):  # somebody who needed the room has just deleted it
@@ -298,13 +237,13 @@ def _delete_unused(path: Path) -> bool:
         lock = _locked(path / _LOCK, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
         return False
-    _delete(path)
+    delete_tree(path)
     os.close(lock)
     return True
 
 
 def _written_once(path: Path, text: str) -> str:
-    """Return the content of a file, which is text if this is the process that makes it."""
+    """Return the content of a file: `text`, if this process is the one that makes it."""
     scratch = path.with_name(f"{path.name}-{os.getpid()}")
     scratch.write_text(text)
     with suppress(FileExistsError):
@@ -319,7 +258,7 @@ def _listed(path: Path) -> Iterator[Path]:
 
 
 def _used_bytes(folder: Path) -> int:
-    """Return the memory that a folder's files take, but for what another rank deletes at the same time."""
+    """Return the memory that a folder's files take, but for files that another rank deletes at the same time."""
     used_bytes = 0
     for path, _, files in os.walk(folder):
         for file in files:
@@ -328,5 +267,6 @@ def _used_bytes(folder: Path) -> int:
     return used_bytes
 
 
-def _delete(path: Path) -> None:
-    shutil.rmtree(path, ignore_errors=True)  # what is not there, or being deleted by another rank, is as good as gone
+def delete_tree(path: Path) -> None:
+    """Delete a folder; if it is not there, or another rank is deleting it, that is fine."""
+    shutil.rmtree(path, ignore_errors=True)

@@ -1,4 +1,4 @@
-"""Nodes: which ranks have a memory in common, and which part of a state each of them keeps there.
+"""NodeTopology: which ranks have a memory in common, and which share of a state each of them keeps there.
 
 Ranks that see the same folder are on one node, whatever their host names and addresses say.
 """
@@ -9,7 +9,8 @@ import logging
 from dataclasses import dataclass
 
 from orchestrator.checkpoint.save.node_memory import NodeMemory
-from orchestrator.checkpoint.save.ownership import Files, rank_of
+from orchestrator.checkpoint.save.plan import Files, holds_all, rank_of
+from orchestrator.checkpoint.tensor_slice import TensorSlice
 from orchestrator.distributed.world import World
 from orchestrator.errors import CheckpointError
 
@@ -42,12 +43,23 @@ class NodeTopology:
     def share_of(self, files: Files, share: int | None = None) -> Files:
         """Return the files of a share of this node's memory; default: those that this rank keeps there.
 
-        Its own, which it uploads from there; those of ranks elsewhere are dealt out among the ranks of the node.
+        Each rank keeps its own files, and uploads them from there. Files of ranks elsewhere are dealt out among the
+        ranks of this node, as far as these hold all of their slices.
         """
-        share = self.share if share is None else share
+        rank = self.ranks[self.share if share is None else share]
         elsewhere = sorted({rank_of(file) for file in files} - set(self.ranks))
-        mine = {self.ranks[share], *elsewhere[share :: self.shares]}
-        return {file: tensors for file, tensors in files.items() if rank_of(file) in mine}
+        return {file: slices for file, slices in files.items() if self._keeper_of(file, slices, elsewhere) == rank}
+
+    def can_write(self, files: Files, share: int) -> bool:
+        """Return whether this rank holds all slices of a share of this node's memory."""
+        return all(holds_all(slices, self.rank) for slices in self.share_of(files, share).values())
+
+    def _keeper_of(self, file: str, slices: dict[str, TensorSlice], elsewhere: list[int]) -> int | None:
+        """Return the rank of this node that keeps a file in node memory, None if no rank here holds all of it."""
+        if (owner := rank_of(file)) not in elsewhere:
+            return owner
+        holders = [rank for rank in self.ranks if holds_all(slices, rank)]
+        return holders[elsewhere.index(owner) % len(holders)] if holders else None
 
 
 def open_node_memory(world: World, memory_dir: str, run_id: str) -> NodeTopology:

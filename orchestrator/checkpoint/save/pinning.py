@@ -1,8 +1,8 @@
-"""Pinned: mapped files that are registered with CUDA, so that copies into them run at full speed and behind.
+"""Pinned: registers mapped files with CUDA, so that copies into them run at full speed and in the background.
 
-To register takes about 0.1 s for a gigabyte, in which other calls of this machine's processes may wait, and some
-kernels refuse more than two at once. So it is done in pieces that end where an address is a multiple of a gigabyte,
-and a copy must not cross such a border.
+To register a gigabyte takes about 0.1 s. Meanwhile other calls of this machine's processes may wait, and some kernels
+refuse more than two gigabytes at once. So we register pieces that end where an address is a multiple of a gigabyte. A
+copy must not cross such a border.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _LOOK_S = 0.05
 
 
 class Pinned:
-    """What is registered by one Saver, until `unpin`."""
+    """The registered memory of one Saver, until `unpin`."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
@@ -32,9 +32,9 @@ class Pinned:
         self._is_told = False
 
     def pin(self, contents: list[memoryview], goes_on: Callable[[], bool] = lambda: True) -> None:
-        """Register files, while goes_on says so; what cannot be registered is told of once, and left as it is."""
+        """Register files, while goes_on says so. If some cannot be registered, warn once and go on."""
         # A call that fails leaves its error on its thread, for the next kernel there to be blamed for: this one ends.
-        # And one that is stuck behind a collective, as calls that make memory may be, keeps only that thread.
+        # And a call that is stuck behind a collective, as calls that allocate may be, keeps only that thread.
         thread = BackgroundQueue("pinning", partial(torch.cuda.set_device, self._device))
         pinning = thread.submit(partial(self._pin, contents, goes_on))
         thread.close()

@@ -1,25 +1,34 @@
-"""When a state is taken: pure functions and values, the same on all ranks, for they decide by what all have agreed on.
+"""When a state is saved, and where. Decided from values on which all ranks have agreed, so alike on all of them.
 
-Two rhythms: a checkpoint in storage every `checkpoint_interval` iterations, and between them a state in node memory as
-often as that costs next to nothing. Training waits for neither. A checkpoint that comes due while the one before is
-still being uploaded is owed, and the first state after that pays: the newest wins.
+Two intervals: a checkpoint in storage every `checkpoint_interval` iterations, and between them a snapshot in node
+memory as often as that costs next to nothing. Training waits for neither. If a checkpoint is due while the previous
+upload is still running, we postpone it, and upload the newest state when storage is free. Knows no files and no ranks.
 """
 
 from __future__ import annotations
 
 import math
+import time
+from collections import deque
 from dataclasses import dataclass
+from statistics import median
 
-COST_FRACTION = 0.01  # of a step's time, averaged over all steps, may go into states in node memory
-_BUSY_FRACTION = 0.1  # of the time states may be copied at all: copying takes memory bandwidth from training
+import torch
+
+from orchestrator.host.machine import usable_cpus
+
+COST_FRACTION = 0.01  # of a step's time, averaged over all steps, may go into snapshots
+_BUSY_FRACTION = 0.1  # of the time snapshots may be copied at all: copying takes memory bandwidth from training
+_STEPS = 20  # of which the median counts
+_BANDWIDTH_FRACTION = 0.3  # by how much a copy on another core slows training down, which needs the same memory
 
 
 @dataclass(frozen=True)
 class SaveIntervals:
-    """What the user has asked for.
+    """The user's settings.
 
     checkpoint_interval: iterations between checkpoints in storage.
-    snapshot_interval: between states in node memory, 0 for as many as cost next to nothing.
+    snapshot_interval: between snapshots in node memory; 0 for as many as cost next to nothing.
     keep: the number of newest checkpoints that stay in storage, besides the best.
     """
 
@@ -29,10 +38,39 @@ class SaveIntervals:
 
 
 @dataclass(frozen=True)
-class Decision:
-    """What happens to the state of this iteration.
+class SaveStatus:
+    """How far a rank is with saving; merged, how far the slowest one is.
 
-    skipped: the iteration of a checkpoint that was due and will never be, for this one takes its place.
+    is_copying, is_uploading: the previous snapshot, the previous checkpoint is still on its way. A snapshot is whole
+        once every rank has published it: until then the one before must not be overwritten anywhere.
+    uploads_ended: how many there were so far, failed ones too.
+    affordable_interval: iterations between snapshots that cost next to nothing.
+    without_memory: node memory cannot be used.
+    """
+
+    is_copying: bool
+    is_uploading: bool
+    uploads_ended: int = 0
+    affordable_interval: int = 1
+    without_memory: bool = False
+
+    def to_ints(self) -> list[int]:
+        """Return integers for `World.agree`: the highest of each over all ranks is the most restrictive."""
+        busy = [int(self.is_copying), int(self.is_uploading)]
+        return [*busy, -self.uploads_ended, self.affordable_interval, int(self.without_memory)]
+
+    @classmethod
+    def from_ints(cls, highest: list[int]) -> SaveStatus:
+        """Return the merged status of all ranks from the highest of each of their integers."""
+        is_copying, is_uploading, minus_ended, interval, without_memory = highest
+        return cls(bool(is_copying), bool(is_uploading), -minus_ended, interval, bool(without_memory))
+
+
+@dataclass(frozen=True)
+class Decision:
+    """Where the state of this iteration goes.
+
+    skipped: the iteration of a postponed checkpoint that will never be saved, for this one takes its place.
     """
 
     to_memory: bool = False
@@ -42,40 +80,86 @@ class Decision:
 
 @dataclass
 class SaveScheduler:
-    """What has become of the intervals so far.
+    """Decides at every iteration.
 
-    owed: the iteration of a checkpoint that came due while storage was busy.
-    last: the iteration whose state was taken last.
+    owed: the iteration of a checkpoint that is postponed because storage was busy.
+    last: the iteration of the last snapshot.
     """
 
     intervals: SaveIntervals
     owed: int | None = None
     last: int = -1
 
-    def decide(self, iter_num: int, is_due: bool, can_copy: bool, can_upload: bool, interval: int) -> Decision:
-        """Return what to do now.
+    def decide(self, iter_num: int, is_due: bool, agreed: SaveStatus) -> Decision:
+        """Return where the state of this iteration goes.
 
-        is_due: this iteration's state should go to storage.
-        can_copy, can_upload: no rank is still copying, uploading the one before.
-        interval: what all ranks can afford between states in node memory.
+        is_due: it should go to storage. agreed: the merged status of all ranks.
         """
         skipped = None
+        interval = agreed.affordable_interval
         if is_due:
             skipped, self.owed = self.owed, iter_num
-        if self.owed is not None and can_copy and can_upload:
+        if self.owed is not None and not agreed.is_copying and not agreed.is_uploading:
             skipped = self.owed if self.owed != iter_num else skipped
             self.owed, self.last = None, iter_num
             return Decision(to_memory=True, to_storage=True, skipped=skipped)
         until_due = -iter_num % self.intervals.checkpoint_interval
         is_time = iter_num - self.last >= interval and not 0 < until_due < interval  # that one will do as well
-        if can_copy and is_time:
+        if is_time and not agreed.is_copying:
             self.last = iter_num
             return Decision(to_memory=True, skipped=skipped)
         return Decision(skipped=skipped)
 
 
+class SnapshotCost:
+    """Measures on one rank how long steps and snapshots take. processes: the ranks that share this node's cores."""
+
+    def __init__(self, device: torch.device, processes: int) -> None:
+        cores = usable_cpus()
+        self._is_on_gpu = device.type == "cuda"
+        self._has_spare_core = cores > processes * torch.get_num_threads()
+        self._steps_s: deque[float] = deque(maxlen=_STEPS)
+        self._began_s = 0.0
+        self._pause_s = self._busy_s = self._cpu_s = 0.0  # of the newest snapshot
+        self._is_measured = False
+
+    def step_begins(self) -> None:
+        """Note the beginning of a training step, which `step_ended` ends."""
+        self._began_s = time.perf_counter()
+
+    def step_ended(self) -> None:
+        """Note the end of a step; without a beginning it does not count."""
+        if self._began_s:
+            self._steps_s.append(time.perf_counter() - self._began_s)
+
+    def begins(self) -> None:
+        """Note that a snapshot begins: the pauses from here on are its cost."""
+        self._pause_s = 0.0
+
+    def paused(self, seconds: float) -> None:
+        """Add to the time that training has waited for the newest snapshot."""
+        self._pause_s += seconds
+
+    def copied(self, busy_s: float, cpu_s: float) -> None:
+        """Note how long a snapshot was copied in the background, and how much of a core's time that took."""
+        self._busy_s, self._cpu_s = busy_s, cpu_s
+        self._is_measured = True
+
+    def interval(self) -> int:
+        """Return after how many iterations the next snapshot is affordable; 1 before anything is measured."""
+        if not (self._is_measured and self._steps_s):
+            return 1
+        return affordable_interval(self._pause_s + self._taken_s(), self._busy_s, median(self._steps_s))
+
+    def _taken_s(self) -> float:
+        """Return how much time the copy in the background takes from training."""
+        if self._is_on_gpu:
+            return 0.0  # it computes elsewhere
+        return _BANDWIDTH_FRACTION * self._busy_s if self._has_spare_core else self._cpu_s
+
+
 def affordable_interval(cost_s: float, busy_s: float, step_s: float) -> int:
-    """Return after how many iterations the next state may be taken.
+    """Return after how many iterations the next snapshot is affordable.
 
     cost_s: what one takes away from training; busy_s: for how long it is copied behind; step_s: of an iteration.
     """

@@ -459,7 +459,7 @@ def test_read_nanogpt_is_not_asked_for_the_optimizer_of_an_evaluation(
         asked.append(model_only)
         return read_nanogpt(path, model_only=model_only, **options)
 
-    monkeypatch.setattr("orchestrator.checkpoint.formats.sources.read_nanogpt", noted)
+    monkeypatch.setattr("orchestrator.checkpoint.formats.weights.read_nanogpt", noted)
     config = beside(first, "evaluated", init_from=str(tmp_path / "x.pt"), eval_only=True)
     plan(config)
     train(resolve(config), World())

@@ -25,13 +25,14 @@ from model.pretrained import GPT2_SIZES
 from orchestrator.checkpoint import tensor_file as files
 from orchestrator.checkpoint.restore.restore import restore_or_initialize
 from orchestrator.checkpoint.save.node_topology import NodeTopology
-from orchestrator.checkpoint.save.ownership import owners
+from orchestrator.checkpoint.save.plan import owners
 from orchestrator.checkpoint.save.policy import SaveIntervals
 from orchestrator.checkpoint.save.saver import Saver
 from orchestrator.checkpoint.snapshot import Snapshot, tensors_equal
 from orchestrator.checkpoint.state import TrainState, capture
 from orchestrator.checkpoint.store import CheckpointStore
 from orchestrator.checkpoint.tensor_file import FileRecord, write_file
+from orchestrator.checkpoint.tensor_slice import replicate
 from orchestrator.config import TrainConfig
 from orchestrator.distributed.world import World
 from orchestrator.errors import CheckpointError, StorageError
@@ -225,7 +226,7 @@ def test_ranks_own_equal_shares(size: str, world_sizes: tuple[int, ...]) -> None
         model = dict(GPT(GPTConfig(**GPT2_SIZES[size])).named_parameters())
     state = {f"{kind}{name}": tensor for kind in ("", "exp_avg.", "exp_avg_sq.") for name, tensor in model.items()}
     for world_size in world_sizes:
-        owner = owners(state, world_size)
+        owner = owners(replicate(state, world_size), world_size)
         load = [sum(state[name].nbytes for name in state if owner[name] == rank) for rank in range(world_size)]
         assert max(load) <= 1.1 * min(load)
 

@@ -17,18 +17,17 @@ from torch import Tensor
 
 from orchestrator.checkpoint.restore import restore, staging
 from orchestrator.checkpoint.restore.init_from import scratch_args
-from orchestrator.checkpoint.restore.read_once import Source
-from orchestrator.checkpoint.restore.restore import _build
+from orchestrator.checkpoint.restore.read_plan import Source, plan_reads
 from orchestrator.checkpoint.restore.staging import Staging
 from orchestrator.checkpoint.save import gpu, pinning
 from orchestrator.checkpoint.save.background import BackgroundQueue
 from orchestrator.checkpoint.save.node_memory import NodeMemory, states_in
 from orchestrator.checkpoint.save.node_topology import NodeTopology
 from orchestrator.checkpoint.save.pinning import Pinned, address_of, between_borders
-from orchestrator.checkpoint.save.policy import SaveIntervals
+from orchestrator.checkpoint.save.policy import SaveIntervals, SaveStatus
 from orchestrator.checkpoint.save.saver import Saver
 from orchestrator.checkpoint.snapshot import tensors_equal
-from orchestrator.checkpoint.state import TrainState, capture
+from orchestrator.checkpoint.state import TrainState, build_state, capture
 from orchestrator.checkpoint.store import Checkpoint, checkpoint_name
 from orchestrator.checkpoint.tensor_file import bytes_of, read_tensors
 from orchestrator.config import TrainConfig
@@ -57,7 +56,7 @@ def start(cuda: FakeCuda, tiny: TrainConfig, memory_dir: str, tmp_path: Path) ->
     folder.mkdir()
 
     def start(scaler: torch.amp.GradScaler | None = None, is_settled: bool = True) -> Saver:
-        state = _build(tiny, scratch_args(tiny, 64), World())
+        state = build_state(tiny, scratch_args(tiny, 64), World())
         state.scaler = scaler or state.scaler
         step(state)
         state.iter_num = 7
@@ -73,12 +72,12 @@ def start(cuda: FakeCuda, tiny: TrainConfig, memory_dir: str, tmp_path: Path) ->
 
 def iterate(saver: Saver) -> None:
     """Offer the state, and change it."""
-    assert saver._state
-    saver._agreed = [0, 0, 0, 1, 0]
-    saver.offer(saver._state, None)
+    assert saver._rescuer._state
+    saver._agreed = SaveStatus(is_copying=False, is_uploading=False)
+    saver.offer(saver._rescuer._state, None)
     with saver.state_changing():
-        step(saver._state)
-        saver._state.iter_num += 1
+        step(saver._rescuer._state)
+        saver._rescuer._state.iter_num += 1
     settle(saver)
 
 
@@ -93,10 +92,10 @@ def in_a_thread(call: Callable[[], object], name: str = "rescue") -> list[object
 
 def kept(saver: Saver, iter_num: int) -> dict[str, Tensor]:
     """Read a state from node memory."""
-    assert saver._nodes.memory
+    assert saver._memory._nodes.memory
     name = checkpoint_name(iter_num, "abc")
-    (checkpoint,) = states_in(saver._nodes.memory.path)[name].values()
-    folder = saver._nodes.memory.share_path(name, 0, 1)
+    (checkpoint,) = states_in(saver._memory._nodes.memory.path)[name].values()
+    folder = saver._memory._nodes.memory.share_path(name, 0, 1)
     found = {}
     for file, record in checkpoint.files.items():
         found |= read_tensors(LocalFileSystem(), f"{folder}/{file}", record)
@@ -104,8 +103,8 @@ def kept(saver: Saver, iter_num: int) -> dict[str, Tensor]:
 
 
 def assert_kept(saver: Saver, iter_num: int) -> None:
-    assert saver._state
-    live = capture(saver._state, scaler={})
+    assert saver._rescuer._state
+    live = capture(saver._rescuer._state, scaler={})
     expected = {**live.model, **live.optimizer}
     found = kept(saver, iter_num)
     assert found.keys() == expected.keys()
@@ -154,11 +153,11 @@ def test_the_scale_of_float16_is_rescued_as_the_last_change_left_it(start: Start
     with saver.state_changing():
         scaler.scale(torch.ones(()))  # its values are on the device from here on
         scaler.update(2.0**7)
-        step(saver._state)
-        saver._state.iter_num = 8
+        step(saver._rescuer._state)
+        saver._rescuer._state.iter_num = 8
     cuda.current_stream(DEVICE).get_stuck()
     assert in_a_thread(saver.rescue) == [8]
-    (checkpoint,) = states_in(saver._nodes.memory.path)[checkpoint_name(8, "abc")].values()
+    (checkpoint,) = states_in(saver._memory._nodes.memory.path)[checkpoint_name(8, "abc")].values()
     assert checkpoint.state["scaler"] == scaler.state_dict()
     assert checkpoint.state["scaler"]["scale"] == 2.0**7
 
@@ -172,12 +171,12 @@ def test_a_state_is_offered_without_a_wait_for_its_scale(start: StartingPoint, m
         scaler.update(2.0**7)
     expected = scaler.state_dict()
     monkeypatch.setattr(scaler, "state_dict", lambda: pytest.fail("it was read"))
-    saver._agreed = [0, 0, 0, 1, 0]
-    saver.offer(saver._state, None)
+    saver._agreed = SaveStatus(is_copying=False, is_uploading=False)
+    saver.offer(saver._rescuer._state, None)
     with saver.state_changing():
         scaler.update(2.0**3)
     settle(saver)
-    (checkpoint,) = states_in(saver._nodes.memory.path)[checkpoint_name(7, "abc")].values()
+    (checkpoint,) = states_in(saver._memory._nodes.memory.path)[checkpoint_name(7, "abc")].values()
     assert checkpoint.state["scaler"] == expected
 
 
@@ -190,7 +189,7 @@ def test_a_scale_that_only_the_stuck_stream_has_made_is_not_read(start: Starting
     scaler.scale(torch.ones(()))
     scaler._scale.fill_(-1.0)
     assert in_a_thread(saver.rescue) == [7]
-    (checkpoint,) = states_in(saver._nodes.memory.path)[checkpoint_name(7, "abc")].values()
+    (checkpoint,) = states_in(saver._memory._nodes.memory.path)[checkpoint_name(7, "abc")].values()
     assert checkpoint.state["scaler"] == before
 
 
@@ -199,7 +198,7 @@ def test_a_gpu_that_does_not_answer_ends_the_rescue(
 ) -> None:
     saver = start()
     monkeypatch.setattr(gpu, "_ANSWER_S", 0.05)
-    saver._gpu._for_rescues.get_stuck()
+    saver._memory.gpu._for_rescues.get_stuck()
     with caplog.at_level(logging.WARNING):
         assert in_a_thread(saver.rescue) == [None]
     assert "the GPU has not answered" in caplog.text
@@ -220,7 +219,7 @@ def test_nothing_is_put_behind_a_change_that_does_not_come(
 def test_every_thread_chooses_its_device_before_anything_else(start: StartingPoint, cuda: FakeCuda) -> None:
     """A new thread is on the first GPU, where most calls would take memory for a context of this process."""
     saver = start()
-    saver._agreed = [0, 0, 0, 1, 0]
+    saver._agreed = SaveStatus(is_copying=False, is_uploading=False)
     saver._scheduler.owed = 7
     iterate(saver)
     in_a_thread(saver.rescue, "watchdog")
@@ -236,10 +235,10 @@ def test_every_thread_chooses_its_device_before_anything_else(start: StartingPoi
 def test_a_step_waits_on_the_host_for_the_copy_alone(start: StartingPoint, cuda: FakeCuda) -> None:
     """The loop has waited for the gradients already. And so the wait is seen, and counted."""
     saver = start()
-    saver._agreed = [0, 0, 0, 1, 0]
-    saver.offer(saver._state, None)
+    saver._agreed = SaveStatus(is_copying=False, is_uploading=False)
+    saver.offer(saver._rescuer._state, None)
     settle(saver)
-    saver._copy._done.takes = lambda: time.sleep(0.03)
+    saver._memory._copy._done.takes = lambda: time.sleep(0.03)
     cuda.set_device(0)  # whatever is current here, it is this state's device that counts
     cuda.calls.clear()
     paused_s = saver.paused_s
@@ -248,7 +247,7 @@ def test_a_step_waits_on_the_host_for_the_copy_alone(start: StartingPoint, cuda:
     assert cuda.names() == ["Stream.query", "Event.synchronize", "Event.record"]
     assert [call.what.index for call in cuda.calls] == [1, 1, 1]
     assert saver.paused_s - paused_s >= 0.03
-    assert saver._cost._pause_s >= 0.03
+    assert saver._memory.cost._pause_s >= 0.03
     cuda.calls.clear()
     with saver.state_changing():
         pass
@@ -257,8 +256,8 @@ def test_a_step_waits_on_the_host_for_the_copy_alone(start: StartingPoint, cuda:
 
 def test_a_step_is_not_begun_while_gradients_are_on_their_way(start: StartingPoint, cuda: FakeCuda) -> None:
     saver = start()
-    saver._agreed = [0, 0, 0, 1, 0]
-    saver.offer(saver._state, None)
+    saver._agreed = SaveStatus(is_copying=False, is_uploading=False)
+    saver.offer(saver._rescuer._state, None)
     settle(saver)
     cuda.current_stream(DEVICE).is_busy = True
     cuda.calls.clear()
@@ -274,7 +273,7 @@ def test_a_snapshot_is_read_behind_the_last_change(start: StartingPoint, cuda: F
     behind = [call for call in cuda.calls if call.thread == "copy of the state"]
     assert [call.name for call in behind] == ["Event.wait", "stream", "Event.record", "Event.synchronize"]
     assert len({call.what for call in behind}) == 1
-    assert saver._copy is None
+    assert saver._memory._copy is None
     assert kept(saver, 7)
 
 
@@ -303,7 +302,9 @@ def test_no_copy_lies_in_two_registrations(
     monkeypatch.setattr(torch, "frombuffer", noted)
     iterate(saver)
     monkeypatch.undo()
-    whole = {address_of(content): len(content) for slot in saver._pool.buffers for content in slot.contents().values()}
+    whole = {
+        address_of(content): len(content) for slot in saver._memory.pool.buffers for content in slot.contents().values()
+    }
     assert sum(pinned.values()) == sum(whole.values())
     assert len(pinned) > 2 * len(whole) > 0
     assert targets
@@ -347,7 +348,7 @@ def test_a_rescue_waits_for_no_pinning(start: StartingPoint, cuda: FakeCuda) -> 
     saver = start(is_settled=False)
     assert in_a_thread(saver.rescue) == [7]
     assert_kept(saver, 7)
-    assert len(saver._pool.buffers) == 1, "one is enough"
+    assert len(saver._memory.pool.buffers) == 1, "one is enough"
     is_stuck.set()
 
 
@@ -361,10 +362,10 @@ def test_no_more_is_pinned_than_is_wanted(cuda: FakeCuda, monkeypatch: pytest.Mo
 
 def refill(saver: Saver, config: TrainConfig) -> TrainState:
     """Build another state and fill it with the newest in node memory."""
-    world, store = saver._world, checkpoints_in(config.out_dir)
-    ((_, places),) = restore._in_memory(world, saver._nodes).items()
-    state = _build(replace(config, seed=2), scratch_args(config, 64), World())
-    assert restore._fill_from(state, places, world, store, model_only=False)
+    world, store = saver._rescuer._world, checkpoints_in(config.out_dir)
+    ((_, places),) = restore._in_memory(world, saver._memory._nodes).items()
+    state = build_state(replace(config, seed=2), scratch_args(config, 64), World())
+    assert restore.fill_from(state, places, world, store, model_only=False)
     return state
 
 
@@ -377,7 +378,7 @@ def test_what_is_restored_goes_through_a_stream_of_its_own(
     monkeypatch.setattr(staging, "_PIECE_BYTES", piece_bytes)
     cuda.calls.clear()
     state = refill(saver, tiny)
-    assert tensors_equal(capture(state), capture(saver._state))
+    assert tensors_equal(capture(state), capture(saver._rescuer._state))
     by_reader = [call for call in cuda.calls if call.thread.startswith("restore")]
     assert (by_reader[0].name, by_reader[0].what) == ("set_device", 1)
     (stream,) = {call.what for call in cuda.of("Stream")}
@@ -407,7 +408,8 @@ def places_of(layout: str) -> list[Source]:
     records = {f"{kind}-{i}": {"size_bytes": size, "xxh3_128": ""} for kind, size in (("m", 1), ("o", 2)) for i in "01"}
     checkpoint = Checkpoint("c", {"files": records})
     ranks = {node: tuple(i for i, its in enumerate(layout) if its == node) for node in sorted(set(layout))}
-    return [Source(f"node {node}", its, checkpoint, {}) for node, its in ranks.items()]
+    folders = dict.fromkeys(records, "folder")
+    return [Source(f"node {node}", its, checkpoint, folders) for node, its in ranks.items()]
 
 
 @pytest.mark.parametrize(
@@ -422,18 +424,18 @@ def places_of(layout: str) -> list[Source]:
 def test_where_every_node_has_the_state_one_rank_of_each_reads_it(layout: str, readers: list[set[int]]) -> None:
     places = places_of(layout)
     files = places[0].checkpoint.files
-    plan = restore._assign(files, places, {}, World(size=len(layout), device=DEVICE))
+    plan = plan_reads(files, places, {}, World(size=len(layout), device=DEVICE))
     assert [set(plan[file]) for file in sorted(files, key=lambda file: (-files[file].size_bytes, file))] == readers
     for its in plan.values():
         assert all(rank in place.ranks for rank, place in its.items())
-    on_cpus = restore._assign(files, places, {}, World(size=len(layout)))
+    on_cpus = plan_reads(files, places, {}, World(size=len(layout)))
     assert all(set(its) == set(range(len(layout))) for its in on_cpus.values())
 
 
 def test_a_file_that_one_node_lacks_is_read_by_one_for_all() -> None:
     places = places_of("001")
     refused = {"m-0": {"node 0": "is damaged"}}
-    plan = restore._assign(places[0].checkpoint.files, places, refused, World(size=3, device=DEVICE))
+    plan = plan_reads(places[0].checkpoint.files, places, refused, World(size=3, device=DEVICE))
     assert set(plan["m-0"]) == {2}
     assert all(len(plan[file]) == 2 for file in ("m-1", "o-0", "o-1"))
 

@@ -22,7 +22,8 @@ from model import GPT, GPTConfig
 from orchestrator.__main__ import main
 from orchestrator.checkpoint.formats.huggingface import write_huggingface
 from orchestrator.checkpoint.formats.nanogpt import HEAD, read_nanogpt, write_nanogpt
-from orchestrator.checkpoint.formats.sources import Kind, find_source, read_source, using
+from orchestrator.checkpoint.formats.sources import Kind, find_source
+from orchestrator.checkpoint.formats.weights import read_source, using
 from orchestrator.checkpoint.snapshot import Snapshot, tensors_equal
 from orchestrator.commands.export import ExportConfig, export
 from orchestrator.commands.inspect_run import InspectConfig, inspect

@@ -16,7 +16,8 @@ import pytest
 import torch
 
 from orchestrator.checkpoint.save import mapping
-from orchestrator.checkpoint.save.node_memory import NodeMemory, SnapshotBuffer
+from orchestrator.checkpoint.save.node_memory import NodeMemory
+from orchestrator.checkpoint.save.snapshot_buffer import SnapshotBuffer
 from orchestrator.checkpoint.tensor_file import layout_of
 
 SIZE_BYTES = 512 * 2**20

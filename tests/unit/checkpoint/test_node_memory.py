@@ -18,8 +18,9 @@ import pytest
 import torch
 
 from orchestrator.checkpoint.save import node_memory as memory_module
-from orchestrator.checkpoint.save.node_memory import NodeMemory, SnapshotBuffer, run_path, spare_memory_bytes
+from orchestrator.checkpoint.save.node_memory import NodeMemory, run_path, spare_memory_bytes
 from orchestrator.checkpoint.save.node_topology import NodeTopology, open_node_memory
+from orchestrator.checkpoint.save.snapshot_buffer import SnapshotBuffer
 from orchestrator.checkpoint.store import FORMAT_VERSION
 from orchestrator.checkpoint.tensor_file import Layout, bytes_of, layout_of, read_tensors
 from orchestrator.distributed.world import World

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import threading
 import time
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,13 +14,12 @@ import torch
 from fsspec.implementations.local import LocalFileSystem
 
 from orchestrator.checkpoint.restore.init_from import scratch_args
-from orchestrator.checkpoint.restore.restore import _build
-from orchestrator.checkpoint.save import saver
+from orchestrator.checkpoint.save import rescue, to_storage
 from orchestrator.checkpoint.save.node_memory import NodeMemory, states_in
 from orchestrator.checkpoint.save.node_topology import NodeTopology
-from orchestrator.checkpoint.save.policy import SaveIntervals
+from orchestrator.checkpoint.save.policy import SaveIntervals, SaveStatus
 from orchestrator.checkpoint.save.saver import Saver
-from orchestrator.checkpoint.state import TrainState, capture
+from orchestrator.checkpoint.state import TrainState, build_state, capture
 from orchestrator.checkpoint.store import checkpoint_name
 from orchestrator.checkpoint.tensor_file import read_tensors
 from orchestrator.config import TrainConfig
@@ -36,7 +37,7 @@ def start(tiny: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 
     def start(rank: int, iter_num: int, shares: int = 2) -> Saver:
         world = World(rank, shares, attempt=ATTEMPT)
-        state = _build(tiny, scratch_args(tiny, 64), world)
+        state = build_state(tiny, scratch_args(tiny, 64), world)
         step(state)
         state.iter_num = iter_num
         nodes = NodeTopology(NodeMemory(str(tmp_path), "run"), ("here",) * shares, rank)
@@ -56,20 +57,20 @@ def step(state: TrainState) -> None:
 
 def settle(saver: Saver) -> None:
     """Wait for what the copier has been given."""
-    assert saver._copier.last
-    saver._copier.last.result(10)
+    assert saver._memory.last
+    saver._memory.last.result(10)
 
 
 def whole(saver: Saver) -> list[str]:
     """Return the states that are whole on this node."""
-    assert saver._nodes.memory
-    return sorted(states_in(saver._nodes.memory.path))
+    assert saver._memory._nodes.memory
+    return sorted(states_in(saver._memory._nodes.memory.path))
 
 
 def end(saver: Saver) -> None:
     """The process is gone: the kernel takes its locks."""
-    assert saver._nodes.memory
-    saver._nodes.memory.release_liveness_lock()
+    assert saver._memory._nodes.memory
+    saver._memory._nodes.memory.release_liveness_lock()
 
 
 def test_ranks_of_one_iteration_write_a_share_each(start: StartingPoint) -> None:
@@ -80,7 +81,7 @@ def test_ranks_of_one_iteration_write_a_share_each(start: StartingPoint) -> None
     for thread in threads:
         thread.join(10)
     assert whole(savers[0]) == [checkpoint_name(7, ATTEMPT)]
-    assert not any(saver._nodes.memory._stood_in for saver in savers if saver._nodes.memory)
+    assert not any(saver._memory._nodes.memory._stood_in for saver in savers if saver._memory._nodes.memory)
 
 
 def test_a_survivor_writes_the_share_of_one_that_is_gone_at_once(start: StartingPoint) -> None:
@@ -113,12 +114,12 @@ def test_what_was_rescued_are_the_bits_of_the_state(start: StartingPoint) -> Non
     gone, survivor = start(0, 7), start(1, 7)
     end(gone)
     survivor.rescue()
-    assert survivor._nodes.memory
-    expected = capture(survivor._state)
-    shares = states_in(survivor._nodes.memory.path)[checkpoint_name(7, ATTEMPT)]
+    assert survivor._memory._nodes.memory
+    expected = capture(survivor._rescuer._state)
+    shares = states_in(survivor._memory._nodes.memory.path)[checkpoint_name(7, ATTEMPT)]
     found = {}
     for share, checkpoint in shares.items():
-        folder = str(survivor._nodes.memory.share_path(checkpoint.name, share, 2))
+        folder = str(survivor._memory._nodes.memory.share_path(checkpoint.name, share, 2))
         for file, record in checkpoint.files.items():
             found |= read_tensors(LocalFileSystem(), f"{folder}/{file}", record)
     assert found.keys() == {**expected.model, **expected.optimizer}.keys()
@@ -128,7 +129,7 @@ def test_what_was_rescued_are_the_bits_of_the_state(start: StartingPoint) -> Non
 def test_a_share_that_has_no_room_is_not_written(start: StartingPoint, monkeypatch: pytest.MonkeyPatch) -> None:
     gone, survivor = start(0, 7), start(1, 7)
     end(gone)
-    monkeypatch.setattr(saver, "spare_memory_bytes", lambda: 1000)
+    monkeypatch.setattr(rescue, "spare_memory_bytes", lambda: 1000)
     assert survivor.rescue() is None
     assert whole(survivor) == []
 
@@ -136,15 +137,17 @@ def test_a_share_that_has_no_room_is_not_written(start: StartingPoint, monkeypat
 def test_a_rescue_does_not_wait_for_shares_that_never_come(start: StartingPoint) -> None:
     """The copier does, before it deletes the state that this attempt began with; a peer that is gone adds none."""
     survivor = start(0, 7)
-    del survivor._pool.buffers[1:]  # as where an older state is here still
-    waiting = survivor._copier.submit(lambda: survivor._pool.take_all(checkpoint_name(6, ATTEMPT)))
+    del survivor._memory.pool.buffers[1:]  # as where an older state is here still
+    waiting = survivor._memory._copier.submit(
+        lambda: survivor._memory.pool.replace_older_attempts(checkpoint_name(6, ATTEMPT))
+    )
     with pytest.raises(TimeoutError):
         waiting.result(0.1)
     began_s = time.monotonic()
     assert survivor.rescue(stand_in_s=0) == 7
     assert time.monotonic() - began_s < 5, "it waited"
     assert waiting.done()
-    assert len(survivor._pool.buffers) == 1
+    assert len(survivor._memory.pool.buffers) == 1
     assert whole(survivor) == [checkpoint_name(7, ATTEMPT)]
 
 
@@ -168,3 +171,22 @@ def test_after_a_rescue_the_state_changes_no_more(start: StartingPoint) -> None:
     threading.Thread(target=change, daemon=True).start()
     assert not changed.wait(0.3)
     assert survivor.rescue() == 7, "asked again, it answers the same"
+
+
+def test_an_upload_that_hangs_keeps_no_live_tensor(start: StartingPoint, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run that goes back to an earlier state builds it while the upload of a later one is still on its way."""
+    rank = start(0, 100, 1)
+    is_over = threading.Event()
+    monkeypatch.setattr(to_storage, "commit", lambda *_: is_over.wait(20))
+    state = rank._rescuer._state
+    assert state
+    rank._agreed = SaveStatus(is_copying=False, is_uploading=False)
+    rank.offer(state, None)
+    rank.join()
+    settle(rank)
+    rank.close(is_finished=False)
+    moment = weakref.ref(state.optimizer.state[state.model.lm_head.weight]["exp_avg"])
+    del state
+    gc.collect()
+    assert moment() is None
+    is_over.set()

@@ -46,7 +46,7 @@ def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_old_state_is_gone_before_the_new_one_is_built(tiny: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     models: list[weakref.ref[GPT]] = []
     alive: list[bool] = []
-    build = restore._build
+    build = restore.build_state
 
     def noted(*args: Any, **options: Any) -> Any:
         alive.extend(model() is not None for model in models)
@@ -55,7 +55,7 @@ def test_the_old_state_is_gone_before_the_new_one_is_built(tiny: TrainConfig, mo
         models.append(weakref.ref(state.model))
         return state
 
-    monkeypatch.setattr(restore, "_build", noted)
+    monkeypatch.setattr(restore, "build_state", noted)
     savers: list[Saver] = []  # kept, as a worker keeps what can rescue its state
     config = resolve(replace(tiny, max_bad_steps=2, max_iters=12, lr_decay_iters=12, eval_interval=100))
     records: list[Record] = []
@@ -63,7 +63,7 @@ def test_the_old_state_is_gone_before_the_new_one_is_built(tiny: TrainConfig, mo
     assert [record.to_iter for record in records if isinstance(record, RollingBack)] == [4]
     assert len(models) == len(savers) == 2
     assert alive == [False]
-    assert savers[0]._pool.buffers == []
+    assert savers[0]._memory.pool.buffers == []
 
 
 def test_a_gpu_gives_back_what_its_allocator_keeps(tiny: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,9 +8,15 @@ from itertools import pairwise
 import pytest
 import torch
 
-from orchestrator.checkpoint.save import pace
-from orchestrator.checkpoint.save.pace import SnapshotCost
-from orchestrator.checkpoint.save.policy import Decision, SaveIntervals, SaveScheduler, affordable_interval
+from orchestrator.checkpoint.save import policy
+from orchestrator.checkpoint.save.policy import (
+    Decision,
+    SaveIntervals,
+    SaveScheduler,
+    SaveStatus,
+    SnapshotCost,
+    affordable_interval,
+)
 
 NOTHING = Decision()
 MEMORY = Decision(to_memory=True)
@@ -19,6 +25,10 @@ STORAGE = Decision(to_memory=True, to_storage=True)
 
 def paid(skipped: int) -> Decision:
     return Decision(to_memory=True, to_storage=True, skipped=skipped)
+
+
+def status(is_copying: bool, is_uploading: bool, interval: int) -> SaveStatus:
+    return SaveStatus(is_copying, is_uploading, affordable_interval=interval)
 
 
 def played(
@@ -30,7 +40,10 @@ def played(
 ) -> dict[int, Decision]:
     """Return what is decided at iterations 1, 2, ..., without those at which nothing is."""
     schedule = SaveScheduler(SaveIntervals(every))
-    decisions = {i: schedule.decide(i, i % every == 0, can_copy(i), can_upload(i), interval) for i in range(1, until)}
+    decisions = {
+        i: schedule.decide(i, i % every == 0, status(not can_copy(i), not can_upload(i), interval))
+        for i in range(1, until)
+    }
     return {i: decision for i, decision in decisions.items() if decision != NOTHING}
 
 
@@ -61,8 +74,8 @@ def test_where_states_are_dear_only_checkpoints_are_taken() -> None:
 def test_a_resumed_run_takes_a_state_at_once() -> None:
     """Of its own attempt: the one that it was resumed from may lie on another node."""
     schedule = SaveScheduler(SaveIntervals(1000))
-    assert schedule.decide(505, False, True, True, interval=50) == MEMORY
-    assert schedule.decide(506, False, True, True, interval=50) == NOTHING
+    assert schedule.decide(505, False, status(False, False, 50)) == MEMORY
+    assert schedule.decide(506, False, status(False, False, 50)) == NOTHING
 
 
 def test_what_is_due_while_storage_is_busy_is_owed_and_the_newest_state_pays() -> None:
@@ -107,7 +120,7 @@ def test_while_a_copy_hangs_nothing_is_taken() -> None:
 def test_a_checkpoint_that_was_never_due_is_not_made() -> None:
     """The state that was resumed is in storage already: the loop says that it is not due."""
     schedule = SaveScheduler(SaveIntervals(8))
-    assert schedule.decide(16, False, True, True, interval=100) == NOTHING
+    assert schedule.decide(16, False, status(False, False, 100)) == NOTHING
 
 
 @pytest.mark.parametrize(
@@ -140,12 +153,12 @@ class Clock:
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     clock = Clock()
-    monkeypatch.setattr(pace, "time", clock)
+    monkeypatch.setattr(policy, "time", clock)
     return clock
 
 
 def paced(monkeypatch: pytest.MonkeyPatch, cores: int, processes: int, device: str = "cpu") -> SnapshotCost:
-    monkeypatch.setattr(pace, "usable_cpus", lambda: cores)
+    monkeypatch.setattr(policy, "usable_cpus", lambda: cores)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
     return SnapshotCost(torch.device(device), processes)
 
@@ -204,3 +217,11 @@ def test_one_slow_step_does_not_count_but_a_lasting_change_does(clock: Clock, mo
     assert pace.interval() == 10
     take_steps(pace, clock, *[1.0] * 20)
     assert pace.interval() == 1
+
+
+def test_the_merged_status_of_all_ranks_is_the_most_restrictive_of_each() -> None:
+    ranks = [SaveStatus(True, False, 3, 5, False), SaveStatus(False, True, 2, 1, False), SaveStatus(False, False, 9, 7)]
+    highest = [max(answers) for answers in zip(*(rank.to_ints() for rank in ranks), strict=True)]
+    assert SaveStatus.from_ints(highest) == SaveStatus(True, True, uploads_ended=2, affordable_interval=7)
+    lacking = SaveStatus(False, False, without_memory=True)
+    assert SaveStatus.from_ints(lacking.to_ints()) == lacking

@@ -15,12 +15,11 @@ import torch
 from torch.nn import functional as F
 
 from model import GPT, GPTConfig, transpose_if_linear
-from model.names import parameter_shapes
-from model.pretrained import Pretrained
+from model.pretrained import Pretrained, ShapesOf
 from model.weight_files import Stored
 from orchestrator.checkpoint.formats.huggingface import write_huggingface
 from orchestrator.checkpoint.formats.nanogpt import read_nanogpt, write_nanogpt
-from orchestrator.checkpoint.save.ownership import files_of, tensor_index
+from orchestrator.checkpoint.save.plan import files_of, tensor_index, tensors_in
 from orchestrator.checkpoint.save.upload import commit, upload
 from orchestrator.checkpoint.snapshot import Snapshot, describe
 from orchestrator.checkpoint.store import FORMAT_VERSION, checkpoint_name
@@ -68,7 +67,7 @@ def save_run(out_dir: Path, snapshot: Snapshot) -> str:
     store, name = checkpoints_in(str(out_dir)), checkpoint_name(snapshot.iter_num, "local")
     files = files_of(snapshot, world_size=1)
     described = {"format_version": FORMAT_VERSION, **describe(snapshot), "environment": {}, "saved_at_s": 0.0}
-    part = upload(store, name, {file: partial(tensor_pieces, tensors) for file, tensors in files.items()}, {})
+    part = upload(store, name, {file: partial(tensor_pieces, tensors_in(slices)) for file, slices in files.items()}, {})
     assert commit(World(), store, name, part, {**described, "tensors": tensor_index(files)}, keep=9) is None
     return name
 
@@ -150,17 +149,17 @@ def test_a_name_takes_gpt2s_tokenizer_and_shows_whole_characters(monkeypatch: py
         yield from torch.tensor(snowman)[:, None, None]
 
     @contextmanager
-    def opened(name: str, _fs: object) -> Iterator[Pretrained]:
+    def opened(name: str, shapes_of: ShapesOf, _fs: object) -> Iterator[Pretrained]:
         assert name == "gpt2"
         args = {"block_size": 4, "vocab_size": 50257, "n_layer": 1, "n_head": 1, "n_embd": 2, "bias": True}
-        zeros = {name: torch.zeros(shape) for name, shape in parameter_shapes(args).items()}
+        zeros = {name: torch.zeros(shape) for name, shape in shapes_of(args).items()}
         stored = {
             name: Stored(x.t().shape, x.dtype, partial(transpose_if_linear, name, x)) for name, x in zeros.items()
         }
-        yield Pretrained(args, stored, [], {})
+        yield Pretrained(args, shapes_of(args), stored, [], {})
 
     monkeypatch.setattr(GPT, "generate_stream", stream)
-    monkeypatch.setattr("orchestrator.checkpoint.formats.sources.open_pretrained", opened)
+    monkeypatch.setattr("orchestrator.checkpoint.formats.weights.open_pretrained", opened)
     written: list[str] = []
     monkeypatch.setattr(sample_text, "print_text", lambda _, text: written.append(text))
     sample(SampleConfig("gpt2", start="<|endoftext|>", num_samples=1, device="cpu"), io.StringIO())

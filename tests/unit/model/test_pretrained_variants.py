@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from model import GPT, GPTConfig, PretrainedError, huggingface_config, open_pretrained, to_huggingface
+from model import GPT, GPTConfig, PretrainedError, huggingface_config, open_pretrained, parameter_shapes, to_huggingface
 
 SIZES = {"block_size": 12, "vocab_size": 31, "n_layer": 2, "n_head": 2, "n_embd": 16, "activation": "gelu_tanh"}
 HEAD, EMBEDDING = "lm_head.weight", "transformer.wte.weight"
@@ -49,14 +49,14 @@ def configure(folder: Path, **changes: Any) -> None:
 def assert_is(folder: Path | str, model: GPT) -> None:
     read = GPT.from_pretrained(str(folder)).state_dict()
     assert all(torch.equal(read[name], tensor) for name, tensor in model.state_dict().items())
-    with open_pretrained(str(folder)) as found:
+    with open_pretrained(str(folder), parameter_shapes) as found:
         streamed = dict(found.tensors())
     assert streamed.keys() == model.state_dict().keys() - {HEAD}
     assert all(torch.equal(tensor, read[name]) for name, tensor in streamed.items())
 
 
 def refusal(folder: Path | str) -> str:
-    with pytest.raises(PretrainedError) as caught, open_pretrained(str(folder)):
+    with pytest.raises(PretrainedError) as caught, open_pretrained(str(folder), parameter_shapes):
         pass
     return str(caught.value)
 
@@ -83,7 +83,7 @@ def test_the_tied_weight_may_have_the_heads_name_only(folder: Path, model: GPT) 
 def test_another_head_is_left_out(folder: Path, model: GPT, head: str) -> None:
     edit(folder, lambda x: x.update({head: torch.zeros(2, 16)}))
     assert_is(folder, model)
-    with open_pretrained(str(folder)) as found:
+    with open_pretrained(str(folder), parameter_shapes) as found:
         assert found.left_out == [head]
 
 
@@ -168,7 +168,10 @@ def test_tensors_of_another_model(folder: Path, change: Edit, told: str) -> None
 
 def test_an_untied_head_is_told_when_it_is_read(folder: Path) -> None:
     edit(folder, lambda x: x.update({HEAD: torch.zeros(31, 16)}))
-    with open_pretrained(str(folder)) as found, pytest.raises(PretrainedError, match=r"lm_head\.weight differs"):
+    with (
+        open_pretrained(str(folder), parameter_shapes) as found,
+        pytest.raises(PretrainedError, match=r"lm_head\.weight differs"),
+    ):
         list(found.tensors())
 
 

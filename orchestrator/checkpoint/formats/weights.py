@@ -1,0 +1,211 @@
+"""The weights of a source: read whole, one tensor at a time, or only their names and shapes. Knows no live model."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from model import PretrainedError, open_pretrained, parameter_shapes, read_pretrained_args
+from model.names import HEAD
+from model.pretrained import Pretrained
+from orchestrator.checkpoint.finite import all_finite
+from orchestrator.checkpoint.formats.nanogpt import NO_LOSS, read_nanogpt
+from orchestrator.checkpoint.formats.run_tokenizer import saved_tokenizer
+from orchestrator.checkpoint.formats.sources import Kind, Source
+from orchestrator.checkpoint.formats.stream import first_whole, mapped, outline, stream
+from orchestrator.checkpoint.snapshot import Snapshot
+from orchestrator.checkpoint.store import CheckpointStore
+from orchestrator.data.token_files import read_tokenizer
+from orchestrator.data.tokenizer_folder import read_tokenizer_folder
+from orchestrator.data.tokenizers import Tokenizer
+from orchestrator.data.vocabulary import GPT2, assumed
+from orchestrator.errors import CheckpointError, DataError
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Weights:
+    """A model that is read: what it is, and its tensors one at a time.
+
+    name: of the checkpoint, file, folder or model. snapshot: its tensors may have no content (device meta).
+    config["tokenizer"] is there where the tokenizer is known. dtypes: how the parameters are stored.
+    tensors: each of the snapshot's once, float32. Use nothing of what was made of them before the last one has come.
+    """
+
+    name: str
+    snapshot: Snapshot
+    dtypes: frozenset[torch.dtype]
+    tensors: Iterator[tuple[str, Tensor]]
+
+
+def using(source: Source, use: Callable[[Weights], T], *, model_only: bool = True) -> T:
+    """Return what `use` makes of a source's weights; of a run, a damaged checkpoint is passed over for an older one.
+
+    Raises:
+        CheckpointError: the source is missing, damaged, does not fit itself, or holds values that are not finite.
+    """
+    if source.kind is Kind.RUN:
+        store = source.store()
+        _, made = first_whole(store, source.which, lambda found: use(_of_run(store, found, model_only)))
+        return made
+    if source.kind is Kind.NANOGPT:
+        snapshot = read_nanogpt(source.where, model_only=model_only, storage_options=source.options)
+        tensors = {**snapshot.model, **snapshot.optimizer}
+        dtypes = frozenset(tensor.dtype for tensor in snapshot.model.values())
+        widened = ((name, tensor.float()) for name, tensor in tensors.items())
+        name = f"{source.where} (iteration {snapshot.iter_num})"
+        return use(Weights(name, _empty(snapshot), dtypes, all_finite(widened, source.where)))
+    with _pretrained(source) as found:
+        weights = Weights(source.where, _outline(source, found), frozenset(found.dtypes), iter(()))
+        return use(replace(weights, tensors=all_finite(_translated(found.tensors()), source.where)))
+
+
+def read_source(source: Source, *, model_only: bool = False) -> Snapshot:
+    """Return a source's state with tensors that are mapped from its files where they can be, in the file's type.
+
+    Raises:
+        CheckpointError: the source is missing, damaged or does not fit itself.
+    """
+    if source.kind is Kind.RUN:
+        store = source.store()
+        return first_whole(store, source.which, lambda found: mapped(store, found, model_only))[1]
+    if source.kind is Kind.NANOGPT:
+        return read_nanogpt(source.where, model_only=model_only, storage_options=source.options)
+    with _pretrained(source) as found:
+        named = _translate(lambda: found.state(views=True))
+        named.pop(HEAD, None)  # tied to the embedding
+        return replace(_outline(source, found), model=named)
+
+
+def look_at(source: Source, model_only: bool = False) -> Snapshot:
+    """Return a source's state without the content of its tensors; what is wrong with it is found as far as is cheap.
+
+    A ckpt.pt and a folder on this machine are read through once; of a folder elsewhere the headers are; of a run, which
+    has checksums, the list of its checkpoints; of a Hub name nothing is fetched.
+
+    Raises:
+        CheckpointError: the source is missing, does not fit itself, or holds values that are not finite.
+    """
+    if source.kind is Kind.HUB:
+        args = {"dropout": 0.0, **read_pretrained_args(source.where)}
+        return Snapshot({}, {}, (), args, 0, NO_LOSS, config={"tokenizer": GPT2})
+    if source.kind is Kind.RUN:
+        return outline(source.store().select(source.which), model_only)
+    if source.kind is Kind.NANOGPT or source.is_local:
+        return using(source, _drained, model_only=model_only)
+    with _pretrained(source) as found:
+        return _outline(source, found)
+
+
+def _drained(weights: Weights) -> Snapshot:
+    for _ in weights.tensors:
+        pass
+    return weights.snapshot
+
+
+def tokenizer_json(snapshot: Snapshot, data_dir: str) -> dict[str, Any] | None:
+    """Return a state's tokenizer as JSON: what it carries, else its dataset's, else by its size; None: not known."""
+    carried = snapshot.config.get("tokenizer")
+    if isinstance(carried, dict) and carried:
+        return {key: value for key, value in carried.items() if key != "content"}  # of a file that travels along
+    dataset = str(snapshot.config.get("dataset") or "")
+    folder = Path(data_dir, dataset)
+    if dataset and any((folder / name).is_file() for name in ("meta.json", "meta.pkl")):
+        try:
+            tokenizer = read_tokenizer(data_dir, dataset)
+        except DataError as error:
+            logger.warning("the tokens of %s are not known: %s", folder, error)
+            tokenizer = None
+        if tokenizer:
+            return tokenizer.to_json()
+    return assumed(int(snapshot.model_args["vocab_size"]))
+
+
+def tokenizer_of(source: Source, snapshot: Snapshot, data_dir: str) -> Tokenizer | None:
+    """Return the tokenizer of a source's state, None where it is not known.
+
+    Raises:
+        DataError: it is known, and its file is missing or damaged.
+    """
+    if source.kind is Kind.HUGGINGFACE:
+        return read_tokenizer_folder(source.where, source.folder.fs if source.folder else None)
+    folder = source.folder if source.kind is Kind.RUN else None
+    if saved := saved_tokenizer(snapshot.config, folder, data_dir):
+        return saved
+    found = tokenizer_json(snapshot, data_dir)
+    return saved_tokenizer({**snapshot.config, "tokenizer": found}, None, data_dir) if found else None
+
+
+def _of_run(store: CheckpointStore, checkpoint: Any, model_only: bool) -> Weights:
+    snapshot = outline(checkpoint, model_only)
+    title = f"{checkpoint.name} in {store.folder.out_dir}"
+    dtypes = frozenset(tensor.dtype for tensor in snapshot.model.values())
+    name = f"{checkpoint.name} (iteration {checkpoint.iter_num})"
+    return Weights(name, snapshot, dtypes, all_finite(stream(store, checkpoint, model_only), title))
+
+
+def _outline(source: Source, found: Pretrained) -> Snapshot:
+    """Return the state of pretrained weights, of which nothing but the headers has been read."""
+    if found.left_out:
+        logger.warning(
+            "%s: left out: %s, which is no part of a GPT-2's language model",
+            source.where,
+            ", ".join(found.left_out[:5]),
+        )
+    others = sorted(str(dtype).removeprefix("torch.") for dtype in found.dtypes - {torch.float32})
+    if others:
+        logger.info("%s: its weights are %s, they are taken as float32", source.where, ", ".join(others))
+    model = {name: torch.empty(shape, device="meta") for name, shape in found.shapes.items()}
+    return Snapshot(model, {}, (), {"dropout": 0.0, **found.args}, 0, NO_LOSS, config=_config_of(source))
+
+
+def _config_of(source: Source) -> dict[str, Any]:
+    if source.kind is Kind.HUB:
+        return {"tokenizer": GPT2}
+    try:
+        tokenizer = read_tokenizer_folder(source.where, source.folder.fs if source.folder else None)
+    except DataError as error:  # the weights may be all that is asked for
+        logger.warning("the tokens of %s are not known: %s", source.where, error)
+        tokenizer = None
+    return {"tokenizer": tokenizer.to_json()} if tokenizer else {}
+
+
+def _empty(snapshot: Snapshot) -> Snapshot:
+    """Return the state as it will be stored, without content."""
+
+    def of(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {name: torch.empty(tensor.shape, device="meta") for name, tensor in tensors.items()}
+
+    return replace(snapshot, model=of(snapshot.model), optimizer=of(snapshot.optimizer))
+
+
+@contextmanager
+def _pretrained(source: Source) -> Iterator[Pretrained]:
+    """Open pretrained weights; `model/` knows none of our errors."""
+    with ExitStack() as stack:
+        fs = source.folder.fs if source.folder else None
+        yield _translate(lambda: stack.enter_context(open_pretrained(source.where, parameter_shapes, fs)))
+
+
+def _translate(call: Callable[[], T]) -> T:
+    try:
+        return call()
+    except PretrainedError as error:
+        raise CheckpointError(str(error)) from None
+
+
+def _translated(tensors: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+    try:
+        yield from tensors
+    except PretrainedError as error:
+        raise CheckpointError(str(error)) from None
