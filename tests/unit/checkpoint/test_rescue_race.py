@@ -31,7 +31,7 @@ from orchestrator.checkpoint.tensor_file import read_tensors
 from orchestrator.distributed.world import World
 
 SHAPE = GPTConfig(block_size=2, vocab_size=3, n_layer=1, n_head=1, n_embd=2)
-ROUNDS = 30
+ROUNDS = 15
 Race = Callable[[int], tuple[int, int]]
 
 
@@ -132,7 +132,7 @@ def unlocked(_lock: StateLock) -> Iterator[None]:
 
 def test_without_the_lock_a_step_tears_the_state(race: Race, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(StateLock, "changing", unlocked)
-    assert any(is_lost(race, seed) for seed in range(10 * ROUNDS))
+    assert any(is_lost(race, seed) for seed in range(20 * ROUNDS))
 
 
 def test_without_the_lock_a_rescue_takes_the_buffer_of_a_copy(race: Race, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -145,7 +145,7 @@ def test_without_the_lock_a_rescue_takes_the_buffer_of_a_copy(race: Race, monkey
         return buffer
 
     monkeypatch.setattr(BufferPool, "free_buffer", hesitate)
-    assert any(is_lost(race, seed) for seed in range(10 * ROUNDS))
+    assert any(is_lost(race, seed) for seed in range(20 * ROUNDS))
 
 
 def is_lost(race: Race, seed: int) -> bool:
