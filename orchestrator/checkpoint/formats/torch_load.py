@@ -196,7 +196,7 @@ def _refusal(path: Path, source: str, error: Exception) -> CheckpointError:
     is_ours = isinstance(error, _NotPlainError)
     wanted = str(error) if is_ours else f"it asks for {asked[1]}" if asked else "its pickle does more than that"
     with suppress(*_PARSER_ERRORS):  # then the message names no key
-        wanted = next("{} is of {}".format(*found) for found in _unknown(_Outline(path).load(), ""))
+        wanted = next(("{} is of {}".format(*found) for found in _unknown(_Outline(path).load(), "")), wanted)
     return CheckpointError(
         f"{source} holds more than tensors and plain values, and nothing is run from a checkpoint: {wanted}; "
         "load it where you trust it, and save model, optimizer and plain values only"

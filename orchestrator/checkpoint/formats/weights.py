@@ -35,11 +35,12 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Weights:
-    """A model that is read: what it is, and its tensors one at a time.
+    """A model while it is read, one tensor at a time.
 
-    name: of the checkpoint, file, folder or model. snapshot: its tensors may have no content (device meta).
-    config["tokenizer"] is there where the tokenizer is known. dtypes: how the parameters are stored.
-    tensors: each of the snapshot's once, float32. Use nothing of what was made of them before the last one has come.
+    name: of the checkpoint, file, folder or model. snapshot: its tensors may have no content (device meta); its config
+    has a "tokenizer" if that is known. dtypes: how the parameters are stored.
+    tensors: each of the snapshot's once, float32. Whether they are right is known after the last one: deliver nothing
+    before.
     """
 
     name: str
@@ -49,7 +50,7 @@ class Weights:
 
 
 def using(source: Source, use: Callable[[Weights], T], *, model_only: bool = True) -> T:
-    """Return what `use` makes of a source's weights; of a run, a damaged checkpoint is passed over for an older one.
+    """Call `use` with a source's weights, and return its value. If a run's checkpoint is damaged, use an older one.
 
     Raises:
         CheckpointError: the source is missing, damaged, does not fit itself, or holds values that are not finite.
@@ -88,10 +89,10 @@ def read_source(source: Source, *, model_only: bool = False) -> Snapshot:
 
 
 def look_at(source: Source, model_only: bool = False) -> Snapshot:
-    """Return a source's state without the content of its tensors; what is wrong with it is found as far as is cheap.
+    """Return a source's state without the content of its tensors, and find faults as far as that is cheap.
 
-    A ckpt.pt and a folder on this machine are read through once; of a folder elsewhere the headers are; of a run, which
-    has checksums, the list of its checkpoints; of a Hub name nothing is fetched.
+    A ckpt.pt or a folder on this machine is read through once. Of a folder elsewhere only the headers are read, of a
+    run, which has checksums, only the list of its checkpoints. Of a Hub name nothing is fetched.
 
     Raises:
         CheckpointError: the source is missing, does not fit itself, or holds values that are not finite.
@@ -114,7 +115,7 @@ def _drained(weights: Weights) -> Snapshot:
 
 
 def tokenizer_json(snapshot: Snapshot, data_dir: str) -> dict[str, Any] | None:
-    """Return a state's tokenizer as JSON: what it carries, else its dataset's, else by its size; None: not known."""
+    """Return a state's tokenizer as JSON: its own, else its dataset's, else a guess by its size; None if unknown."""
     carried = snapshot.config.get("tokenizer")
     if isinstance(carried, dict) and carried:
         return {key: value for key, value in carried.items() if key != "content"}  # of a file that travels along
@@ -155,7 +156,7 @@ def _of_run(store: CheckpointStore, checkpoint: Any, model_only: bool) -> Weight
 
 
 def _outline(source: Source, found: Pretrained) -> Snapshot:
-    """Return the state of pretrained weights, of which nothing but the headers has been read."""
+    """Return the state of pretrained weights whose headers alone have been read."""
     if found.left_out:
         logger.warning(
             "%s: left out: %s, which is no part of a GPT-2's language model",

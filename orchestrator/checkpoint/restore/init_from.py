@@ -1,6 +1,7 @@
-"""What a new run starts from: init_from and out_dir, looked at before anything is started, read when it is.
+"""The start of a run: the driver checks init_from and out_dir with it, and ranks read the initial state.
 
-The driver calls `check_start`, those ranks that read call `read_initial_state`. Knows nothing of ranks.
+The driver calls `check_start` before anything is started or overwritten. The ranks that read call `read_initial_state`.
+Knows nothing of ranks.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ class StartingPoint:
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """What a dataset says of its tokens: how many (None: GPT-2's), and its tokenizer as JSON, None where unknown."""
+    """A dataset's tokens. size: how many, None for GPT-2's. tokenizer: as JSON, None if unknown."""
 
     size: int | None = None
     tokenizer: dict[str, Any] | None = None
@@ -99,7 +100,7 @@ def check_unfinished(config: TrainConfig, iter_num: int, name: str) -> None:
 
 
 def told_finished(config: TrainConfig, store: CheckpointStore) -> str:
-    """Return what is said of a run that has nothing left to do, nothing where it has.
+    """Return the message for a run that has nothing left to do, "" if it has iterations to go.
 
     Raises:
         ConfigError, CheckpointError: out_dir holds another run than the settings describe, or cannot be read.
@@ -164,7 +165,7 @@ def _check_same_beginning(config: TrainConfig, began: dict[str, Any], remedy: st
 
 
 def check_fits(config: TrainConfig, where: str, found: Snapshot, data: Vocabulary | None) -> None:
-    """Check that a new run can begin with a state that was found elsewhere; where: what messages call that.
+    """Check that a new run can begin with a state from elsewhere; where: the name of its source in messages.
 
     Raises:
         ConfigError: it has fewer positions than block_size, or is past max_iters already.
@@ -215,9 +216,10 @@ def source_of(config: TrainConfig, folder: RunFolder | None = None) -> Source:
 
 
 def source_identity(config: TrainConfig) -> str | None:
-    """Return a name for where a run's start lies, None where this node has none.
+    """Return a name for the source of a run's initial state, None if this node does not have it.
 
-    All who see the same have one name for it: the path or URL of what lies in storage, at the Hub or on a file server.
+    All nodes that see the same source have the same name for it: its path or URL, in storage, at the Hub or on a file
+    server.
     """
     source = f"{config.out_dir.rstrip('/')}/ckpt.pt" if config.init_from == "resume" else config.init_from
     if source in GPT2_NAMES or not is_on_disk(source):
@@ -238,7 +240,7 @@ def read_initial_state(config: TrainConfig, folder: RunFolder | None = None) -> 
 
 
 def _as_begun(config: TrainConfig, found: Snapshot) -> Snapshot:
-    """Return the state with which a new run begins: what only the run meant that it comes from is left out."""
+    """Return the state with which a new run begins, without the values that are about the run it comes from."""
     if not config.init_weights_only:
         return replace(found, guard={}, val_loss=None)
     return Snapshot(found.model, {}, (), found.model_args, 0, NO_LOSS, config=found.config)

@@ -71,7 +71,7 @@ class BufferPool:
         Raises:
             CheckpointError, OSError: there is no room for it.
         """
-        if len(self.buffers) < 2:
+        if len(self.buffers) < 2 and not self.is_missing:  # else this state was not written
             self._delete_older_attempts(name)
             self.reserve(self.buffers[0].layouts)
 

@@ -31,7 +31,7 @@ from orchestrator.checkpoint.tensor_file import read_tensors
 from orchestrator.distributed.world import World
 
 SHAPE = GPTConfig(block_size=2, vocab_size=3, n_layer=1, n_head=1, n_embd=2)
-ROUNDS = 30
+ROUNDS = 15
 Race = Callable[[int], tuple[int, int]]
 
 
@@ -61,14 +61,17 @@ def step(state: TrainState) -> None:
             time.sleep(0)  # now the other thread
 
 
-def iterate(saver: Saver, state: TrainState, is_over: threading.Event) -> None:
+def iterate(saver: Saver, state: TrainState, is_over: threading.Event, errors: list[Exception]) -> None:
     """Train as the loop does, until it is over."""
-    while not is_over.is_set():
-        saver.apply(saver.request())
-        saver.offer(state, None)
-        with saver.state_changing():
-            if not is_over.is_set():
-                step(state)
+    try:
+        while not is_over.is_set():
+            saver.apply(saver.request())
+            saver.offer(state, None)
+            with saver.state_changing():
+                if not is_over.is_set():
+                    step(state)
+    except Exception as error:
+        errors.append(error)
 
 
 def values_in(folder: str, checkpoint: Checkpoint) -> set[float]:
@@ -87,8 +90,13 @@ def race(tmp_path: Path) -> Race:
     def race(seed: int) -> tuple[int, int]:
         saver, state, memory, store = training(tmp_path / str(seed))
         is_over = threading.Event()
-        loop = threading.Thread(target=iterate, args=(saver, state, is_over), daemon=True)
+        errors: list[Exception] = []
+        loop = threading.Thread(target=iterate, args=(saver, state, is_over, errors), daemon=True)
         loop.start()
+        while (
+            seed % 2 and loop.is_alive() and not saver._storage._uploader.last
+        ):  # every other time, an upload has begun
+            time.sleep(0)
         time.sleep(random.Random(seed).uniform(0.0, 0.01))
         rescued = saver.rescue()
         is_over.set()
@@ -102,6 +110,7 @@ def race(tmp_path: Path) -> Race:
             if saver._lock._lock.locked():  # for good: let the thread end
                 saver._lock._lock.release()
             loop.join(10)
+        assert not errors
         saver._storage.wait()
         uploaded = list(store.newest_first())
         for checkpoint in uploaded:
@@ -132,7 +141,7 @@ def unlocked(_lock: StateLock) -> Iterator[None]:
 
 def test_without_the_lock_a_step_tears_the_state(race: Race, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(StateLock, "changing", unlocked)
-    assert any(is_lost(race, seed) for seed in range(10 * ROUNDS))
+    assert any(is_lost(race, seed) for seed in range(20 * ROUNDS))
 
 
 def test_without_the_lock_a_rescue_takes_the_buffer_of_a_copy(race: Race, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -145,7 +154,7 @@ def test_without_the_lock_a_rescue_takes_the_buffer_of_a_copy(race: Race, monkey
         return buffer
 
     monkeypatch.setattr(BufferPool, "free_buffer", hesitate)
-    assert any(is_lost(race, seed) for seed in range(10 * ROUNDS))
+    assert any(is_lost(race, seed) for seed in range(20 * ROUNDS))
 
 
 def is_lost(race: Race, seed: int) -> bool:
