@@ -40,7 +40,7 @@ class PeerLossGuard:
             heard, self._signals = socket.socketpair()
             self._signals.setblocking(False)
             signal.set_wakeup_fd(self._signals.fileno(), warn_on_full_buffer=False)
-            threading.Thread(target=self._listen, args=(heard,), name="vigil", daemon=True).start()
+            threading.Thread(target=self._listen, args=(heard,), name="peer loss guard", daemon=True).start()
         return self
 
     def __exit__(
