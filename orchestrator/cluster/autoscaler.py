@@ -24,6 +24,8 @@ from ray._raylet import (  # type: ignore[attr-defined]
 from ray.core.generated.autoscaler_pb2 import GetClusterStatusReply
 from ray.util import placement_group, remove_placement_group
 
+from orchestrator.cluster.ray_calls import RAY_CALL_ERRORS
+
 logger = logging.getLogger(__name__)
 
 _ANSWER_S = 10.0
@@ -88,7 +90,7 @@ def version() -> int:
         report = told.get("autoscaler_report") or {}
         types = [*report.get("active_nodes", {}), *report.get("pending_launches", {})]
         return int(any(not name.startswith(_MIRRORED) for name in types))
-    except Exception as error:  # another version of Ray
+    except (*RAY_CALL_ERRORS, ValueError) as error:  # no answer, or none that can be read
         logger.info("whether there is an autoscaler is not known: %s: %s", type(error).__name__, error)
         return 0
 
@@ -110,6 +112,6 @@ def _status() -> GetClusterStatusReply | None:
     try:
         answer = GcsClient(address=ray.get_runtime_context().gcs_address).get_cluster_status(timeout_s=_ANSWER_S)
         return GetClusterStatusReply.FromString(answer)
-    except Exception as error:  # a moment's silence, or another version of Ray
+    except (*RAY_CALL_ERRORS, ValueError) as error:  # as above
         logger.info("the autoscaler's state is not known: %s: %s", type(error).__name__, error)
         return None

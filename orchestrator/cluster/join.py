@@ -107,7 +107,7 @@ def _join(address: str) -> None:
             f"RAY_ADDRESS={address}: no Ray cluster answers there ({last_line(error)}); "
             "give a running one's host:port, or unset RAY_ADDRESS to train on this machine"
         ) from None
-    except Exception as error:  # other versions of Ray or Python than here, other keys, ...
+    except Exception as error:  # other versions, other keys, ...: Ray raises bare Exceptions here
         told = f"{last_line(error)}{variables.given()}"
         raise ConfigError(f"RAY_ADDRESS={address}: the Ray cluster there cannot be joined: {told}") from None
 
@@ -149,7 +149,7 @@ def _start_cluster() -> None:
             _temp_dir=folder,
         )
         logging.getLogger("ray").setLevel(logging.ERROR)
-    except BaseException as error:  # of all kinds, a signal's too
+    except BaseException as error:  # of all kinds, a signal's too: no process may stay behind
         for child in psutil.Process().children(recursive=True):
             if child not in before:
                 with suppress(psutil.NoSuchProcess):

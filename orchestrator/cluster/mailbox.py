@@ -22,6 +22,8 @@ _POST_INTERVAL_S = 1.0
 _ANSWER_S = 5.0
 _KEPT_RECORDS = 10_000
 
+LOSS_IS_SEEN = "loss_is_seen"  # the kind of a record that is for the driver alone
+
 
 class _Mailbox:
     def __init__(self) -> None:
@@ -84,13 +86,17 @@ class MailboxWriter:
     def __init__(self, mailbox: Any) -> None:
         self._mailbox = mailbox
 
+    def post(self, record: Record) -> None:
+        """Post a record."""
+        self._mailbox.post.remote([record])
+
     def note(self, text: str, level: str = "INFO") -> None:
         """Post a line for the user."""
-        self._mailbox.post.remote([{"kind": "note", "level": level, "text": text}])
+        self.post({"kind": "note", "level": level, "text": text})
 
     def emit(self, kind: str, **values: Any) -> None:
         """Post an event, which the driver keeps."""
-        self._mailbox.post.remote([{"event": {"kind": kind, "time": time.time(), **values}}])
+        self.post({"event": {"kind": kind, "time": time.time(), **values}})
 
 
 class MailboxClient:

@@ -11,6 +11,7 @@ import ray
 from ray._private.state import state as cluster
 from ray._raylet import RAY_NODE_ID_KEY  # type: ignore[attr-defined]
 
+from orchestrator.cluster.ray_calls import RAY_CALL_ERRORS
 from orchestrator.cluster.reachability import unreachable_nodes
 from orchestrator.cluster.room import Resources, used_by_others, workers_that_fit
 from orchestrator.controller.cordon import CORDON
@@ -67,7 +68,7 @@ def wait_for_places(num_workers: int, each: Resources) -> None:
     A placement group that is asked for before that is looked at again at Ray's next tick only, up to a second later.
     """
     deadline_s = time.monotonic() + _FREE_AGAIN_S
-    with suppress(ray.exceptions.RayError, OSError, RuntimeError):  # a silent head: whoever asks it next will say so
+    with suppress(*RAY_CALL_ERRORS):  # a silent head: whoever asks it next will say so
         while time.monotonic() < deadline_s:
             free = ray.available_resources()
             if all(free.get(resource, 0.0) >= num_workers * amount for resource, amount in each.items()):

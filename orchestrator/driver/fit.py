@@ -12,8 +12,10 @@ from typing import Any
 import ray
 from ray._private.state import state as cluster
 
-from orchestrator.cluster.mailbox import MailboxReader
+from orchestrator.cluster.mailbox import LOSS_IS_SEEN, MailboxReader
+from orchestrator.cluster.ray_calls import RAY_CALL_ERRORS
 from orchestrator.driver.driver import Driver
+from orchestrator.driver.ray_output import RayOutput
 from orchestrator.driver.trainer import Trainer
 from orchestrator.host.signals import STOP_SIGNALS
 from orchestrator.telemetry.display import Display
@@ -66,8 +68,11 @@ def _pass_on(records: list[Record], driver: Driver, display: Display) -> None:
         if "event" in record:
             event = record["event"]
             driver.journal.tell(**event)
-            if event["kind"] == "failure" and event["cause"] != Cause.USER_ERROR:
-                driver.ray_output.expect_loss()
+            if event["kind"] == "failure":
+                _sort_by_cause(driver.ray_output, event["cause"])
+            continue
+        if record["kind"] == LOSS_IS_SEEN:
+            driver.ray_output.expect_loss()
             continue
         if record["kind"] == "begin":
             driver.ray_output.end_loss()
@@ -76,6 +81,13 @@ def _pass_on(records: list[Record], driver: Driver, display: Display) -> None:
     driver.ray_output.pass_on()
     if path := driver.ray_output.log_file_to_tell():
         display.show(_note(f"Ray's own words about lost workers are in {path}"))
+
+
+def _sort_by_cause(output: RayOutput, cause: str) -> None:
+    if cause == Cause.USER_ERROR:  # its traceback is for the user
+        output.show_everything()
+    else:
+        output.expect_loss()
 
 
 def _note(text: str) -> Record:
@@ -91,7 +103,7 @@ def _ended_with_us(fit_thread: threading.Thread) -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt:
-        with suppress(ray.exceptions.RayError, AttributeError, KeyError):
+        with suppress(*RAY_CALL_ERRORS, AttributeError, KeyError):
             core_worker = ray._private.worker.global_worker.core_worker
             for actor_id, actor in cluster.actor_table(None, core_worker.get_current_job_id(), "ALIVE").items():
                 if actor["ActorClassName"].endswith("TrainController"):

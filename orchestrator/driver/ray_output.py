@@ -24,8 +24,8 @@ from ray._private import worker as ray_worker
 from orchestrator.telemetry.display import until_nobody_reads
 
 LOG_FILE = "ray.log"
-_HOLD_S = 2.0  # in which the controller has noticed a lost worker, and the driver has heard of it
-_LATE_S = 7.0  # Ray holds repeated lines back for 5 s, so some come after the next attempt has begun
+_HOLD_S = 5.0  # in which the controller has noticed a lost worker, and the driver has heard of it
+_LATE_S = 10.0  # Ray holds repeated lines back for 5 s, so some come after the next attempt has begun
 _KEPT = 1000  # pieces of output, to be shown after all if the run is given up
 
 Batch = dict[str, Any]

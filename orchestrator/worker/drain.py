@@ -1,8 +1,8 @@
 """Draining: how Ray and this run tell each other that a node is about to be taken away.
 
 Ray Train tells every worker of a drained node. Its public call for that is a barrier of all ranks, too dear for every
-iteration; the loop agrees by a vote that it takes anyway, so what is read here is this process's own copy, which is not
-public. Nor is the call by which a node is drained: it is what the hidden command `ray drain-node` does.
+iteration. The loop's ranks agree in every iteration anyway, so we read this process's own copy, which is not public.
+Nor is the call that drains a node: the hidden command `ray drain-node` makes the same one.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from ray._raylet import GcsClient  # type: ignore[attr-defined]
 from ray.core.generated.autoscaler_pb2 import DrainNodeReason
 from ray.train.v2._internal.execution.context import get_train_context
 
+from orchestrator.cluster.ray_calls import RAY_CALL_ERRORS
 from orchestrator.cluster.room import fit_on_node
 from orchestrator.worker.notices import Notice
 
@@ -36,19 +37,19 @@ def leave(told: Notice, workers_here: int) -> None:
 
     Where the cloud only recommends to leave, the run stays unless other nodes have room for the workers_here.
     """
-    if not told.is_certain and _room_elsewhere() < workers_here:
-        logger.warning("%s; no other node has room, so training stays", told.text)
-        return
-    logger.warning("%s: leaving this node", told.text)
-    context = ray.get_runtime_context()
-    reason = DrainNodeReason.Value("DRAIN_NODE_REASON_PREEMPTION")
-    deadline_ms = int(1000 * told.deadline_s) if told.deadline_s else 0
     try:
+        if not told.is_certain and _room_elsewhere() < workers_here:
+            logger.warning("%s; no other node has room, so training stays", told.text)
+            return
+        logger.warning("%s: leaving this node", told.text)
+        context = ray.get_runtime_context()
+        reason = DrainNodeReason.Value("DRAIN_NODE_REASON_PREEMPTION")
+        deadline_ms = int(1000 * told.deadline_s) if told.deadline_s else 0
         client = GcsClient(address=context.gcs_address)
         is_accepted, why_not = client.drain_node(context.get_node_id(), reason, told.text, deadline_ms)
         if not is_accepted:
             logger.warning("Ray does not drain this node: %s", why_not)
-    except Exception as error:  # another version of Ray, or no way to the head: the node is lost without notice then
+    except RAY_CALL_ERRORS as error:  # no way to the head: the node is lost without notice then
         logger.warning("this node could not be drained: %s: %s", type(error).__name__, error)
 
 

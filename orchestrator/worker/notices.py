@@ -25,6 +25,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
+from http.client import HTTPException
 from pathlib import Path
 from typing import Any, Protocol
 from urllib.parse import urlsplit
@@ -42,6 +43,11 @@ _ANSWER_S = 1.0
 _ANSWER_BYTES = 64 * 1024
 _POLL_S, _SLOW_POLL_S = 2.0, 10.0  # the latter while the service does not answer; the shortest notice is 30 s
 _PATIENCE = 5  # failures in a row, then it is asked less often: one that passes must not cost a notice
+# no connection, no HTTP, no JSON, JSON of another shape or too deep, times out of range
+NO_ANSWER = (
+    *(OSError, HTTPException, ValueError, LookupError, TypeError, AttributeError),
+    *(RecursionError, ArithmeticError),
+)
 
 
 @dataclass(frozen=True)
@@ -65,7 +71,7 @@ class Cloud(Protocol):
         """Return what is announced now.
 
         Raises:
-            Exception: the service does not answer, or not as documented.
+            NO_ANSWER: the service does not answer, or not as documented.
         """
 
 
@@ -239,7 +245,7 @@ class Watcher:
     def _read(self) -> Notice | None:
         try:
             notice = self._cloud.read()
-        except Exception as error:  # no connection, or an answer of any shape: this thread must outlive it
+        except NO_ANSWER as error:
             if not self._failures:
                 reason = f"{type(error).__name__}: {error}"
                 logger.warning(
@@ -253,5 +259,5 @@ class Watcher:
     def _tell(self, notice: Notice) -> None:
         try:
             self._on_notice(notice)
-        except Exception as error:  # a certain notice may follow, and has to be heard
+        except (OSError, RuntimeError) as error:  # a certain notice may follow, and must get through
             logger.warning("%s; nothing could be done about it: %s: %s", notice.text, type(error).__name__, error)

@@ -39,7 +39,7 @@ def _cordon(monkeypatch: pytest.MonkeyPatch) -> None:
 def monitor_of(told: list[dict[str, Any]], is_new: bool, number: int = 1) -> AttemptMonitor:
     mailbox = SimpleNamespace(post=SimpleNamespace(remote=told.extend))
     found = AttemptMonitor(mailbox, Budgets(max_failures=8, max_preemptions=-1, refill_iters=10), None, is_new)
-    found._number = number
+    found._report.number = number
     found._placement.start_group({"CPU": 1.0, "GPU": 1.0})
     return found
 
