@@ -38,7 +38,7 @@ class StoppedError(Exception):
 def cluster_of(no_data: DataError | None) -> Iterator[bool]:
     """Join the cluster that this process is in, or start one here and end it afterwards.
 
-    Lends whether the cluster is left then: not where the caller has joined it before.
+    Lends whether we leave the cluster at the end: not if the caller has joined it before.
 
     Raises:
         DataError: no_data, where this machine would be the whole cluster.
@@ -108,8 +108,8 @@ def _join(address: str) -> None:
             "give a running one's host:port, or unset RAY_ADDRESS to train on this machine"
         ) from None
     except Exception as error:  # other versions, other keys, ...: Ray raises bare Exceptions here
-        told = f"{last_line(error)}{variables.given()}"
-        raise ConfigError(f"RAY_ADDRESS={address}: the Ray cluster there cannot be joined: {told}") from None
+        text = f"{last_line(error)}{variables.given()}"
+        raise ConfigError(f"RAY_ADDRESS={address}: the Ray cluster there cannot be joined: {text}") from None
 
 
 def _knock(address: str) -> None:
@@ -145,7 +145,7 @@ def _start_cluster() -> None:
             num_cpus=usable_cpus(),
             include_dashboard=False,
             object_store_memory=_LOCAL_OBJECT_STORE_BYTES,
-            logging_level=logging.CRITICAL,  # it is told below
+            logging_level=logging.CRITICAL,  # the error is raised below
             _temp_dir=folder,
         )
         logging.getLogger("ray").setLevel(logging.ERROR)
@@ -156,8 +156,8 @@ def _start_cluster() -> None:
                     child.kill()
         if not isinstance(error, Exception):
             raise
-        told = f"{type(error).__name__}: {last_line(error)}{variables.given()}"
-        raise ConfigError(f"Ray could not be started on this machine: {told}") from None
+        text = f"{type(error).__name__}: {last_line(error)}{variables.given()}"
+        raise ConfigError(f"Ray could not be started on this machine: {text}") from None
 
 
 def _leave() -> None:

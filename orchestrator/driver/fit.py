@@ -63,11 +63,11 @@ def fit(driver: Driver, trainer: Trainer, mailbox: Any) -> FitResult:
 
 
 def _pass_on(records: list[Record], driver: Driver, display: Display) -> None:
-    """Show what the workers posted, keep what the monitor has told, and sort Ray's own words by it."""
+    """Show what the workers posted, keep the monitor's events, and sort Ray's own words by it."""
     for record in records:
         if "event" in record:
             event = record["event"]
-            driver.journal.tell(**event)
+            driver.journal.emit(**event)
             if event["kind"] == "failure":
                 _sort_by_cause(driver.ray_output, event["cause"])
             continue

@@ -50,7 +50,7 @@ from orchestrator.storage.options import redacted
 from orchestrator.telemetry.display import quiet
 from orchestrator.telemetry.format import stopped_line
 from orchestrator.training.attempt import Outcome
-from orchestrator.worker.environment import tell_what_is_passed_on
+from orchestrator.worker.environment import log_passed_variables
 from orchestrator.worker.job import Job
 from orchestrator.worker.run import run_worker
 
@@ -125,7 +125,7 @@ def _train_through_losses(driver: Driver) -> dict[str, Any]:
         except ClusterLostError as lost:
             raise RunLostError(str(lost)) from None
         except ControllerLostError as lost:
-            driver.journal.tell("failure", cause="controller_lost", text=str(lost))
+            driver.journal.emit("failure", cause="controller_lost", text=str(lost))
             driver.ray_output.show_everything()
             driver.is_first_try = False
             losses = losses + 1 if time.monotonic() - began_s < _LONG_S else 1
@@ -149,7 +149,7 @@ def _train_on_ray(driver: Driver) -> dict[str, Any]:
         may_wait = not driver.is_first_try or bool(os.environ.get(variables.RESUBMITTED))
         try:
             gpus_per_worker = wait_for_room(
-                config, may_wait, driver.stop, lambda: driver.journal.tell("attempt_waiting")
+                config, may_wait, driver.stop, lambda: driver.journal.emit("attempt_waiting")
             )
         except StoppedError:
             raise InterruptedRunError("stopped while waiting for machines, nothing was begun") from None
@@ -160,7 +160,7 @@ def _train_on_ray(driver: Driver) -> dict[str, Any]:
         driver.ray_output.log_to(_log_folder(driver) / LOG_FILE)
         logger.info("%s", plan.start.summary)
         if driver.is_first_try:
-            tell_what_is_passed_on(os.environ)
+            log_passed_variables(os.environ)
         job = Job.of(config, **ids, cwd=str(Path.cwd()), mailbox=open_mailbox())
         each = {"CPU": config.cpus_per_worker} | ({"GPU": gpus_per_worker} if gpus_per_worker else {})
         is_new = not may_wait and plan.start.iter_num == 0
@@ -233,6 +233,6 @@ def _outcome(value: dict[str, Any], config: TrainConfig) -> Outcome:
         raise UserError(value["error"])
     outcome = Outcome(**value)
     if outcome.stopped:
-        told = stopped_line(outcome.iter_num, config.max_iters, config.out_dir, eval_only=config.eval_only)
-        raise InterruptedRunError(told)
+        text = stopped_line(outcome.iter_num, config.max_iters, config.out_dir, eval_only=config.eval_only)
+        raise InterruptedRunError(text)
     return outcome

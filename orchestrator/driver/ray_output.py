@@ -1,4 +1,4 @@
-"""Ray's own words: what Ray's processes print on the driver's screen, and what goes to a log file instead.
+"""Ray's own words: lines of Ray's processes go to the driver's screen, or to a log file instead.
 
 When a worker is lost, Ray and the lost worker's peers print pages. We expect the loss and say it in a few lines of our
 own, so their pages go to `ray.log`. They stay on the screen where nobody expects them: the run failed by a bug in the
@@ -24,7 +24,7 @@ from ray._private import worker as ray_worker
 from orchestrator.telemetry.display import until_nobody_reads
 
 LOG_FILE = "ray.log"
-_HOLD_S = 5.0  # in which the controller has noticed a lost worker, and the driver has heard of it
+_HOLD_S = 5.0  # in which the controller has noticed a lost worker, and the driver knows of it
 _LATE_S = 10.0  # Ray holds repeated lines back for 5 s, so some come after the next attempt has begun
 _KEPT = 1000  # pieces of output, to be shown after all if the run is given up
 
@@ -47,7 +47,7 @@ class RayOutput:
         self._logged: deque[_Piece] = deque(maxlen=_KEPT)  # of this loss
         self._quiet_until_s = -math.inf
         self._path: Path | None = None
-        self._has_logged = self._has_told = False
+        self._has_logged = self._has_told = self._is_closed = False
 
     def log_to(self, path: Path) -> None:
         """Choose the log file. It is not made before there is something to write."""
@@ -55,7 +55,7 @@ class RayOutput:
 
     def write(self, batch: Batch, *rest: Any) -> None:
         """Take some lines of one of Ray's processes; in place of Ray's function."""
-        if batch.get("is_err") or batch.get("pid") == "raylet":
+        if not self._is_closed and (batch.get("is_err") or batch.get("pid") == "raylet"):
             with self._lock:
                 self._held.append(_Piece(self._clock(), batch, rest))
         else:  # a print() in the user's code
@@ -83,15 +83,21 @@ class RayOutput:
                 due.append(self._held.popleft())
         if is_quiet:
             self._log(due)
-        else:
-            self._show_all(due)
+            return
+        self._logged.clear()
+        self._show_all(due)
 
     def show_everything(self) -> None:
         """Show what was said about the last loss, too: nobody expects what comes now."""
-        self.pass_on()
-        self._show_all(list(self._logged))
-        self._logged.clear()
+        logged = list(self._logged)
         self._quiet_until_s = -math.inf
+        self._show_all(logged)
+        self.pass_on(hold_s=0.0)
+
+    def close(self) -> None:
+        """Show or log what is still held, and hold nothing from now on."""
+        self._is_closed = True
+        self.pass_on(hold_s=0.0)
 
     def log_file_to_tell(self) -> Path | None:
         """Return the log file's path once, as soon as something is in it."""
@@ -133,4 +139,4 @@ def ray_output() -> Iterator[RayOutput]:
         yield output
     finally:
         ray_worker.print_worker_logs = rays_own
-        output.pass_on(hold_s=0.0)
+        output.close()

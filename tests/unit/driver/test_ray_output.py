@@ -80,9 +80,10 @@ def test_all_is_shown_after_all_where_nobody_expected_the_end(screen: Screen) ->
     screen.output.expect_loss()
     screen.prints("Traceback")
     assert screen.after(5.0) == []
-    screen.output.show_everything()
     screen.prints("more of it")
-    assert screen.after(6.0) == ["Traceback", "more of it"]
+    screen.output.show_everything()
+    screen.prints("the rest")
+    assert screen.after(6.0) == ["Traceback", "more of it", "the rest"]
 
 
 def test_a_log_that_cannot_be_written_ends_nothing(tmp_path: Path) -> None:
