@@ -29,6 +29,7 @@ os.environ.update(RAY_AUTH_MODE="disabled", RAY_USAGE_STATS_ENABLED="0", OMP_NUM
 os.environ.setdefault("RAY_API_SERVER_ADDRESS", "http://127.0.0.1:9")
 
 from orchestrator.config import TrainConfig
+from orchestrator.worker.job import Job
 
 _SMALL = {"object_store_memory": 80 * 2**20}
 
@@ -61,13 +62,13 @@ class Strike:
         os.kill(os.getpid(), signal.SIGSTOP if self.kind == "hang" else signal.SIGKILL)
 
 
-def worker_with(strike: Strike | None, timed: str | None = None) -> Callable[[dict[str, Any]], dict[str, Any]]:
+def worker_with(strike: Strike | None, timed: str | None = None) -> Callable[[Job], dict[str, Any]]:
     """Return what Ray runs on each rank of ours: the worker, with the strike armed.
 
     timed: a file for the seconds that rank 0 spends in our calls besides training.
     """
 
-    def worker(job: dict[str, Any]) -> dict[str, Any]:
+    def worker(job: Job) -> dict[str, Any]:
         import ray.train
 
         from benchmarks.goodput import Timed

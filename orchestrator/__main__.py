@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import logging
 import os
-import select
 import shlex
 import shutil
 import sys
@@ -19,6 +18,7 @@ from orchestrator import __version__
 from orchestrator.config import TrainConfig, check, parse
 from orchestrator.driver.resubmit import LOST
 from orchestrator.errors import ConfigError, FinishedRunError, UserError, nearest
+from orchestrator.host.streams import has_lost_its_reader
 from orchestrator.storage.options import StorageSettings, redacted
 from orchestrator.storage.paths import with_paths
 
@@ -221,7 +221,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stdout.flush()
         return code
     except BrokenPipeError:
-        if not _has_lost_its_reader(sys.stdout.fileno()):  # it is another pipe, or a connection
+        if not has_lost_its_reader(sys.stdout.fileno()):  # it is another pipe, or a connection
             raise
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python complains when it flushes
         return 0
@@ -245,13 +245,6 @@ def _run(words: list[str]) -> int:
         return COMMANDS[words[0]](words[1:])
     except SystemExit as end:  # tyro's: 0 after --help, 2 after a wrong flag
         return int(end.code or 0)
-
-
-def _has_lost_its_reader(pipe: int) -> bool:
-    """Return whether what we print goes to a program that has ended, as `head` does when it has enough."""
-    poll = select.poll()
-    poll.register(pipe, 0)
-    return any(event & select.POLLERR for _, event in poll.poll(0))
 
 
 if __name__ == "__main__":

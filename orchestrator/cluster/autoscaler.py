@@ -1,9 +1,9 @@
-"""Autoscaler: whoever starts machines for the cluster is asked for room, and whether there can ever be so much.
+"""Autoscaler: we ask it for room, and find out whether it can ever bring so much.
 
-Room is asked for as Ray Train will, by a placement group, which is public. What the autoscaler (v2, which `ray up` and
-KubeRay start) says to that is not: of Ray 2.60 nothing public tells which machines it may start, and the configuration
-that `get_cluster_config` would return is reported by no autoscaler that is open. What is read here is what `ray status`
-shows, and which requests the autoscaler holds for impossible. It stands here alone, and a test pins it.
+We ask as Ray Train will, by a placement group, which is public. The answer of the autoscaler (v2, which `ray up` and
+KubeRay start) is not: nothing public in Ray 2.60 tells which machines it may start, and no open autoscaler reports the
+configuration that `get_cluster_config` would return. So we read the state behind `ray status`, with the requests that
+the autoscaler holds for impossible. A test pins it.
 """
 
 from __future__ import annotations
@@ -23,6 +23,8 @@ from ray._raylet import (  # type: ignore[attr-defined]
 )
 from ray.core.generated.autoscaler_pb2 import GetClusterStatusReply
 from ray.util import placement_group, remove_placement_group
+
+from orchestrator.cluster.ray_calls import RAY_CALL_ERRORS
 
 logger = logging.getLogger(__name__)
 
@@ -84,32 +86,32 @@ def version() -> int:
         )
         if flag == b"1":
             return 2
-        told = json.loads(client.internal_kv_get(DEBUG_AUTOSCALING_STATUS.encode(), None, _ANSWER_S) or b"{}")
-        report = told.get("autoscaler_report") or {}
+        status = json.loads(client.internal_kv_get(DEBUG_AUTOSCALING_STATUS.encode(), None, _ANSWER_S) or b"{}")
+        report = status.get("autoscaler_report") or {}
         types = [*report.get("active_nodes", {}), *report.get("pending_launches", {})]
         return int(any(not name.startswith(_MIRRORED) for name in types))
-    except Exception as error:  # another version of Ray
+    except (*RAY_CALL_ERRORS, ValueError) as error:  # no answer, or none that can be read
         logger.info("whether there is an autoscaler is not known: %s: %s", type(error).__name__, error)
         return 0
 
 
 def doing() -> str:
-    """Return what the autoscaler is doing about machines that are missing, "" for nothing that is known."""
+    """Return the autoscaler's efforts about missing machines, as text; "" if none are known."""
     status = _status()
     if status is None:
         return ""
     state = status.autoscaling_state
     starting = sum(request.count for request in state.pending_instance_requests) + len(state.pending_instances)
     failed = max(state.failed_instance_requests, key=lambda request: request.failed_ts, default=None)
-    words = [f"the autoscaler is starting {starting}"] if starting else []
-    words += [f"it could not start {failed.ray_node_type_name}: {failed.reason}"] if failed else []
-    return ", ".join(words)
+    parts = [f"the autoscaler is starting {starting}"] if starting else []
+    parts += [f"it could not start {failed.ray_node_type_name}: {failed.reason}"] if failed else []
+    return ", ".join(parts)
 
 
 def _status() -> GetClusterStatusReply | None:
     try:
         answer = GcsClient(address=ray.get_runtime_context().gcs_address).get_cluster_status(timeout_s=_ANSWER_S)
         return GetClusterStatusReply.FromString(answer)
-    except Exception as error:  # a moment's silence, or another version of Ray
+    except (*RAY_CALL_ERRORS, ValueError) as error:  # as above
         logger.info("the autoscaler's state is not known: %s: %s", type(error).__name__, error)
         return None

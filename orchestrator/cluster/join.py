@@ -9,6 +9,7 @@ import socket
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from pathlib import Path
 
 import psutil
 import ray
@@ -17,10 +18,10 @@ from ray._private.grpc_utils import init_grpc_channel
 from orchestrator.cluster import variables
 from orchestrator.errors import ConfigError, DataError
 from orchestrator.host.machine import usable_cpus
+from orchestrator.host.signals import STOP_SIGNALS
 
 logger = logging.getLogger(__name__)
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)  # that ask a driver to stop
 _KNOCK_TIMEOUT_S = 10.0
 _LOCAL_OBJECT_STORE_BYTES = 100 * 2**20  # nothing of ours passes through Ray's object store
 
@@ -37,7 +38,7 @@ class StoppedError(Exception):
 def cluster_of(no_data: DataError | None) -> Iterator[bool]:
     """Join the cluster that this process is in, or start one here and end it afterwards.
 
-    Lends whether the cluster is left then: not where the caller has joined it before.
+    Lends whether we leave the cluster at the end: not if the caller has joined it before.
 
     Raises:
         DataError: no_data, where this machine would be the whole cluster.
@@ -73,8 +74,8 @@ def _signals_kept() -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    caught = {number: signal.getsignal(number) for number in SIGNALS}
-    held_back = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS[1:])
+    caught = {number: signal.getsignal(number) for number in STOP_SIGNALS}
+    held_back = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS[1:])
     try:
         yield
     except SystemExit:
@@ -103,12 +104,12 @@ def _join(address: str) -> None:
         if os.environ.get(variables.RESUBMITTED):  # it has answered before
             raise ClusterLostError(f"RAY_ADDRESS={address}: the cluster does not answer") from None
         raise ConfigError(
-            f"RAY_ADDRESS={address}: no Ray cluster answers there ({first_line(error)}); "
+            f"RAY_ADDRESS={address}: no Ray cluster answers there ({last_line(error)}); "
             "give a running one's host:port, or unset RAY_ADDRESS to train on this machine"
         ) from None
-    except Exception as error:  # other versions of Ray or Python than here, other keys, ...
-        told = f"{first_line(error)}{variables.given()}"
-        raise ConfigError(f"RAY_ADDRESS={address}: the Ray cluster there cannot be joined: {told}") from None
+    except Exception as error:  # other versions, other keys, ...: Ray raises bare Exceptions here
+        text = f"{last_line(error)}{variables.given()}"
+        raise ConfigError(f"RAY_ADDRESS={address}: the Ray cluster there cannot be joined: {text}") from None
 
 
 def _knock(address: str) -> None:
@@ -144,19 +145,19 @@ def _start_cluster() -> None:
             num_cpus=usable_cpus(),
             include_dashboard=False,
             object_store_memory=_LOCAL_OBJECT_STORE_BYTES,
-            logging_level=logging.CRITICAL,  # it is told below
+            logging_level=logging.CRITICAL,  # the error is raised below
             _temp_dir=folder,
         )
         logging.getLogger("ray").setLevel(logging.ERROR)
-    except BaseException as error:  # of all kinds, a signal's too
+    except BaseException as error:  # of all kinds, a signal's too: no process may stay behind
         for child in psutil.Process().children(recursive=True):
             if child not in before:
                 with suppress(psutil.NoSuchProcess):
                     child.kill()
         if not isinstance(error, Exception):
             raise
-        told = f"{type(error).__name__}: {first_line(error)}{variables.given()}"
-        raise ConfigError(f"Ray could not be started on this machine: {told}") from None
+        text = f"{type(error).__name__}: {last_line(error)}{variables.given()}"
+        raise ConfigError(f"Ray could not be started on this machine: {text}") from None
 
 
 def _leave() -> None:
@@ -179,6 +180,11 @@ def _leave() -> None:
             child.kill()
 
 
-def first_line(error: BaseException) -> str:
+def logs_folder() -> Path:
+    """Return the folder of this machine's logs of the cluster's Ray processes, after `cluster_of` has joined it."""
+    return Path(ray._private.worker._global_node.get_logs_dir_path())
+
+
+def last_line(error: BaseException) -> str:
     """Return an error's last line, which says what went wrong."""
     return (str(error).strip() or type(error).__name__).splitlines()[-1]

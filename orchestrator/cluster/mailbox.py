@@ -1,7 +1,7 @@
-"""Mailbox: where the workers of a run post what the driver shows, and where it answers that they should stop.
+"""Mailbox: the workers of a run post records there for the driver, and learn there that they should stop.
 
-One small actor beside the driver. Posting never fails a run: what is lost here is only display, the metrics are in the
-run's folder. Nor does training wait for it: a call of Ray's takes milliseconds, so a thread makes them.
+One small actor beside the driver. Posting never fails a run: the mailbox is for display, the metrics are in the run's
+folder. Nor does training wait for it: a call of Ray's takes milliseconds, so a thread makes them.
 """
 
 from __future__ import annotations
@@ -22,6 +22,8 @@ _POST_INTERVAL_S = 1.0
 _ANSWER_S = 5.0
 _KEPT_RECORDS = 10_000
 
+LOSS_IS_SEEN = "loss_is_seen"  # the kind of a record that is for the driver alone
+
 
 class _Mailbox:
     def __init__(self) -> None:
@@ -38,9 +40,9 @@ class _Mailbox:
         self._drop(len(self._records) - _KEPT_RECORDS)
         return self._stopping
 
-    def take(self, stop: bool, heard: int) -> tuple[int, list[Record]]:
+    def take(self, stop: bool, seen: int) -> tuple[int, list[Record]]:
         self._stopping = self._stopping or stop
-        self._drop(heard - self._gone)
+        self._drop(seen - self._gone)
         return self._gone, list(self._records)
 
     def _drop(self, count: int) -> None:
@@ -59,12 +61,12 @@ class MailboxReader:
     """The driver's side of the mailbox. What was posted stays there until it has arrived: answers may come late."""
 
     def __init__(self, mailbox: Any) -> None:
-        self._mailbox, self._heard, self._is_lost = mailbox, 0, False
+        self._mailbox, self._seen, self._is_lost = mailbox, 0, False
 
     def take(self, stop: bool) -> list[Record]:
         """Return what was posted since the last call; stop tells the workers to save and leave."""
         try:
-            gone, records = ray.get(self._mailbox.take.remote(stop, self._heard), timeout=2 * _ANSWER_S)
+            gone, records = ray.get(self._mailbox.take.remote(stop, self._seen), timeout=2 * _ANSWER_S)
         except ray.exceptions.GetTimeoutError:
             return []
         except ray.exceptions.RayError as error:
@@ -73,19 +75,28 @@ class MailboxReader:
             self._is_lost = True
             return []
         self._is_lost = False
-        new = records[max(0, self._heard - gone) :]
-        self._heard = gone + len(records)
+        new = records[max(0, self._seen - gone) :]
+        self._seen = gone + len(records)
         return list(new)
 
 
-def note_on(mailbox: Any, text: str, level: str = "INFO") -> None:
-    """Post a line for the user."""
-    mailbox.post.remote([{"kind": "note", "level": level, "text": text}])
+class MailboxWriter:
+    """The side of Ray's controller, for which a call of some milliseconds is no matter."""
 
+    def __init__(self, mailbox: Any) -> None:
+        self._mailbox = mailbox
 
-def tell_on(mailbox: Any, kind: str, **values: Any) -> None:
-    """Post an event, which the driver keeps."""
-    mailbox.post.remote([{"event": {"kind": kind, "time": time.time(), **values}}])
+    def post(self, record: Record) -> None:
+        """Post a record."""
+        self._mailbox.post.remote([record])
+
+    def note(self, text: str, level: str = "INFO") -> None:
+        """Post a line for the user."""
+        self.post({"kind": "note", "level": level, "text": text})
+
+    def emit(self, kind: str, **values: Any) -> None:
+        """Post an event, which the driver keeps."""
+        self.post({"event": {"kind": kind, "time": time.time(), **values}})
 
 
 class MailboxClient:

@@ -1,4 +1,4 @@
-"""Reach: which nodes answer. Asked of the operating system, which knows at once where Ray waits for missed heartbeats.
+"""Reachability: which nodes answer. The operating system knows at once; Ray waits for missed heartbeats.
 
 A connection to a node's raylet is accepted by the kernel there, however busy the node is. It is refused when the raylet
 has ended, and not answered at all when the node is off or its link is cut. Knows no Ray but the form of `ray.nodes()`.
@@ -31,7 +31,7 @@ def unreachable_nodes(nodes: list[dict[str, Any]], answer_s: float = _ANSWER_S) 
 
 
 def answers_at(host: str, port: int, answer_s: float = _ANSWER_S) -> bool:
-    """Return whether somebody listens there."""
+    """Return whether anybody listens there."""
     try:
         socket.create_connection((host, port), timeout=answer_s).close()
     except OSError:
@@ -40,7 +40,7 @@ def answers_at(host: str, port: int, answer_s: float = _ANSWER_S) -> bool:
 
 
 class ReachabilityMonitor:
-    """A thread that looks whether the nodes of a group answer; on_silence is told, once each, of those that do not."""
+    """A thread that watches whether the nodes of a group answer; calls on_silence once for each that does not."""
 
     def __init__(
         self,
@@ -52,19 +52,19 @@ class ReachabilityMonitor:
         self._nodes, self._on_silence = nodes, on_silence
         self._silence_s, self._every_s = silence_s, every_s
         self._closed = threading.Event()
-        threading.Thread(target=self._watch, name="lookout", daemon=True).start()
+        threading.Thread(target=self._watch, name="reachability", daemon=True).start()
 
     def close(self) -> None:
-        """Stop looking."""
+        """Stop watching."""
         self._closed.set()
 
     def _watch(self) -> None:
         since_s: dict[str, float] = {}
-        told: set[str] = set()
+        reported: set[str] = set()
         while not self._closed.wait(self._every_s):
             silent = unreachable_nodes(self._nodes)
             since_s = {node: since_s.get(node, time.monotonic()) for node in silent}
             for node, began_s in since_s.items():
-                if time.monotonic() - began_s >= self._silence_s - _ANSWER_S and node not in told:
-                    told.add(node)
+                if time.monotonic() - began_s >= self._silence_s - _ANSWER_S and node not in reported:
+                    reported.add(node)
                     self._on_silence(node)

@@ -1,7 +1,7 @@
-"""What the environment tells Ray: which cluster, which folder, which version of Ray Train. Read before Ray is imported.
+"""Variables that Ray reads: which cluster, which folder, which version of Ray Train. Read before Ray is imported.
 
-People's shells hold what they set for other programs, or long ago. It is understood here, or refused in a line. Must
-not import Ray.
+Your shell may hold values that you set for other programs, or long ago. We understand them, or refuse them in a line.
+Must not import Ray.
 """
 
 from __future__ import annotations

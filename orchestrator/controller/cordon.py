@@ -1,6 +1,6 @@
-"""Bench: nodes whose GPUs have failed, and which workers are kept off while other nodes have room for them.
+"""Cordon: nodes whose GPUs have failed. Workers are kept off them while other nodes have room.
 
-Half an hour at most: a driver that was being updated, or a machine that was restarted, is as good as any. Knows no Ray.
+Half an hour at most: after an update of its driver, or a restart, a machine is as good as any other. Knows no Ray.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ _LONGEST_S = 1800.0
 
 
 class Cordon:
-    """Node ids, each until it has sat there for longest_s; clock: seconds that only grow."""
+    """Node ids, each for longest_s; clock: seconds that only grow."""
 
     def __init__(self, longest_s: float = _LONGEST_S, clock: Callable[[], float] = time.monotonic) -> None:
         self._longest_s, self._clock = longest_s, clock
@@ -20,24 +20,24 @@ class Cordon:
 
     def put(self, node_id: str) -> None:
         """Keep workers off a node from now on."""
-        self._since_s.pop(node_id, None)  # the one that was put there last stands last
+        self._since_s.pop(node_id, None)  # the newest one stands last
         self._since_s[node_id] = self._clock()
 
     def has_any(self) -> bool:
-        """Return whether any node was ever put there."""
+        """Return whether any node was ever cordoned."""
         return bool(self._since_s)
 
     def kept_off(self, wanted: int, room_without: Callable[[set[str]], int]) -> set[str]:
-        """Return the nodes to keep off, so that there is room for the wanted number of workers, as far as ever.
+        """Return the nodes to keep workers off, so that as many as wanted still find room if that is possible.
 
-        room_without: how many workers fit on the nodes that are not in a set. The one that has sat longest is used
-        first.
+        room_without: returns how many workers fit on the nodes outside a set. If there is too little room, the node
+            that was cordoned first is used first.
         """
         now_s = self._clock()
-        sitting = [node for node, since_s in self._since_s.items() if now_s - since_s < self._longest_s]
-        while sitting and room_without(set(sitting)) < wanted:
-            sitting = sitting[1:]
-        return set(sitting)
+        cordoned = [node for node, since_s in self._since_s.items() if now_s - since_s < self._longest_s]
+        while cordoned and room_without(set(cordoned)) < wanted:
+            cordoned = cordoned[1:]
+        return set(cordoned)
 
 
 CORDON = Cordon()  # of the controller's process: its attempts add to it, its scaling policy reads it

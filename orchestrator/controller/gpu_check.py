@@ -1,4 +1,4 @@
-"""GPU check: before a group of workers makes its process group, each of them looks whether it can use its GPU.
+"""GPU check: before a group makes its process group, each of its workers tries whether it can use its GPU.
 
 Without it NCCL fails inside Ray's own part of the start, which Ray takes for a failure of its controller.
 """
@@ -32,24 +32,24 @@ def _answer(answer: Any) -> str:
 
 
 class GpuCheck(WorkerGroupCallback):  # type: ignore[misc]
-    """One for all attempts. It stands behind Ray's own callbacks, which first tell workers which GPUs are there.
+    """One for all attempts. It comes after Ray's own callbacks, which first give the workers their GPUs.
 
-    ask: what each worker is asked, which returns why it cannot use its GPU, "" where it can.
+    ask: runs on each worker; returns why that cannot use its GPU, "" where it can.
     """
 
     def __init__(self, monitor: AttemptMonitor, ask: Callable[[], str] = fault_of_worker) -> None:
         self._monitor, self._ask = monitor, ask
 
     def before_init_train_context(self, workers: list[Any]) -> dict[str, list[Any]]:
-        """Have all workers look, and refuse the group if one cannot use its GPU.
+        """Ask all workers, and refuse the group if one cannot use its GPU.
 
         Raises:
             ControllerError: as the monitor decides.
         """
         asked = {worker.execute_async(self._ask): rank for rank, worker in enumerate(workers)}
         answered, mute = ray.wait(list(asked), num_returns=len(asked), timeout=_ANSWER_S)
-        told = {asked[answer]: _answer(answer) for answer in answered}
-        told |= {asked[answer]: f"CUDA did not answer within {_ANSWER_S:.0f} s" for answer in mute}
-        if faults := {rank: fault for rank, fault in sorted(told.items()) if fault}:
+        answers = {asked[answer]: _answer(answer) for answer in answered}
+        answers |= {asked[answer]: f"CUDA did not answer within {_ANSWER_S:.0f} s" for answer in mute}
+        if faults := {rank: fault for rank, fault in sorted(answers.items()) if fault}:
             self._monitor.refuse(workers, faults)
         return {}

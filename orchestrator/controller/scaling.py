@@ -23,7 +23,7 @@ from ray.train.v2._internal.execution.scaling_policy import (
     ScalingDecision,
 )
 
-from orchestrator.cluster.mailbox import note_on, tell_on
+from orchestrator.cluster.mailbox import MailboxWriter
 from orchestrator.cluster.reachability import unreachable_nodes
 from orchestrator.cluster.room import Resources, used_by_others, workers_that_fit
 from orchestrator.controller.cordon import CORDON
@@ -52,7 +52,7 @@ class LiveNodesPolicy(ElasticScalingPolicy):  # type: ignore[misc]
 
     def __init__(self, scaling_config: ScalingConfig, mailbox: Any) -> None:
         super().__init__(scaling_config)
-        self._mailbox = mailbox
+        self._writer = MailboxWriter(mailbox)
         self._used_by_others: dict[str, Resources] | None = None
         self._decided_s: float | None = None
         self._cost_s = 0.0  # of the last start of a group
@@ -94,7 +94,7 @@ class LiveNodesPolicy(ElasticScalingPolicy):  # type: ignore[misc]
         if room <= worker_group_state.num_workers:  # a group that is well is never made smaller
             return NoopDecision()
         was = worker_group_state.num_workers
-        note_on(self._mailbox, f"room for {room} workers: going on with them instead of {was}")
+        self._writer.note(f"room for {room} workers: going on with them instead of {was}")
         self._decided_s = time.monotonic()
         return ResizeDecision(num_workers=room, resources_per_worker=each)
 
@@ -114,8 +114,8 @@ class LiveNodesPolicy(ElasticScalingPolicy):  # type: ignore[misc]
         if now_s - self._told_s >= _TELL_EVERY_S:
             self._told_s = now_s
             least = self.scaling_config.min_workers
-            tell_on(self._mailbox, "attempt_waiting", room=room, least=least)
-            note_on(self._mailbox, f"waiting for machines: there is room for {room} of at least {least} workers")
+            self._writer.emit("attempt_waiting", room=room, least=least)
+            self._writer.note(f"waiting for machines: there is room for {room} of at least {least} workers")
 
 
 class UnscaledLiveNodesPolicy(WithoutAutoscaler, LiveNodesPolicy):

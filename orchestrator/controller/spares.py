@@ -1,12 +1,12 @@
-"""Warm processes: on every node one for each worker, that has imported what it needs before Ray Train asks for it.
+"""Warm spares: on every node a process for each worker that has imported torch before Ray Train asks for it.
 
-    a run begins     the nodes start those of its first workers while Ray Train's own parts still start
+    a run begins     the nodes start the processes of its first workers while Ray Train itself still starts
     it is under way  the nodes start spares, for the attempt after this one
 
-Starting Python and importing torch are most of what a start takes. Ray gives an actor an idle process of its pool if
+To start Python and to import torch takes most of the time of a start. Ray gives an actor an idle process of its pool if
 that has the same runtime environment, to the letter. There is no public call for it: `PrestartWorkers` of the raylet
-and the variable that names a start-up hook are Ray's own. They are used here alone, a test pins the version that they
-were read in, and where they fail attempts start cold, as without them.
+and the variable that names a start-up hook are Ray's own. We use them here alone, and a test pins the version that they
+were read in. Where they fail, attempts start cold.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ from ray.train.v2._internal.constants import (
     get_env_vars_to_propagate,
 )
 
+from orchestrator.cluster.ray_calls import RAY_CALL_ERRORS
 from orchestrator.cluster.room import fit_on_node
 from orchestrator.worker.environment import variables_of
 
@@ -72,7 +73,7 @@ def prestart_first(num_workers: int, each: dict[str, float]) -> None:
     try:
         nodes = ray.nodes()
         _ask(nodes, first_places(num_workers, nodes, each), first_environment(), _KEEP_FIRST_S)
-    except Exception as error:  # another version of Ray, a node that has just gone: they start cold
+    except (*RAY_CALL_ERRORS, KeyError) as error:  # a node has just gone: they start cold
         logger.info("workers start cold: %s: %s", type(error).__name__, error)
 
 
@@ -87,7 +88,7 @@ def prestart(worker_group: Any, each: dict[str, float]) -> None:
         nodes = ray.nodes()
         _ask(nodes, wanted(Counter(worker.metadata.node_id for worker in workers), nodes, each), environment)
         _ask(nodes, {ray.get_runtime_context().get_node_id(): _ATTENDANTS}, _environment())
-    except Exception as error:  # as above: the next attempt starts cold
+    except (*RAY_CALL_ERRORS, KeyError) as error:  # as above: the next attempt starts cold
         logger.info("no warm spares: %s: %s", type(error).__name__, error)
 
 

@@ -1,7 +1,8 @@
-"""What happens to a driver's attempts: kept in events.jsonl in the run's folder, and summed up.
+"""Journal: the events of a driver's attempts, kept in events.jsonl in the run's folder and summed up.
 
-On an object store, where metrics are uploaded now and then, what an attempt has told last may be gone with its rank 0.
-The driver has heard it, and keeps it once the next attempt begins: what is there already is the same, line by line.
+On an object store rank 0 uploads metrics now and then, so an attempt's last ones may be gone with it. The driver has
+received them too, and stores them when the next attempt begins. Records that are there already are the same, line by
+line.
 """
 
 from __future__ import annotations
@@ -27,9 +28,9 @@ _RECENT = 10_000  # records
 
 
 class Journal:
-    """One driver's; without a log (an evaluation writes nothing) they are only summed up.
+    """Of one driver; without a log (an evaluation writes nothing) the events are only summed up.
 
-    metrics: where to keep the last metrics of an attempt that ended, where it may not have done so itself.
+    metrics: stores the last metrics of an attempt that has ended, where it may not have done so itself.
     """
 
     def __init__(self, log: MetricsLog | None, metrics: MetricsLog | None = None) -> None:
@@ -43,12 +44,12 @@ class Journal:
         return self._waiting is None
 
     def begin(self) -> None:
-        """Write what was told so far, and from now on at once."""
+        """Write the events so far, and later ones at once."""
         waiting, self._waiting = self._waiting or [], None
         for event in waiting:
             self._write(event)
 
-    def tell(self, kind: str, **values: Any) -> None:
+    def emit(self, kind: str, **values: Any) -> None:
         """Keep an event."""
         event = {"kind": kind, "iter": 0, "time": time.time(), **values}
         self.ledger.add(event)
@@ -58,7 +59,7 @@ class Journal:
             self._waiting.append(event)
 
     def observe(self, record: dict[str, Any]) -> None:
-        """Sum up what a worker has told, which keeps its metrics itself."""
+        """Sum up a worker's record. The worker stores its metrics itself."""
         if "time" not in record:  # a line for people
             return
         self.ledger.add(record)
@@ -67,7 +68,7 @@ class Journal:
         self._recent.append(record)
 
     def keep_metrics(self) -> None:
-        """Keep what an attempt that has ended told last."""
+        """Store the last metrics of an attempt that has ended."""
         if self._metrics and self._recent:
             since_s = self._recent[-1]["time"] - _UNSURE_S
             for record in self._recent:
@@ -98,16 +99,16 @@ def open_journal(lease: Lease | None) -> Iterator[Journal]:
     metrics = None
     if not folder.is_local:
         metrics = MetricsLog(folder, lease.start_id, flush_interval_s=math.inf)  # all at once, by `keep_metrics`
-    events = Journal(log, metrics)
-    events.tell("driver_started", start_id=lease.start_id)
+    journal = Journal(log, metrics)
+    journal.emit("driver_started", start_id=lease.start_id)
     try:
-        yield events
+        yield journal
     finally:
-        if events.has_begun:
+        if journal.has_begun:
             error = sys.exception()
             if error:
-                events.keep_metrics()
-            events.tell("driver_ended", outcome=type(error).__name__ if error else "finished")
-            events.close()
-        if events.ledger.attempts:
-            logger.info("%s", summary_of(events.ledger))
+                journal.keep_metrics()
+            journal.emit("driver_ended", outcome=type(error).__name__ if error else "finished")
+            journal.close()
+        if journal.ledger.attempts:
+            logger.info("%s", summary_of(journal.ledger))

@@ -1,4 +1,4 @@
-"""What can be known about a run before a cluster is started: data, starting point, storage. Knows no Ray.
+"""Checks before a cluster is started: settings, packages, data, starting point, storage. Knows no Ray.
 
 A refused run leaves everything as it was: nothing in out_dir is created or changed.
 """
@@ -6,6 +6,7 @@ A refused run leaves everything as it was: nothing in out_dir is created or chan
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from orchestrator.checkpoint.restore.init_from import StartingPoint, Vocabulary,
 from orchestrator.checkpoint.store import CheckpointStore
 from orchestrator.config import TrainConfig, check
 from orchestrator.data.dataset import Dataset, open_dataset
-from orchestrator.errors import ConfigError, DataError
+from orchestrator.errors import ConfigError, DataError, UserError
 from orchestrator.storage.options import storage_options_of
 from orchestrator.storage.run_folder import RunFolder
 from orchestrator.storage.writable import check_writable
@@ -37,47 +38,111 @@ class Plan:
     no_data: DataError | None
 
 
+@dataclass(frozen=True)
+class Check:
+    """One thing that was looked at; problem: the user's mistake, None if all is well."""
+
+    name: str
+    problem: UserError | None
+
+
 def plan(config: TrainConfig) -> Plan:
-    """Check settings, data, starting point and storage as far as this machine can see them.
+    """Check a run as far as this machine can see it.
 
     Raises:
-        UserError: a setting, the data, what out_dir or init_from holds, or storage that cannot be read and written.
+        UserError: the first check's that finds a problem.
         FinishedRunError: out_dir holds a run that has nothing left to do.
     """
-    config = check(config)
-    _check_extras(config)
-    folder = RunFolder(config.out_dir, storage_options_of(config))
-    if folder.is_local:
-        remedy = "a path that all nodes share, or a URL (s3://b/run)"
-        _refuse_job_files(f"out_dir={config.out_dir}", folder.root, remedy)
-        config = replace(config, out_dir=folder.root)
-    if "/" not in folder.root:
-        raise ConfigError(
-            f"out_dir={config.out_dir} is a whole bucket: give a folder in it, {config.out_dir.rstrip('/')}/run"
-        )
-    data, no_data = _open_data(config)
-    if no_data:
-        _refuse_job_files(
-            f"data_dir={config.data_dir}", config.data_dir, "the path at which every node has the dataset"
-        )
-    start = check_start(config, CheckpointStore(folder), _vocabulary(data))
-    if data:
-        data.check_fits(start.model_args["vocab_size"])
-    if not config.eval_only:  # which writes nothing that a run needs
-        check_writable(folder)
-    tell_doubts(config)
-    return Plan(config, folder, start, no_data)
+    preflight = Preflight(config)
+    for each in preflight.checks():
+        if each.problem:
+            raise each.problem
+    tell_doubts(preflight.config)
+    assert preflight.folder
+    assert preflight.start
+    return Plan(preflight.config, preflight.folder, preflight.start, preflight.no_data)
 
 
-def _check_extras(config: TrainConfig) -> None:
-    """Check that the packages of the extras that are asked for are here; the workers' environment is the same one.
+class Preflight:
+    """The checks of one run, and what they have found so far. A check that needs what is missing is left out."""
 
-    Raises:
-        ConfigError: one is not.
-    """
-    for key, package in (("wandb_log", "wandb"), ("tensorboard_log", "tensorboard")):
-        if getattr(config, key) and not importlib.util.find_spec(package):
-            raise ConfigError(f"{key}=True needs a package: pip install 'nanogpt-orchestrator[{package}]'")
+    def __init__(self, config: TrainConfig) -> None:
+        self.config = config
+        self.folder: RunFolder | None = None
+        self.data: Dataset | None = None
+        self.no_data: DataError | None = None
+        self.start: StartingPoint | None = None
+
+    def checks(self) -> Iterator[Check]:
+        """Make the checks, each when it is asked for.
+
+        Raises:
+            FinishedRunError: out_dir holds a run that has nothing left to do.
+        """
+        for name, check_it in self._all():
+            try:
+                check_it()
+            except UserError as problem:
+                yield Check(name, problem)
+            else:
+                yield Check(name, None)
+
+    def _all(self) -> Iterator[tuple[str, Callable[[], None]]]:
+        yield "settings", self._check_settings
+        yield "packages", self._check_packages
+        yield "out_dir", self._open_out_dir
+        yield "dataset", self._open_data
+        if self.folder:
+            yield "starting point", self._check_start
+        if self.data and self.start:
+            yield "vocabulary", self._check_vocabulary
+        if self.folder and not self.config.eval_only:  # an evaluation writes nothing that a run needs
+            yield "storage", self._check_writable
+
+    def _check_settings(self) -> None:
+        self.config = check(self.config)
+
+    def _check_packages(self) -> None:
+        """Check that the packages of the extras are here; the workers' environment is the same one."""
+        for key, package in (("wandb_log", "wandb"), ("tensorboard_log", "tensorboard")):
+            if getattr(self.config, key) and not importlib.util.find_spec(package):
+                raise ConfigError(f"{key}=True needs a package: pip install 'nanogpt-orchestrator[{package}]'")
+
+    def _open_out_dir(self) -> None:
+        config = self.config
+        folder = RunFolder(config.out_dir, storage_options_of(config))
+        if folder.is_local:
+            remedy = "a path that all nodes share, or a URL (s3://b/run)"
+            _refuse_job_files(f"out_dir={config.out_dir}", folder.root, remedy)
+            self.config = replace(config, out_dir=folder.root)
+        if "/" not in folder.root:
+            raise ConfigError(
+                f"out_dir={config.out_dir} is a whole bucket: give a folder in it, {config.out_dir.rstrip('/')}/run"
+            )
+        self.folder = folder
+
+    def _open_data(self) -> None:
+        """Open the dataset, if this machine has it."""
+        config = self.config
+        try:
+            self.data = open_dataset(config.data_dir, config.dataset, batch_order(config))
+        except DataError as error:
+            self.no_data = error
+            remedy = "the path at which every node has the dataset"
+            _refuse_job_files(f"data_dir={config.data_dir}", config.data_dir, remedy)
+
+    def _check_start(self) -> None:
+        assert self.folder
+        self.start = check_start(self.config, CheckpointStore(self.folder), _vocabulary_of(self.data))
+
+    def _check_vocabulary(self) -> None:
+        assert self.data
+        assert self.start
+        self.data.check_fits(self.start.model_args["vocab_size"])
+
+    def _check_writable(self) -> None:
+        assert self.folder
+        check_writable(self.folder)
 
 
 def _refuse_job_files(setting: str, path: str, remedy: str) -> None:
@@ -93,15 +158,8 @@ def _refuse_job_files(setting: str, path: str, remedy: str) -> None:
         )
 
 
-def _open_data(config: TrainConfig) -> tuple[Dataset | None, DataError | None]:
-    try:
-        return open_dataset(config.data_dir, config.dataset, batch_order(config)), None
-    except DataError as error:
-        return None, error
-
-
-def _vocabulary(data: Dataset | None) -> Vocabulary | None:
-    """Return what is known of the dataset's tokens, None where the dataset is elsewhere."""
+def _vocabulary_of(data: Dataset | None) -> Vocabulary | None:
+    """Return the dataset's vocabulary, None if the dataset is elsewhere."""
     if not data:
         return None
     return Vocabulary(data.vocab_size, data.tokenizer.to_json() if data.tokenizer else None)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import os
-import select
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -14,6 +13,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from orchestrator.host.streams import has_lost_its_reader
 from orchestrator.telemetry.format import line_of
 
 Record = dict[str, Any]
@@ -30,7 +30,7 @@ class Display:
         self._progress: Progress | None = None
         if self._console.is_terminal:
             columns = (BarColumn(None), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.fields[loss]}"))
-            self._progress = Progress("[bold]iter", *columns, console=self._console)
+            self._progress = Progress(TextColumn("[bold]iter"), *columns, console=self._console)
             self._task = self._progress.add_task("train", total=max_iters, loss="starting")
 
     def __enter__(self) -> Display:
@@ -73,14 +73,8 @@ def until_nobody_reads() -> Iterator[None]:
 
 
 def quiet() -> None:
-    """Let what is printed from now on go nowhere, where its reader or terminal is gone."""
+    """Send stdout and stderr nowhere from now on, each if its reader or terminal is gone."""
     for stream in (sys.stdout, sys.stderr):
         with suppress(OSError, ValueError):  # no file, as in a test
-            if _is_lost(stream.fileno()):
+            if has_lost_its_reader(stream.fileno()):
                 os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
-
-
-def _is_lost(output: int) -> bool:
-    poll = select.poll()
-    poll.register(output, 0)
-    return any(event & (select.POLLERR | select.POLLHUP) for _, event in poll.poll(0))

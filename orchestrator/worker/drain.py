@@ -1,8 +1,8 @@
 """Draining: how Ray and this run tell each other that a node is about to be taken away.
 
 Ray Train tells every worker of a drained node. Its public call for that is a barrier of all ranks, too dear for every
-iteration; the loop agrees by a vote that it takes anyway, so what is read here is this process's own copy, which is not
-public. Nor is the call by which a node is drained: it is what the hidden command `ray drain-node` does.
+iteration. The loop's ranks agree in every iteration anyway, so we read this process's own copy, which is not public.
+Nor is the call that drains a node: the hidden command `ray drain-node` makes the same one.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from ray._raylet import GcsClient  # type: ignore[attr-defined]
 from ray.core.generated.autoscaler_pb2 import DrainNodeReason
 from ray.train.v2._internal.execution.context import get_train_context
 
+from orchestrator.cluster.ray_calls import RAY_CALL_ERRORS
 from orchestrator.cluster.room import fit_on_node
 from orchestrator.worker.notices import Notice
 
@@ -23,7 +24,7 @@ logger = logging.getLogger(__name__)
 
 
 def notice() -> str:
-    """Return what Ray has told this worker, "" for nothing."""
+    """Return Ray's drain notice to this worker, "" for none."""
     info = get_train_context().preemption_context.preemption_info
     if info is None:
         return ""
@@ -31,24 +32,24 @@ def notice() -> str:
     return f"the node of rank {', '.join(map(str, sorted(info.preempted_ranks)))} is taken away{left}"
 
 
-def leave(told: Notice, workers_here: int) -> None:
-    """Have this node drained, since a cloud says that it will be taken away: all ranks save then, and go elsewhere.
+def leave(announced: Notice, workers_here: int) -> None:
+    """Drain this node, which a cloud will take away: then all ranks save, and go elsewhere.
 
-    Where the cloud only recommends to leave, the run stays unless other nodes have room for the workers_here.
+    workers_here: if the cloud only recommends to leave, the run stays unless other nodes have room for so many.
     """
-    if not told.is_certain and _room_elsewhere() < workers_here:
-        logger.warning("%s; no other node has room, so training stays", told.text)
-        return
-    logger.warning("%s: leaving this node", told.text)
-    context = ray.get_runtime_context()
-    reason = DrainNodeReason.Value("DRAIN_NODE_REASON_PREEMPTION")
-    deadline_ms = int(1000 * told.deadline_s) if told.deadline_s else 0
     try:
+        if not announced.is_certain and _room_elsewhere() < workers_here:
+            logger.warning("%s; no other node has room, so training stays", announced.text)
+            return
+        logger.warning("%s: leaving this node", announced.text)
+        context = ray.get_runtime_context()
+        reason = DrainNodeReason.Value("DRAIN_NODE_REASON_PREEMPTION")
+        deadline_ms = int(1000 * announced.deadline_s) if announced.deadline_s else 0
         client = GcsClient(address=context.gcs_address)
-        is_accepted, why_not = client.drain_node(context.get_node_id(), reason, told.text, deadline_ms)
+        is_accepted, why_not = client.drain_node(context.get_node_id(), reason, announced.text, deadline_ms)
         if not is_accepted:
             logger.warning("Ray does not drain this node: %s", why_not)
-    except Exception as error:  # another version of Ray, or no way to the head: the node is lost without notice then
+    except RAY_CALL_ERRORS as error:  # no way to the head: the node is lost without notice then
         logger.warning("this node could not be drained: %s: %s", type(error).__name__, error)
 
 

@@ -1,7 +1,7 @@
 """Which variables of the driver's environment the workers of a cluster are started with. Knows no Ray and no torch.
 
-A user sets `NCCL_DEBUG=INFO` where the command is given, and means the processes that train. On a cluster those are
-started elsewhere, by Ray, which passes on next to nothing. What belongs to one machine stays there.
+You set `NCCL_DEBUG=INFO` where you give the command, and mean the processes that train. On a cluster Ray starts those
+elsewhere and passes on next to nothing, so we pass such variables on. Those that belong to one machine stay there.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ _SECRET_WORDS = {"TOKEN", "SECRET", "PASSWORD", "PASSWD", "CREDENTIALS", "KEY"} 
 
 
 def passed_on(environment: Mapping[str, str]) -> dict[str, str]:
-    """Return what workers get of the driver's environment, by name."""
+    """Return the variables that workers get of the driver's environment, by name."""
     return {name: value for name, value in sorted(environment.items()) if _is_passed(name) and _is_text(value)}
 
 
@@ -57,11 +57,11 @@ def variables_of(environment: Mapping[str, str]) -> dict[str, str]:
     return DEFAULTS | passed_on(environment)
 
 
-def tell_what_is_passed_on(environment: Mapping[str, str]) -> None:
-    """Log what workers get of the driver's environment, if that is anything."""
+def log_passed_variables(environment: Mapping[str, str]) -> None:
+    """Log the variables that workers get of the driver's environment, if there are any."""
     if passed := passed_on(environment):
-        told = ", ".join(f"{name}={value}" for name, value in passed.items())
-        logger.info("workers are started with this environment's %s", told)
+        listed = ", ".join(f"{name}={value}" for name, value in passed.items())
+        logger.info("workers are started with this environment's %s", listed)
 
 
 def _is_passed(name: str) -> bool:

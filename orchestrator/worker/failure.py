@@ -1,8 +1,4 @@
-"""Why an attempt ended, and whether another one is worth starting. Knows no Ray.
-
-Every cause has a budget of its own, which is full again as soon as training has come a checkpoint further: a run on
-machines that come and go for weeks never runs out, one that gets nowhere stops soon.
-"""
+"""Why a worker failed: the causes, and how an exception of the training loop is classified. Knows no Ray."""
 
 from __future__ import annotations
 
@@ -18,7 +14,7 @@ from orchestrator.errors import StorageError, StorageUnavailableError
 
 
 class Cause(StrEnum):
-    """In the order in which one explains the others: a lost node, and not that its peers' collectives failed."""
+    """In the order in which one explains the others: a node is lost, so its peers' collectives fail."""
 
     PREEMPTED = "preempted"
     OUT_OF_MEMORY = "out_of_memory"
@@ -32,7 +28,7 @@ class Cause(StrEnum):
     UNKNOWN = "unknown"
 
 
-# What CUDA, its libraries, NCCL and compiled kernels fail with has hardly any types: their words decide.
+# Errors of CUDA, its libraries, NCCL and compiled kernels have hardly any types of their own: their words decide.
 _OF_A_GPU = (
     "CUDA error",
     "CUDA driver error",
@@ -62,9 +58,9 @@ _OF_A_PROGRAM = (
 
 @dataclass(frozen=True)
 class WorkerFailure:
-    """How one rank ended: the cause, in words, and the iteration that it was in (None: not known).
+    """How one rank failed: the cause, in words, and the iteration that it was in (None: not known).
 
-    reached_at_s: where the state of that iteration is safe, when it was completed (seconds since 1970).
+    reached_at_s: when that iteration was completed (seconds since 1970), if its state is safe; else None.
     """
 
     rank: int
@@ -83,18 +79,18 @@ class WorkerFailure:
 
 
 class AttemptFailedError(Exception):
-    """What a worker raises, so that the controller learns why: the JSON of its Ending."""
+    """A worker raises this, so that the controller learns why: the JSON of its WorkerFailure."""
 
-    def __init__(self, ending: dict[str, Any]) -> None:
-        super().__init__(ending)
-        self.ending = ending
+    def __init__(self, failure: dict[str, Any]) -> None:
+        super().__init__(failure)
+        self.failure = failure
 
     def __str__(self) -> str:
-        return f"{self.ending['cause']}: {self.ending['text']}\n{self.ending['traceback']}".strip()
+        return f"{self.failure['cause']}: {self.failure['text']}\n{self.failure['traceback']}".strip()
 
 
 def classify(error: BaseException, rank: int, iter_num: int | None, reached_at_s: float | None = None) -> WorkerFailure:
-    """Return what an exception in the training loop means."""
+    """Classify an exception of the training loop."""
     text = f"{type(error).__name__}: {str(error).strip()[:500]}"
     trace = "".join(traceback.format_exception(error))
     return WorkerFailure(rank, _cause_of(error), text, iter_num, trace, reached_at_s)
@@ -115,7 +111,7 @@ def _cause_of(error: BaseException) -> Cause:
 
 
 def _cause_on_gpu(error: RuntimeError) -> Cause | None:
-    """Return what an error that a GPU has told of means, None where it is none."""
+    """Return the cause of a GPU's error, None for any other error."""
     text = str(error)
     if not (isinstance(error, torch.AcceleratorError) or any(words in text for words in _OF_A_GPU)):
         return None

@@ -1,9 +1,9 @@
 """How a thread beside training tells Ray's controller why it ends.
 
-The controller polls every worker for the error of its training function, and takes for that what other threads put
-into a queue of the worker's: Ray Train does so when an upload fails behind. The word and the failure are one thing
-then, so that neither comes without the other, nor is charged to another attempt. How the queue is reached is not
-public; a test pins it.
+The controller polls every worker for the error of its training function. It also takes the errors that other threads
+put into a queue of the worker's; Ray Train itself does so when an upload fails in the background. So the worker's
+failure and its reason arrive as one, and are charged to the right attempt. The way to that queue is not public: a test
+pins it.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from orchestrator.worker.failure import AttemptFailedError, WorkerFailure
 
 
 def failure_reporter() -> Callable[[WorkerFailure], None]:
-    """Return what any thread of this worker calls to fail it; to be called by the one that trains."""
+    """Return a function by which any thread of this worker fails it. Call this from the thread that trains."""
     queue = get_train_context().execution_context.training_thread_runner.get_exception_queue()
 
-    def say(ending: WorkerFailure) -> None:
-        queue.put(UserExceptionWithTraceback(AttemptFailedError(ending.to_json()), traceback_str=ending.text))
+    def report(failure: WorkerFailure) -> None:
+        queue.put(UserExceptionWithTraceback(AttemptFailedError(failure.to_json()), traceback_str=failure.text))
 
-    return say
+    return report

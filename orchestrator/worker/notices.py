@@ -4,8 +4,8 @@
     GCP      preempted (30 s before), maintenance that ends the machine (60 s before)
     Azure    scheduled events: Preempt (30 s before), Terminate, Reboot, Redeploy
 
-Which cloud this is stands in the machine's firmware tables; where it is none of them, nothing is asked. For tests and
-unusual networks: ORCHESTRATOR_METADATA=aws=http://127.0.0.1:1234, or `off`.
+The machine's firmware tables name the cloud; in no cloud, nothing is asked. For tests and unusual networks:
+ORCHESTRATOR_METADATA=aws=http://127.0.0.1:1234, or `off`.
 
 Source: https://docs.aws.amazon.com/AWSEC2/latest/UserGuide/spot-instance-termination-notices.html,
 https://cloud.google.com/compute/docs/instances/create-use-preemptible,
@@ -25,6 +25,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
+from http.client import HTTPException
 from pathlib import Path
 from typing import Any, Protocol
 from urllib.parse import urlsplit
@@ -42,11 +43,16 @@ _ANSWER_S = 1.0
 _ANSWER_BYTES = 64 * 1024
 _POLL_S, _SLOW_POLL_S = 2.0, 10.0  # the latter while the service does not answer; the shortest notice is 30 s
 _PATIENCE = 5  # failures in a row, then it is asked less often: one that passes must not cost a notice
+# no connection, no HTTP, no JSON, JSON of another shape or too deep, times out of range
+NO_ANSWER = (
+    *(OSError, HTTPException, ValueError, LookupError, TypeError, AttributeError),
+    *(RecursionError, ArithmeticError),
+)
 
 
 @dataclass(frozen=True)
 class Notice:
-    """What a cloud has announced; deadline_s: when the machine goes (seconds since 1970), None: not known.
+    """An announcement of a cloud's; deadline_s: when the machine goes (seconds since 1970), None: not known.
 
     is_certain: False for a recommendation to leave.
     """
@@ -62,10 +68,10 @@ class Cloud(Protocol):
     name: str
 
     def read(self) -> Notice | None:
-        """Return what is announced now.
+        """Return the present announcement, None for none.
 
         Raises:
-            Exception: the service does not answer, or not as documented.
+            NO_ANSWER: the service does not answer, or not as documented.
         """
 
 
@@ -120,9 +126,9 @@ class AWS:
 
     def read(self) -> Notice | None:
         if action := self._get("spot/instance-action"):
-            told = json.loads(action)
-            when_s = _iso_s(told["time"])
-            return Notice(f"AWS will {told['action']} this spot instance at {_clock(when_s)}", when_s)
+            notice = json.loads(action)
+            when_s = _iso_s(notice["time"])
+            return Notice(f"AWS will {notice['action']} this spot instance at {_clock(when_s)}", when_s)
         if self._get("events/recommendations/rebalance"):
             return Notice("AWS recommends to leave this spot instance (rebalance)", is_certain=False)
         return None
@@ -172,8 +178,8 @@ class Azure:
     def read(self) -> Notice | None:
         if not self._machine:
             self._machine = self._get("instance/compute/name?api-version=2021-02-01&format=text")
-        told = json.loads(self._get("scheduledevents?api-version=2020-07-01") or "{}")
-        for event in told.get("Events", []):
+        answer = json.loads(self._get("scheduledevents?api-version=2020-07-01") or "{}")
+        for event in answer.get("Events", []):
             if event["EventType"] in self._ending and self._machine in event["Resources"]:
                 when = event.get("NotBefore", "")
                 when_s = parsedate_to_datetime(when).timestamp() if when else None
@@ -229,17 +235,17 @@ class Watcher:
         self._closed.set()
 
     def _watch(self) -> None:
-        told: set[bool] = set()  # an uncertain notice may be followed by a certain one
+        reported: set[bool] = set()  # an uncertain notice may be followed by a certain one
         while not self._closed.wait(self._slow_poll_s if self._failures >= _PATIENCE else self._poll_s):
             notice = self._read()
-            if notice and notice.is_certain not in told and True not in told:
-                told.add(notice.is_certain)
-                self._tell(notice)
+            if notice and notice.is_certain not in reported and True not in reported:
+                reported.add(notice.is_certain)
+                self._report(notice)
 
     def _read(self) -> Notice | None:
         try:
             notice = self._cloud.read()
-        except Exception as error:  # no connection, or an answer of any shape: this thread must outlive it
+        except NO_ANSWER as error:
             if not self._failures:
                 reason = f"{type(error).__name__}: {error}"
                 logger.warning(
@@ -250,8 +256,8 @@ class Watcher:
         self._failures = 0
         return notice
 
-    def _tell(self, notice: Notice) -> None:
+    def _report(self, notice: Notice) -> None:
         try:
             self._on_notice(notice)
-        except Exception as error:  # a certain notice may follow, and has to be heard
+        except (OSError, RuntimeError) as error:  # a certain notice may follow, and must get through
             logger.warning("%s; nothing could be done about it: %s: %s", notice.text, type(error).__name__, error)

@@ -22,6 +22,7 @@ from orchestrator.config import TrainConfig, check, parse
 from orchestrator.distributed.device import resolve
 from orchestrator.distributed.join import plain_world
 from orchestrator.errors import FinishedRunError, StorageError, UserError
+from orchestrator.host.signals import STOP_SIGNALS, on_stop_signals
 from orchestrator.loop import train
 from orchestrator.storage.options import storage_options_of
 from orchestrator.storage.run_folder import RunFolder
@@ -35,7 +36,6 @@ from orchestrator.worker.torchrun import PeerLossGuard
 from orchestrator.worker.watchdog import be_outlasted
 
 PROGRAM = "python -m orchestrator.loop"
-_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -90,14 +90,14 @@ def _train(config: TrainConfig) -> Outcome:
     with (
         _stop_asked() as asked,
         open_telemetry(config, world, folder, _show) as emit,
-        PeerLossGuard(config, world, folder) as vigil,
+        PeerLossGuard(config, world, folder) as guard,
     ):
 
         def stop_request() -> int:
-            vigil.beat()
+            guard.beat()
             return StopRequest.STOP if asked else StopRequest.NONE
 
-        return train(config, world, Callbacks(emit, stop_request=stop_request, ready=vigil.guard), folder)
+        return train(config, world, Callbacks(emit, stop_request=stop_request, ready=guard.guard), folder)
 
 
 @contextmanager
@@ -109,7 +109,7 @@ def _stop_asked() -> Iterator[list[int]]:
     asked: list[int] = []
     is_under_torchrun = "RANK" in os.environ
 
-    def on_signal(number: int, _frame: Any) -> None:
+    def on_signal(number: int) -> None:
         if asked and number == signal.SIGINT and not is_under_torchrun:
             raise KeyboardInterrupt
         if number == signal.SIGHUP:  # the terminal may be gone
@@ -118,13 +118,8 @@ def _stop_asked() -> Iterator[list[int]]:
             _show({"kind": "note", "text": "stopping: the iteration is finished and saved"})
         asked.append(number)
 
-    heard = [number for number in _SIGNALS if signal.getsignal(number) != signal.SIG_IGN]  # as nohup ignores SIGHUP
-    before = {number: signal.signal(number, on_signal) for number in heard}
-    try:
+    with on_stop_signals(on_signal, stay_ignored=STOP_SIGNALS):
         yield asked
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 if __name__ == "__main__":

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import logging
 import os
-import threading
 import time
+import uuid
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import asdict, replace
@@ -28,7 +28,7 @@ from orchestrator.distributed.world import World
 from orchestrator.errors import CheckpointError, DataError, StorageUnavailableError, UserError
 from orchestrator.host.gpus import wait_until_free
 from orchestrator.loop import train
-from orchestrator.storage.options import Secret, redacted, storage_options_of
+from orchestrator.storage.options import storage_options_of
 from orchestrator.storage.run_folder import RUN_FILE, RunFolder
 from orchestrator.telemetry.emit import PostingHandler, open_telemetry
 from orchestrator.telemetry.records import CheckpointSaved
@@ -36,7 +36,9 @@ from orchestrator.training.attempt import Callbacks, StopRequest
 from orchestrator.worker.drain import leave, notice
 from orchestrator.worker.failure import AttemptFailedError, Cause, WorkerFailure, classify
 from orchestrator.worker.final_reports import failure_reporter
+from orchestrator.worker.job import Job
 from orchestrator.worker.notices import Watcher, cloud_here
+from orchestrator.worker.rescue import RunningWorker, register
 from orchestrator.worker.stack_file import keep_stacks, stack_file
 from orchestrator.worker.watchdog import Watchdog, be_outlasted, stacks
 
@@ -44,115 +46,92 @@ _ENDED_S = 60.0  # in which a controller that lives has ended a process that han
 _PEER_LOST_S = 0.5  # in which the controller notices whose process is gone; of a node, it finds out by itself
 
 
-def run_worker(job: dict[str, Any]) -> dict[str, Any]:
-    """Train as one rank of the group that Ray has set up; job is {config, run_id, start_id, cwd, mailbox}.
+def run_worker(job: Job) -> dict[str, Any]:
+    """Train as one rank of the group that Ray has set up.
 
-    Returns how it ended: Outcome's fields, or {"error": ...} for a user's mistake, which no restart would mend.
+    Returns Outcome's fields, or {"error": ...} for a user's mistake, which no restart would mend.
+
+    Raises:
+        AttemptFailedError: this attempt has failed, and another one may not.
     """
     with suppress(FileNotFoundError):
-        os.chdir(job["cwd"])  # relative paths mean on every node what they mean for the driver
-    mailbox = MailboxClient(job["mailbox"])
-    _mailboxes[:] = [mailbox]
-    _log_through(mailbox)
-    config = resolve(on_what_is_given(config_of(job), ray.get_gpu_ids()))
+        os.chdir(job.cwd)  # relative paths mean on every node what they mean for the driver
+    worker = RunningWorker(MailboxClient(job.mailbox))
+    register(worker)
+    _log_through(worker.mailbox)
+    config = resolve(on_what_is_given(job.full_config, ray.get_gpu_ids()))
     world = _world(config)
+    watchdog = Watchdog(config.hang_timeout_s, partial(_fail_hanging, worker, world, failure_reporter()))
     watcher: Watcher | None = None
-    watchdog = Watchdog(config.hang_timeout_s, partial(_hangs, world, failure_reporter()))
-
-    def stop_request() -> int:
-        watchdog.beat(_savers[-1].changed_at_s if _savers else 0.0)
-        if mailbox.should_stop():
-            return StopRequest.STOP
-        return StopRequest.PREEMPTED if notice() else StopRequest.NONE
-
-    def ready(saver: Saver) -> None:
-        _savers[:] = [saver]
-        first = mailbox.first("surroundings", saver.environment)
-        world.collectively(lambda: _check_same_data(config, first, saver.environment))
-
     try:
         watcher = world.collectively(_watch_cloud)
-        folder = world.collectively(lambda: _shared_folder(config, job))
-        _folders[:] = [folder]
-        with open_telemetry(config, world, folder, mailbox.post) as emit:
-            outcome = train(config, world, Callbacks(emit, _register, stop_request, ready), folder)
+        worker.folder = folder = world.collectively(lambda: _shared_folder(config, job))
+        with open_telemetry(config, world, folder, worker.mailbox.post) as emit:
+            hooks = Callbacks(
+                emit, _register, partial(_stop_request, worker, watchdog), partial(_ready, worker, config, world)
+            )
+            outcome = train(config, world, hooks, folder)
         if outcome.preempted:
             text = notice() or "another rank's machine is taken away"
-            now_s = time.time()
-            raise AttemptFailedError(
-                WorkerFailure(world.rank, Cause.PREEMPTED, text, outcome.iter_num, "", now_s).to_json()
-            )
+            failure = WorkerFailure(world.rank, Cause.PREEMPTED, text, outcome.iter_num, "", time.time())
+            raise AttemptFailedError(failure.to_json())
         return asdict(outcome)
     except AttemptFailedError:
         raise
-    except Exception as error:
+    except Exception as error:  # of the training loop, with whatever the user has put into it
         if isinstance(error, UserError) and not isinstance(error, StorageUnavailableError):
             return {"error": str(error)}
-        ending = classify(error, world.rank, *_rescue())
-        if ending.cause is Cause.PEER_LOST:  # who is gone is for the controller to see, and it ends this process then
+        failure = classify(error, world.rank, *worker.rescue())
+        if failure.cause is Cause.PEER_LOST:  # the controller sees by itself whose process is gone, and ends this one
             time.sleep(_PEER_LOST_S)
-        raise AttemptFailedError(ending.to_json()) from None
+        raise AttemptFailedError(failure.to_json()) from None
     finally:
         if watcher:
             watcher.close()
         watchdog.close()
-        mailbox.close()
+        worker.mailbox.close()
+
+
+def _ready(worker: RunningWorker, config: TrainConfig, world: World, saver: Saver) -> None:
+    """Take the Saver, which can rescue the state from now on, and check that the data are what they were."""
+    worker.saver = saver
+    logging.getLogger("model").setLevel(logging.WARNING)  # the model is described; after a rollback it is the same
+    first = worker.mailbox.first("surroundings", saver.environment)
+    world.collectively(lambda: _check_same_data(config, first, saver.environment))
+
+
+def _stop_request(worker: RunningWorker, watchdog: Watchdog) -> int:
+    """Return whether the loop should go on; it asks once per iteration."""
+    watchdog.beat(worker.changed_at_s)
+    if worker.mailbox.should_stop():
+        return StopRequest.STOP
+    return StopRequest.PREEMPTED if notice() else StopRequest.NONE
 
 
 def _watch_cloud() -> Watcher | None:
-    """Listen to what the cloud announces for this node, on its first rank; None where no cloud is found."""
+    """Watch the cloud's notices for this node, on its first rank; None where no cloud is found."""
     context = ray.train.get_context()
     cloud = cloud_here() if context.get_local_rank() == 0 else None
     return Watcher(cloud, partial(leave, workers_here=context.get_local_world_size())) if cloud else None
 
 
-_mailboxes: list[MailboxClient] = []  # of this process: one
-_folders: list[RunFolder] = []  # one, once it is open
-_savers: list[Saver] = []  # one, once training has begun
-_rescuing: list[threading.Thread] = []
-
-
-def begin_rescue() -> None:
-    """Put the state into node memory, behind. The controller calls this before the group ends, by another thread."""
-    _rescuing.append(threading.Thread(target=_rescue, name="rescue", daemon=True))
-    _rescuing[-1].start()
-
-
-def end_rescue() -> tuple[int | None, float | None]:
-    """Wait until that is done; return the iteration that is safe and when it was completed (seconds since 1970)."""
-    _rescuing[-1].join()
-    for mailbox in _mailboxes:
-        mailbox.hurry()
-    return _rescue()
-
-
-def _rescue(**options: float) -> tuple[int | None, float | None]:
-    iter_num = _savers[-1].rescue(**options) if _savers else None
-    return (None, None) if iter_num is None else (iter_num, _savers[-1].changed_at_s)
-
-
-def _hangs(world: World, say: Callable[[WorkerFailure], None], silence_s: float) -> bool:
-    """Fail this attempt: training has stood still for too long. Its state and the stacks of its threads are kept."""
-    if _savers and _savers[-1].is_finishing:  # an upload is waited for, which has limits of its own
+def _fail_hanging(
+    worker: RunningWorker,
+    world: World,
+    report: Callable[[WorkerFailure], None],
+    silence_s: float,
+) -> bool:
+    """Fail this attempt, which makes no progress; keep its state and the stacks of its threads."""
+    if worker.saver and worker.saver.is_finishing:  # it waits for an upload, which has limits of its own
         return False
     found = stacks()
     text = f"no progress for {silence_s:.0f} s; the stacks are in {stack_file(world)} in out_dir"
-    reached = _rescue(stand_in_s=0.5)  # for whatever stands still has done so for long
-    if _folders:
-        keep_stacks(_folders[-1], world, found)
-    say(WorkerFailure(world.rank, Cause.HANG, text, reached[0], "", reached[1]))
+    reached = worker.rescue(stand_in_s=0.5)  # whatever stands still has done so for long
+    if worker.folder:
+        keep_stacks(worker.folder, world, found)
+    report(WorkerFailure(world.rank, Cause.HANG, text, reached[0], "", reached[1]))
     time.sleep(_ENDED_S)  # the controller ends this process, in which one thread stands still
     os._exit(1)
-
-
-def job_of(config: TrainConfig) -> dict[str, Any]:
-    """Return a config as part of a job. Ray keeps and shows what a job holds: the options, secrets too, are hidden."""
-    return {"config": redacted(config), "storage_options": Secret(config.storage_options)}
-
-
-def config_of(job: dict[str, Any]) -> TrainConfig:
-    """Return the config that `job_of` has put into a job."""
-    return TrainConfig(**{**job["config"], "storage_options": job["storage_options"].text})
 
 
 def on_what_is_given(config: TrainConfig, gpu_ids: Sequence[Any]) -> TrainConfig:
@@ -172,20 +151,27 @@ def _world(config: TrainConfig) -> World:
 
 
 def _log_through(mailbox: MailboxClient) -> None:
-    """Send rank 0's log lines to the driver's display; of the other ranks only warnings are shown, by Ray."""
+    """Send rank 0's log lines to the driver's display. Of the other ranks Ray shows warnings only."""
     logging.getLogger().setLevel(logging.WARNING)  # some of Ray Train's loggers are named by file, so not the next one
     logging.getLogger("ray.train").setLevel(logging.WARNING)
+    is_main = ray.train.get_context().get_world_rank() == 0
     for name in ("orchestrator", "model"):
         log = logging.getLogger(name)
-        if ray.train.get_context().get_world_rank() == 0:
-            log.setLevel(logging.INFO)
+        log.setLevel(logging.INFO if is_main else logging.WARNING)
+        if is_main:
             log.handlers = [PostingHandler(mailbox.post)]
             log.propagate = False
-        else:
-            log.setLevel(logging.WARNING)
+    if is_main and not _describes_model(mailbox):
+        logging.getLogger("model").setLevel(logging.WARNING)
 
 
-def _shared_folder(config: TrainConfig, job: dict[str, Any]) -> RunFolder:
+def _describes_model(mailbox: MailboxClient) -> bool:
+    """Return whether the size of the model and its optimizer's groups are still to be logged: a driver does so once."""
+    me = uuid.uuid4().hex
+    return bool(mailbox.first("describes_model", me) == me)
+
+
+def _shared_folder(config: TrainConfig, job: Job) -> RunFolder:
     """Open the run's folder: the one that the driver has prepared or, for an evaluation, has read.
 
     Raises:
@@ -193,7 +179,7 @@ def _shared_folder(config: TrainConfig, job: dict[str, Any]) -> RunFolder:
     """
     folder = RunFolder(config.out_dir, storage_options_of(config))
     key = "run_id" if config.eval_only else "start_id"  # another driver may begin anew while a run is evaluated
-    if folder.read_with_retries(lambda: folder.read_json(RUN_FILE)).get(key) != job[key]:
+    if folder.read_with_retries(lambda: folder.read_json(RUN_FILE)).get(key) != getattr(job, key):
         raise CheckpointError(
             f"out_dir={config.out_dir} is not the driver's on node {os.uname().nodename}: it must be a folder that all "
             "nodes share (NFS) or a URL (s3://bucket/run)"

@@ -1,8 +1,8 @@
-"""What a process that torchrun has started does when its peers are gone. Knows no Ray.
+"""PeerLossGuard: ends a process of torchrun's whose peers are gone, with its state rescued. Knows no Ray.
 
-With NCCL a collective whose peer is gone never returns, in C, where no signal is heard. torchrun ends the processes of
-a group that has lost one: SIGTERM, and SIGKILL half a minute later. In between a thread puts the state into node
-memory, from which the same command goes on. Under Ray the monitor sees to that.
+With NCCL a collective whose peer is gone never returns. It waits in C, where Python handles no signal. torchrun ends
+the processes of a group that has lost one: SIGTERM, and SIGKILL half a minute later. In between a thread puts the state
+into node memory, from which the same command goes on. Under Ray the AttemptMonitor sees to that.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _ITERATION_S = 20.0  # in which a process that is asked to stop comes to the end
 
 
 class PeerLossGuard:
-    """Of a process among several; one that is alone waits for nobody, and is never ended here, however slow it is."""
+    """Of one process among several. A process that is alone waits for nobody: it is never ended here, however slow."""
 
     def __init__(self, config: TrainConfig, world: World, folder: RunFolder) -> None:
         self._world, self._folder = world, folder
@@ -34,14 +34,14 @@ class PeerLossGuard:
         self._closed = threading.Event()
         self._ending = threading.Lock()
         self._watchdog = Watchdog(config.hang_timeout_s, self._hangs) if world.size > 1 else None
-        self._signals: socket.socket | None = None  # numbers are written here even while the main thread hears nothing
+        self._signals: socket.socket | None = None  # Python writes signal numbers here while the main thread is stuck
 
     def __enter__(self) -> PeerLossGuard:
         if self._watchdog:
-            heard, self._signals = socket.socketpair()
+            receiver, self._signals = socket.socketpair()
             self._signals.setblocking(False)
             signal.set_wakeup_fd(self._signals.fileno(), warn_on_full_buffer=False)
-            threading.Thread(target=self._listen, args=(heard,), name="vigil", daemon=True).start()
+            threading.Thread(target=self._listen, args=(receiver,), name="peer loss guard", daemon=True).start()
         return self
 
     def __exit__(
@@ -54,7 +54,7 @@ class PeerLossGuard:
             self._signals.close()  # which ends the thread
 
     def guard(self, saver: Saver) -> None:
-        """Take what can rescue the state."""
+        """Take the Saver, which can rescue the state."""
         self._saver = saver
 
     def beat(self) -> None:
@@ -63,10 +63,10 @@ class PeerLossGuard:
         if self._watchdog:
             self._watchdog.beat(self._saver.changed_at_s if self._saver else 0.0)
 
-    def _listen(self, heard: socket.socket) -> None:
-        """Wait until a signal asks to stop; end this process unless the loop hears of it, too."""
-        with heard:
-            while heard.recv(64):
+    def _listen(self, receiver: socket.socket) -> None:
+        """Wait for a stop signal; end this process unless the loop takes notice, too."""
+        with receiver:
+            while receiver.recv(64):
                 beats = self._beats
                 is_closed = self._closed.wait(_ITERATION_S)
                 if not is_closed and self._beats == beats and not self._is_finishing():

@@ -25,6 +25,7 @@ from orchestrator.config import TrainConfig
 from orchestrator.driver import launch
 from orchestrator.driver.lease import LEASE_FILE, Lease
 from orchestrator.errors import ConfigError
+from orchestrator.worker.job import Job
 from tests.conftest import Storage, Undisturbed, final_state
 from tests.support.runs import checkpoints_in
 from tests.support.servers import S3Server
@@ -177,7 +178,7 @@ def run_json(config: TrainConfig) -> dict[str, Any]:
 def pausing(pause_at: int | None, folder: Path) -> Callable[[dict[str, Any]], dict[str, Any]]:
     """Return what Ray runs on each rank: our worker, of which rank 1 waits in that iteration."""
 
-    def worker(job: dict[str, Any]) -> dict[str, Any]:
+    def worker(job: Job) -> dict[str, Any]:
         import ray.train
 
         from orchestrator import loop

@@ -20,6 +20,7 @@ from orchestrator.controller import spares
 from orchestrator.driver.launch import launch
 from orchestrator.errors import UserError
 from orchestrator.worker.environment import DEFAULTS
+from orchestrator.worker.job import Job
 from orchestrator.worker.run import run_worker
 from tests.support.clusters import small_cluster
 from tests.support.ports import free_ports, wait_for_port
@@ -39,7 +40,7 @@ def environments(config: TrainConfig, folder: Path) -> list[dict[str, str]]:
     """Train, and return the variables of each rank; `runtime_env` and `gpu_ids` are as Ray tells them."""
     folder.mkdir()
 
-    def worker(job: dict[str, Any]) -> dict[str, Any]:
+    def worker(job: Job) -> dict[str, Any]:
         rank = ray.train.get_context().get_world_rank()
         told = {"runtime_env": ray.get_runtime_context().get_runtime_env_string(), "gpu_ids": str(ray.get_gpu_ids())}
         environment = {**os.environ, **told}

@@ -13,6 +13,7 @@ import ray
 
 from orchestrator.config import TrainConfig
 from orchestrator.driver.launch import launch
+from orchestrator.worker.job import Job
 from orchestrator.worker.run import run_worker
 from tests.support.clusters import small_cluster
 from tests.support.runs import events_in
@@ -36,7 +37,7 @@ def test_first_workers_are_started_ahead(tiny: TrainConfig, tmp_path: Path) -> N
     born = tmp_path / "born"
     born.mkdir()
 
-    def worker(job: dict[str, Any]) -> dict[str, Any]:
+    def worker(job: Job) -> dict[str, Any]:
         rank = ray.train.get_context().get_world_rank()
         (born / str(rank)).write_text(str(psutil.Process().create_time()))
         return run_worker(job)

@@ -1,4 +1,4 @@
-"""A driver that is killed by one of its own workers, or its Train controller: `python -m tests.chaos.driver SPEC`."""
+"""A driver with a fault: it is killed by a worker of its own, or its controller, or a worker is. Give it SPEC.json."""
 
 from __future__ import annotations
 
@@ -51,13 +51,14 @@ class Glutton(Fault):
             time.sleep(5)
 
 
-_KINDS = {"driver": Fault, "controller": ControllerKilled, "outside": Outside, "memory": Glutton}
+_KINDS = {"driver": Fault, "worker": Fault, "controller": ControllerKilled, "outside": Outside, "memory": Glutton}
 
 
 def main() -> None:
     spec = json.loads(Path(sys.argv[1]).read_text())
     kind = _KINDS[spec.get("whom", "driver")]
-    fault = kind(**{**spec["fault"], "marker": Path(spec["fault"]["marker"])}, pid=os.getpid())
+    given = {**spec["fault"], "marker": Path(spec["fault"]["marker"])}
+    fault = kind(**given, pid=None if spec.get("whom") == "worker" else os.getpid())
     outcome = launch(TrainConfig(**spec["config"]), worker_with(fault))
     print(json.dumps({"iter_num": outcome.iter_num}))
 

@@ -12,6 +12,7 @@ from functools import wraps
 from pathlib import Path
 from typing import Any
 
+from orchestrator.worker.job import Job
 from orchestrator.worker.run import run_worker
 from tests.support import stuck
 
@@ -60,13 +61,13 @@ class Fault:
             time.sleep(60)  # a worker whose driver was killed does no further step: Ray ends it within a second
 
 
-def worker_with(*faults: Fault, gets_stuck: bool = False) -> Callable[[dict[str, Any]], dict[str, Any]]:
+def worker_with(*faults: Fault, gets_stuck: bool = False) -> Callable[[Job], dict[str, Any]]:
     """Return what Ray runs on each rank: our worker, with the faults armed.
 
     gets_stuck: its collectives wait for ever for a peer that is gone, as NCCL's do.
     """
 
-    def worker(job: dict[str, Any]) -> dict[str, Any]:
+    def worker(job: Job) -> dict[str, Any]:
         import ray.train
 
         rank = ray.train.get_context().get_world_rank()

@@ -8,27 +8,27 @@ def room_on(nodes: dict[str, int]):
 
 
 def test_a_node_is_kept_off_while_others_have_room() -> None:
-    bench = Cordon()
-    bench.put("b")
-    assert bench.kept_off(2, room_on({"a": 1, "b": 1, "c": 1})) == {"b"}
-    assert bench.kept_off(3, room_on({"a": 1, "b": 1, "c": 1})) == set(), "with no room elsewhere it is used at once"
+    cordon = Cordon()
+    cordon.put("b")
+    assert cordon.kept_off(2, room_on({"a": 1, "b": 1, "c": 1})) == {"b"}
+    assert cordon.kept_off(3, room_on({"a": 1, "b": 1, "c": 1})) == set(), "with no room elsewhere it is used at once"
 
 
 def test_of_several_those_that_failed_last_are_kept_off_longest() -> None:
-    bench = Cordon()
+    cordon = Cordon()
     for node in ("a", "b", "a"):
-        bench.put(node)
-    assert bench.kept_off(2, room_on({"a": 1, "b": 1, "c": 2})) == {"a", "b"}
-    assert bench.kept_off(3, room_on({"a": 1, "b": 1, "c": 2})) == {"a"}
+        cordon.put(node)
+    assert cordon.kept_off(2, room_on({"a": 1, "b": 1, "c": 2})) == {"a", "b"}
+    assert cordon.kept_off(3, room_on({"a": 1, "b": 1, "c": 2})) == {"a"}
 
 
 def test_after_half_an_hour_it_is_as_good_as_any() -> None:
     now_s = 0.0
-    bench = Cordon(clock=lambda: now_s)
-    bench.put("a")
+    cordon = Cordon(clock=lambda: now_s)
+    cordon.put("a")
     now_s = 1799.0
-    assert bench.kept_off(1, room_on({"a": 1, "b": 1})) == {"a"}
+    assert cordon.kept_off(1, room_on({"a": 1, "b": 1})) == {"a"}
     now_s = 1800.0
-    assert bench.kept_off(1, room_on({"a": 1, "b": 1})) == set()
-    bench.put("a")
-    assert bench.kept_off(1, room_on({"a": 1, "b": 1})) == {"a"}, "it failed again"
+    assert cordon.kept_off(1, room_on({"a": 1, "b": 1})) == set()
+    cordon.put("a")
+    assert cordon.kept_off(1, room_on({"a": 1, "b": 1})) == {"a"}, "it failed again"

@@ -20,7 +20,7 @@ from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 
 from orchestrator.config import TrainConfig
 from orchestrator.controller.gpu_check import GpuCheck
-from orchestrator.driver.launch import _backend
+from orchestrator.driver.trainer import _backend
 from orchestrator.errors import ConfigError
 from orchestrator.worker.environment import DEFAULTS
 

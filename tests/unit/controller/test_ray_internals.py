@@ -44,7 +44,7 @@ def test_the_version_is_the_one_that_was_read() -> None:
     assert ray.__version__.startswith("2.60.")
 
 
-def test_the_hooks_of_the_overseer_are_called() -> None:
+def test_the_hooks_of_the_monitor_are_called() -> None:
     hooks = [name for name in vars(AttemptMonitor) if name.startswith(("before_", "after_"))]
     assert len(hooks) == 6
     assert "on_controller_start_worker_group" in vars(ControllerCallback)
@@ -77,7 +77,7 @@ def test_any_thread_of_a_worker_can_fail_it() -> None:
     assert runner.is_running(), "it need not end"
     released.set()
     restored = pickle.loads(pickle.dumps(error))
-    assert WorkerFailure.from_json(restored._base_exc.ending) == ending
+    assert WorkerFailure.from_json(restored._base_exc.failure) == ending
     assert "error = execution_context.training_thread_runner.get_error()" in inspect.getsource(
         RayTrainWorker.poll_status
     )
@@ -138,7 +138,7 @@ def test_the_autoscaler_tells_what_it_cannot_bring() -> None:
 
 
 @pytest.mark.filterwarnings("default")  # Ray warns of its own parts
-def test_the_overseer_is_asked_before_the_process_group_is_left() -> None:
+def test_the_monitor_is_asked_before_the_process_group_is_left() -> None:
     config = TorchGroup(backend="gloo")
     assert isinstance(config.backend_cls(), _TorchBackend)
     ours, rays = config.backend_cls.on_shutdown, _TorchBackend.on_shutdown

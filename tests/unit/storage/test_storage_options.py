@@ -29,7 +29,7 @@ from orchestrator.storage.run_folder import RunFolder
 from orchestrator.storage.transfer import make_folder
 from orchestrator.telemetry.emit import open_telemetry
 from orchestrator.telemetry.metrics import MetricsLog
-from orchestrator.worker import run as worker
+from orchestrator.worker.job import Job
 from tests.support.runs import checkpoints_in
 
 SECRET = "s3cr3t-value"
@@ -131,9 +131,9 @@ def test_what_is_written_down_has_a_files_path_and_nothing_that_was_given_inline
 
 def test_a_job_carries_them_hidden() -> None:
     config = TrainConfig(out_dir="s3://bucket/run", storage_options=INLINE)
-    job = worker.job_of(config)
+    job = Job.of(config, run_id="", start_id="", cwd="", mailbox=None)
     assert SECRET not in repr(job)
-    assert worker.config_of(job) == config
+    assert job.full_config == config
     assert str(Secret(SECRET)) == "Secret()"
 
 

@@ -5,7 +5,7 @@ import logging
 import pytest
 
 from orchestrator.config import TrainConfig
-from orchestrator.worker.environment import DEFAULTS, passed_on, tell_what_is_passed_on, variables_of
+from orchestrator.worker.environment import DEFAULTS, log_passed_variables, passed_on, variables_of
 from orchestrator.worker.run import on_what_is_given
 
 
@@ -61,9 +61,9 @@ def test_nobody_but_us_ends_collectives_unless_the_user_says_so() -> None:
 
 def test_what_is_passed_on_is_told(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO)
-    tell_what_is_passed_on({"PATH": "/bin", "CUDA_HOME": "/usr/local/cuda"})
+    log_passed_variables({"PATH": "/bin", "CUDA_HOME": "/usr/local/cuda"})
     assert not caplog.records
-    tell_what_is_passed_on({"TORCH_LOGS": "dynamo", "NCCL_DEBUG": "INFO"})
+    log_passed_variables({"TORCH_LOGS": "dynamo", "NCCL_DEBUG": "INFO"})
     assert [r.getMessage() for r in caplog.records] == [
         "workers are started with this environment's NCCL_DEBUG=INFO, TORCH_LOGS=dynamo"
     ]

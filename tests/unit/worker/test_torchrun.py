@@ -12,7 +12,7 @@ import pytest
 from orchestrator.config import TrainConfig
 from orchestrator.distributed.world import World
 from orchestrator.storage.run_folder import RunFolder
-from orchestrator.worker import torchrun as vigil
+from orchestrator.worker import torchrun as peer_loss
 from orchestrator.worker.torchrun import PeerLossGuard
 
 
@@ -20,8 +20,8 @@ from orchestrator.worker.torchrun import PeerLossGuard
 def ended(monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Event]:
     """Set when this process would end; SIGTERM is heard, and does nothing."""
     event = threading.Event()
-    monkeypatch.setattr(vigil, "_ITERATION_S", 0.2)
-    monkeypatch.setattr(vigil, "os", SimpleNamespace(_exit=lambda _code: event.set()))
+    monkeypatch.setattr(peer_loss, "_ITERATION_S", 0.2)
+    monkeypatch.setattr(peer_loss, "os", SimpleNamespace(_exit=lambda _code: event.set()))
     before = signal.signal(signal.SIGTERM, lambda *_: None)
     yield event
     signal.signal(signal.SIGTERM, before)

@@ -1,0 +1,112 @@
+"""Ray's fit, in a thread, while this process shows what the workers post and passes on that they should stop."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+from ray._private.state import state as cluster
+
+from orchestrator.cluster.mailbox import LOSS_IS_SEEN, MailboxReader
+from orchestrator.cluster.ray_calls import RAY_CALL_ERRORS
+from orchestrator.driver.driver import Driver
+from orchestrator.driver.ray_output import RayOutput
+from orchestrator.driver.trainer import Trainer
+from orchestrator.host.signals import STOP_SIGNALS
+from orchestrator.telemetry.display import Display
+from orchestrator.worker.failure import Cause
+
+Record = dict[str, Any]
+_LOOK_EVERY_S = 0.2
+_FIT_ENDS_S = 5.0
+
+
+@dataclass
+class FitResult:
+    """What Ray's fit ended with: rank 0's return value or an error; neither where the driver did not wait for it."""
+
+    value: Record | None = None
+    error: Exception | None = None
+
+
+def fit(driver: Driver, trainer: Trainer, mailbox: Any) -> FitResult:
+    """Run the trainer until it ends, or until another driver has taken over."""
+    result = FitResult()
+
+    def run() -> None:
+        signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)  # they are for the main thread
+        try:
+            result.value = trainer.fit().return_value
+        except Exception as error:  # all of Ray's failures are one to us; the caller judges this one
+            result.error = error
+
+    thread = threading.Thread(target=run, name="fit", daemon=True)
+    thread.start()
+    has_told, reader = False, MailboxReader(mailbox)
+    with _ended_with_us(thread), Display(driver.config.max_iters) as display:
+        while thread.is_alive():
+            thread.join(timeout=_LOOK_EVERY_S)
+            if driver.lease and driver.lease.successor:
+                driver.stop.set()
+                break
+            if driver.stop.is_set() and not has_told:
+                has_told = True
+                display.show(_note("stopping: the iteration is finished and saved (Ctrl-C again: stop at once)"))
+            _pass_on(reader.take(driver.stop.is_set()), driver, display)
+        _pass_on(reader.take(driver.stop.is_set()), driver, display)
+    return result
+
+
+def _pass_on(records: list[Record], driver: Driver, display: Display) -> None:
+    """Show what the workers posted, keep the monitor's events, and sort Ray's own words by it."""
+    for record in records:
+        if "event" in record:
+            event = record["event"]
+            driver.journal.emit(**event)
+            if event["kind"] == "failure":
+                _sort_by_cause(driver.ray_output, event["cause"])
+            continue
+        if record["kind"] == LOSS_IS_SEEN:
+            driver.ray_output.expect_loss()
+            continue
+        if record["kind"] == "begin":
+            driver.ray_output.end_loss()
+        display.show(record)
+        driver.journal.observe(record)
+    driver.ray_output.pass_on()
+    if path := driver.ray_output.log_file_to_tell():
+        display.show(_note(f"Ray's own words about lost workers are in {path}"))
+
+
+def _sort_by_cause(output: RayOutput, cause: str) -> None:
+    if cause == Cause.USER_ERROR:  # its traceback is for the user
+        output.show_everything()
+    else:
+        output.expect_loss()
+
+
+def _note(text: str) -> Record:
+    return {"kind": "note", "text": text}
+
+
+@contextmanager
+def _ended_with_us(fit_thread: threading.Thread) -> Iterator[None]:
+    """End Ray's fit when this is interrupted: its thread would still call Ray after that has ended, which aborts us.
+
+    Fit ends with its controller. How an actor is found is not public; where that has changed, the exit code is 1.
+    """
+    try:
+        yield
+    except KeyboardInterrupt:
+        with suppress(*RAY_CALL_ERRORS, AttributeError, KeyError):
+            core_worker = ray._private.worker.global_worker.core_worker
+            for actor_id, actor in cluster.actor_table(None, core_worker.get_current_job_id(), "ALIVE").items():
+                if actor["ActorClassName"].endswith("TrainController"):
+                    core_worker.kill_actor(ray.ActorID.from_hex(actor_id), True)
+        fit_thread.join(timeout=_FIT_ENDS_S)
+        raise
