@@ -1,9 +1,9 @@
 """Own functions, files and classes that a run of the plain loop enters, from argv to its first saved checkpoint.
 
 It is a measure of how far a reader has to jump: nanoGPT enters 16 functions in 2 files. A tiny run trains in a process
-of its own with a profile hook in all threads; we stop counting when the first `state.json` is there. Lambdas,
-comprehensions and generated methods of dataclasses do not count as functions. A class counts when one of its methods
-is entered, or when a dataclass is made.
+of its own with a profile hook in all threads; we stop counting when the first `state.json` is there.
+Comprehensions and generated methods of dataclasses do not count as functions. A class counts when one of its methods is
+entered, or when a dataclass is made.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 ROOMS = (f"{ROOT}/orchestrator/", f"{ROOT}/model/")
+NOT_COUNTED = ("<module>", "<listcomp>", "<setcomp>", "<dictcomp>", "<genexpr>")
 GOAL = 230  # functions, at most
 
 
@@ -70,7 +71,7 @@ class Entered:
         if event != "call" or self._is_over or code in self.functions:
             return
         is_dataclass = code.co_filename == "<string>" and code.co_name == "__init__"
-        is_ours = code.co_filename.startswith(ROOMS) and not code.co_name.startswith("<")
+        is_ours = code.co_filename.startswith(ROOMS) and code.co_name not in NOT_COUNTED
         if not is_dataclass and not (is_ours and code.co_flags & CO_OPTIMIZED):  # else it is the body of a class
             return
         if any(self._out_dir.glob("checkpoint_*/state.json")):
