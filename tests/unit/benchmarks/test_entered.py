@@ -24,7 +24,7 @@ def test_own_functions_count_until_a_checkpoint_is_there(tmp_path: Path) -> None
     finally:
         sys.setprofile(before)
     found = entered.as_json()
-    assert found["functions"] == {"orchestrator/settings/bounds.py": ["Bound.check"]}
+    assert found["functions"] == {"orchestrator/settings/bounds.py": ["<lambda>", "Bound.check"]}
     assert found["classes"] == ["orchestrator.settings.bounds.Bound"]
 
 
