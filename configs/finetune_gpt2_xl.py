@@ -6,8 +6,8 @@
 # Every GPU holds the whole model, so it needs 40 GB or more: A100, L40S, H100. Float32 weights (6.2 GB), gradients
 # (6.2 GB, on several workers too) and AdamW's two moments (12.5 GB) are 16 bytes per parameter, 25 GB; bfloat16 copies
 # of the weights take 3 GB during a micro-step, activations and logits 4 GB for each sequence of 1,024 tokens, CUDA and
-# NCCL 1 to 2 GB. So batch_size=1 needs 33 to 34 GB and should fit 40 GB (docs/memory.md has the count; no GPU has shown
-# it yet). With 80 GB try --batch_size=4 --gradient_accumulation_steps=8, the same global batch in fewer, larger
+# NCCL 1 to 2 GB. So batch_size=1 needs 33 to 34 GB and should fit 40 GB (docs/gpu-memory.md has the count; no GPU has
+# shown it yet). With 80 GB try --batch_size=4 --gradient_accumulation_steps=8, the same global batch in fewer, larger
 # micro-steps. --activation_checkpointing=True --loss_chunk=256 brings a sequence down to about 0.6 GB for a third more
 # time, so that 40 GB should hold --batch_size=8 as well. More GPUs do not make it smaller, only faster.
 #

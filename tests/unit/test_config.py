@@ -14,6 +14,7 @@ import pytest
 from orchestrator.__main__ import main
 from orchestrator.config import TrainConfig, check, parse
 from orchestrator.errors import ConfigError
+from orchestrator.settings.bounds import AT_LEAST_0, AT_LEAST_1, bounds_of
 
 # Source: the defaults at the head of nanoGPT's train.py, but for dtype, which it chooses by what the GPU can do.
 NANOGPT = {
@@ -328,11 +329,46 @@ def test_check_refuses(settings: dict[str, Any], message: str) -> None:
 
 
 @pytest.fixture(scope="module")
-def help_text() -> str:
+def help_boxes() -> str:
     with pytest.MonkeyPatch.context() as patch, redirect_stdout(io.StringIO()) as out:
-        patch.setenv("COLUMNS", "200")
+        patch.setenv("COLUMNS", "120")  # from 130 on tyro puts boxes side by side
         assert main(["train", "--help"]) == 0
-    return " ".join(out.getvalue().replace("│", " ").split())
+    return out.getvalue()
+
+
+@pytest.fixture(scope="module")
+def help_text(help_boxes: str) -> str:
+    return " ".join(help_boxes.replace("│", " ").split())
+
+
+def test_help_groups_the_keys_under_titles(help_boxes: str) -> None:
+    keys: dict[str, list[str]] = {}
+    for line in help_boxes.splitlines():
+        if title := re.match(r"\W+(\w+) options ", line):
+            keys[title[1]] = []
+        elif key := re.match(r"\W+--(\w+) ", line.replace("-h, --help", "")):
+            keys[list(keys)[-1]].append(key[1])
+    assert list(keys) == ["run", "data", "model", "optimizer", "cluster", "recovery", "checkpoints", "logging"]
+    assert [key for group in keys.values() for key in group] == [
+        field.name for field in dataclasses.fields(TrainConfig)
+    ]
+    for title, key in [("run", "out_dir"), ("data", "dataset"), ("model", "n_layer"), ("optimizer", "max_iters")]:
+        assert key in keys[title]
+    for title, key in [("cluster", "num_workers"), ("recovery", "max_failures"), ("logging", "wandb_log")]:
+        assert key in keys[title]
+
+
+def test_help_shows_what_files_and_flags_before_it_have_set(write: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["train", str(write("n_layer = 3")), "--n_head=5", "--help"]) == 0
+    shown = " ".join(capsys.readouterr().out.replace("│", " ").split())
+    assert "transformer blocks (default: 3)" in shown
+
+
+def test_bounds_stand_in_the_fields() -> None:
+    bounds = bounds_of(TrainConfig)
+    assert bounds["batch_size"] is AT_LEAST_1
+    assert bounds["gpus_per_worker"] is AT_LEAST_0
+    assert {"bias", "dtype", "init_from"}.isdisjoint(bounds)
 
 
 @pytest.mark.parametrize("field", dataclasses.fields(TrainConfig), ids=lambda field: field.name)

@@ -1,0 +1,133 @@
+"""Two loss curves in one picture: a run whose workers are killed five times, and a calm one. They lie on each other.
+
+Both runs are `orchestrator train configs/quickstart.py` on a Ray cluster of their own on this machine. Of one we kill a
+worker (SIGKILL) each time it has come another sixth of its way. The exit code is 1 unless every loss and every byte of
+the final weights is the same.
+
+    python -m benchmarks loss_curves --out=docs/loss_curves.svg      (pip install -e '.[benchmarks]', for matplotlib)
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from benchmarks._processes import workers_of
+from benchmarks.same_bits import ROOT, checksum_of, newest_checkpoint
+
+CALM, KILLED, MARK = "#9ecae1", "#d94801", "#888888"  # readable on a light and on a dark page
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare this benchmark's options."""
+    parser.add_argument("--out", type=Path, help="write the picture here (.svg, .png)")
+    parser.add_argument("--log", type=Path, help="write what the killed run prints here")
+    parser.add_argument("--kills", type=int, default=5, help="workers to kill (default: %(default)s)")
+    parser.add_argument("--max_iters", type=int, default=600, help="iterations of each run (default: %(default)s)")
+
+
+def run(args: argparse.Namespace) -> dict[str, Any]:
+    """Train both, draw them, and return {calm, killed: iteration -> loss, kills: iterations, seconds and checksums}."""
+    marks = [args.max_iters * (n + 1) // (args.kills + 1) for n in range(args.kills)]
+    with tempfile.TemporaryDirectory(prefix="loss-curves-") as folder:
+        command = [sys.executable, "-m", "orchestrator", "prepare", "quickstart", f"--data_dir={folder}/data"]
+        subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
+        killed, calm = Path(folder, "killed"), Path(folder, "calm")
+        began_s = time.monotonic()
+        kills = train(killed, args.max_iters, marks, args.log)
+        killed_s, began_s = time.monotonic() - began_s, time.monotonic()
+        train(calm, args.max_iters, [], None)
+        result: dict[str, Any] = {"kills": kills, "killed_s": killed_s, "calm_s": time.monotonic() - began_s}
+        for name, out_dir in (("calm", calm), ("killed", killed)):
+            result[name] = losses_of(out_dir)
+            result[f"{name}_checksum"] = checksum_of(newest_checkpoint(out_dir))
+    if args.out:
+        draw(result, args.out)
+    print(
+        f"killed at iterations {', '.join(map(str, kills))}; {result['killed_s']:.0f} s, calm {result['calm_s']:.0f} s"
+    )
+    print("every loss and every byte of the final weights is the same" if is_same(result) else "THE RUNS DIFFER")
+    return result
+
+
+def exit_code(result: dict[str, Any]) -> int:
+    return int(not is_same(result))
+
+
+def is_same(result: dict[str, Any]) -> bool:
+    """Return whether both runs have the same losses and weights."""
+    return bool(result["calm"] == result["killed"] and result["calm_checksum"] == result["killed_checksum"])
+
+
+def train(out_dir: Path, max_iters: int, marks: Sequence[int], log: Path | None) -> list[int]:
+    """Train, kill a worker at each iteration of marks, and return the iterations at which it was killed."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    data, iterations = f"--data_dir={out_dir.parent}/data", f"--max_iters={max_iters}"
+    flags = [data, f"--out_dir={out_dir}", iterations, f"--lr_decay_iters={max_iters}", "--log_interval=1"]
+    command = [sys.executable, "-m", "orchestrator", "train", "configs/quickstart.py", *flags]
+    kills, remaining = [], list(marks)
+    with (log or out_dir.with_suffix(".log")).open("w") as lines:
+        driver = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=lines, stderr=subprocess.STDOUT)
+        while driver.poll() is None:
+            time.sleep(0.05)
+            done = max(losses_of(out_dir), default=0) if remaining else 0
+            if remaining and done >= remaining[0] and kill_one(driver.pid):
+                kills.append(done)
+                remaining.pop(0)
+    if driver.returncode or remaining:
+        raise RuntimeError(f"a run ended with exit code {driver.returncode}, {len(remaining)} kills before its time")
+    return kills
+
+
+def kill_one(driver_pid: int) -> bool:
+    """Kill one of a driver's workers, if there are two; the driver may be gone."""
+    try:
+        workers = workers_of(driver_pid)
+    except psutil.NoSuchProcess:
+        return False
+    if len(workers) == 2:
+        random.choice(workers).kill()
+    return len(workers) == 2
+
+
+def losses_of(out_dir: Path) -> dict[int, float]:
+    """Return iteration -> loss, from metrics.jsonl; its last line may be half written."""
+    try:
+        lines = (out_dir / "metrics.jsonl").read_text(encoding="utf-8").split("\n")[:-1]
+    except FileNotFoundError:
+        return {}
+    records = map(json.loads, lines)
+    return {record["iter"]: record["loss"] for record in records if record["kind"] == "step"}
+
+
+def draw(result: dict[str, Any], file: Path) -> None:
+    """Draw the curves and the kills."""
+    import matplotlib as mpl
+    from matplotlib.figure import Figure
+
+    mpl.rcParams.update({"svg.fonttype": "none", "svg.hashsalt": "loss_curves", "font.family": "sans-serif"})
+    mpl.rcParams.update(dict.fromkeys(("text.color", "axes.labelcolor", "xtick.color", "ytick.color"), MARK))
+    figure = Figure(figsize=(8, 3.4), layout="constrained")
+    axes = figure.add_subplot()
+    for name, color, width in (("calm", CALM, 5.0), ("killed", KILLED, 1.2)):
+        label = "nothing happens to it" if name == "calm" else f"a worker is killed {len(result['kills'])} times"
+        axes.plot(list(result[name].keys()), list(result[name].values()), color=color, linewidth=width, label=label)
+    for n, iteration in enumerate(result["kills"]):
+        label = "_" if n else "SIGKILL"  # once in the legend
+        axes.axvline(iteration, ymax=0.7, color=MARK, linewidth=1, linestyle=(0, (4, 3)), label=label)
+    axes.set(xlabel="iteration", ylabel="training loss", xlim=(0, max(result["calm"])))
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.spines[["left", "bottom"]].set_color(MARK)
+    axes.legend(frameon=False)
+    figure.savefig(file, transparent=True, metadata={"Date": None} if file.suffix == ".svg" else None)
