@@ -1,4 +1,4 @@
-"""A driver that is killed by one of its own workers, or its Train controller: `python -m tests.chaos.driver SPEC`."""
+"""A driver that is killed by one of its own workers, or its Train controller: `python -m tests.support.driver SPEC`."""
 
 from __future__ import annotations
 

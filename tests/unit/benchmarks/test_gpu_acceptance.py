@@ -110,7 +110,7 @@ def test_parts_of_a_section_fail_and_hang_by_themselves(tmp_path: Path) -> None:
 def test_who_ends_the_check_leaves_no_section_behind(tmp_path: Path, number: signal.Signals) -> None:
     file, said = tmp_path / "found.json", tmp_path / "said"
     code = (
-        "from benchmarks import gpu; from tests.unit.acceptance_parts import part\n"
+        "from benchmarks import gpu; from tests.support.acceptance_parts import part\n"
         f"from pathlib import Path\nwith gpu.ended_in_order(): gpu.Acceptance('cpu', True, 300, Path({str(file)!r}))"
         ".run([part('hang')])"
     )
@@ -130,7 +130,7 @@ def test_who_ends_the_check_leaves_no_section_behind(tmp_path: Path, number: sig
 def test_the_check_goes_on_where_nobody_reads(tmp_path: Path) -> None:
     file = tmp_path / "found.json"
     code = (
-        "from benchmarks import gpu; from tests.unit.acceptance_parts import part; from pathlib import Path\n"
+        "from benchmarks import gpu; from tests.support.acceptance_parts import part; from pathlib import Path\n"
         f"check = gpu.Acceptance('cpu', True, 300, Path({str(file)!r})); check.run([part('crash'), part('hold')])"
     )
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
