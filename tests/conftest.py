@@ -18,7 +18,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import pytest
 from fsspec import get_filesystem_class
 
-from benchmarks._topics import prepare_topics
+from benchmarks.topics import prepare_topics
 from orchestrator.checkpoint.snapshot import Snapshot
 from orchestrator.checkpoint.store import CheckpointStore
 from orchestrator.config import TrainConfig

@@ -25,8 +25,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from benchmarks._gpu_child import Child, Setting, cache_in
-from benchmarks._gpu_sections import ENVIRONMENT, SECTIONS, Section
+from benchmarks.gpu.child import Child, Setting, cache_in
+from benchmarks.gpu.sections import ENVIRONMENT, SECTIONS, Section
 
 Result = dict[str, Any]
 _FILE = "gpu.json"

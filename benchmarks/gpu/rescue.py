@@ -16,10 +16,10 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 import orchestrator.loop as loop
-from benchmarks._gpu_child import Report, Setting, leave
-from benchmarks._gpu_kernels import hold
-from benchmarks._gpu_runs import settings
-from benchmarks._gpu_watch import in_steps, watching
+from benchmarks.gpu.child import Report, Setting, leave
+from benchmarks.gpu.kernels import hold
+from benchmarks.gpu.runs import settings
+from benchmarks.gpu.watch import in_steps, watching
 from orchestrator.checkpoint.save.saver import Saver
 from orchestrator.checkpoint.state import TrainState
 from orchestrator.distributed.join import plain_world

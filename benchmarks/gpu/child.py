@@ -1,6 +1,6 @@
 """A part of the acceptance in a process of its own: what it is told, what it has found, and how it is ended.
 
-    python -m benchmarks._gpu_child benchmarks._gpu_kernels:attention SETTING MORE
+    python -m benchmarks.gpu.child benchmarks.gpu.kernels:attention SETTING MORE
 
 What has been found is written to a file at once: whatever ends the process takes none of it away. Must not know what
 is measured, and imports nothing that has to be installed, so that a machine's lack of packages can be told.
@@ -23,7 +23,7 @@ from typing import Any
 
 from orchestrator.worker.environment import DEFAULTS
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 LONG_S = 600.0  # for parts of a section: its own limit comes first
 _LAST_S = 10.0  # in which a process that was killed is gone, unless the driver of its GPU holds it
 _TAIL_CHARACTERS = 2000
@@ -133,7 +133,7 @@ class Child:
         self._is_leader = is_leader
         words = {**asdict(setting), "folder": str(setting.folder), "report": str(self._report)}
         paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
-        command = [sys.executable, "-m", "benchmarks._gpu_child", where, json.dumps(words), json.dumps(more or {})]
+        command = [sys.executable, "-m", "benchmarks.gpu.child", where, json.dumps(words), json.dumps(more or {})]
         self._began_s, self._over_s = time.monotonic(), 0.0
         with self._log.open("wb") as log:
             self._process = subprocess.Popen(
@@ -152,7 +152,7 @@ class Child:
 
     @property
     def is_over(self) -> bool:
-        """Whether it has ended. It stays on the list of processes for now, so that its group's number is its own."""
+        """Whether it has ended. We reap it only in `end`: until then no other process gets its group's number."""
         if self._process.returncode is None and not self._over_s:
             ended = os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
             self._over_s = time.monotonic() if ended else 0.0

@@ -44,7 +44,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
     found: dict[str, Any] = {}
     for case in CASES:
-        command = [sys.executable, "-m", "benchmarks.memory", case, args.dtype]
+        command = [sys.executable, "-m", "benchmarks.model.step_memory", case, args.dtype]
         done = subprocess.run(command, check=True, capture_output=True, text=True, env=environment)
         found[case] = json.loads(done.stdout.splitlines()[-1])
         size = found[case]

@@ -16,10 +16,10 @@ import numpy as np
 import torch
 
 import orchestrator.loop as loop
-from benchmarks._gpu_child import Report, Setting
-from benchmarks._gpu_kernels import hold
-from benchmarks._gpu_runs import settings
-from benchmarks._gpu_watch import StopError, in_steps, watching
+from benchmarks.gpu.child import Report, Setting
+from benchmarks.gpu.kernels import hold
+from benchmarks.gpu.runs import settings
+from benchmarks.gpu.watch import StopError, in_steps, watching
 from orchestrator.distributed.join import plain_world
 
 _SMALL = {"n_layer": 12, "n_head": 12, "n_embd": 768, "gradient_accumulation_steps": 1, "batch_size": 1}  # 124M
@@ -145,7 +145,7 @@ def kill_memory(setting: Setting, report: Report) -> None:
     cuda: Any = torch.cuda
     torch.ones(1, device="cuda")
     free_bytes = cuda.mem_get_info()[0]
-    child = setting.start("benchmarks._gpu_state:hog", "hog")
+    child = setting.start("benchmarks.gpu.state:hog", "hog")
     while not (child.is_ready or child.is_over):
         time.sleep(0.01)
     held_bytes = free_bytes - cuda.mem_get_info()[0]

@@ -37,8 +37,8 @@ from typing import Any
 
 import torch
 
-from benchmarks._checkpoint_pause import DCP, measure_pauses, measure_slowdown
-from benchmarks._checkpoint_ranks import (
+from benchmarks.checkpoint.pause import DCP, measure_pauses, measure_slowdown
+from benchmarks.checkpoint.ranks import (
     Ranks,
     load_as_nanogpt,
     open_saver,
@@ -48,7 +48,7 @@ from benchmarks._checkpoint_ranks import (
     save,
     watched_memory,
 )
-from benchmarks._checkpoint_state import (
+from benchmarks.checkpoint.state import (
     SIZES,
     Size,
     forget_cached,

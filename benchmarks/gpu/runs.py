@@ -21,8 +21,8 @@ import numpy as np
 import torch
 import xxhash
 
-from benchmarks._gpu_child import LONG_S, Child, Found, Report, Setting, cache_in
-from benchmarks._gpu_watch import in_steps
+from benchmarks.gpu.child import LONG_S, Child, Found, Report, Setting, cache_in
+from benchmarks.gpu.watch import in_steps
 from orchestrator.checkpoint.store import CheckpointStore
 from orchestrator.config import TrainConfig, check
 from orchestrator.distributed.device import resolve
@@ -30,7 +30,7 @@ from orchestrator.distributed.join import plain_world
 from orchestrator.distributed.numerics import agree_to_compile
 from orchestrator.loop import Record, train
 
-TRAIN = "benchmarks._gpu_runs:train_here"
+TRAIN = "benchmarks.gpu.runs:train_here"
 KILL_AT, MAX_ITERS = 6, 12
 TINY_VOCAB_SIZE = 64
 _TINY = {"n_layer": 1, "n_head": 2, "n_embd": 32, "block_size": 32, "batch_size": 2}

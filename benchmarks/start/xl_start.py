@@ -82,7 +82,7 @@ def write_weights(folder: Path, name: str) -> int:
 
 def measure(side: str, folder: str) -> dict[str, float]:
     """Run one side in a process of its own."""
-    command = [sys.executable, "-m", "benchmarks.xl_start", side, folder]
+    command = [sys.executable, "-m", "benchmarks.start.xl_start", side, folder]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         raise RuntimeError(f"{side} failed:\n{done.stderr[-3000:]}")

@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from benchmarks._gpu_child import Report, Setting
+from benchmarks.gpu.child import Report, Setting
 from model import GPT, GPTConfig
 
 _XL_BYTES, _XL_GB = 40e9, 34.0  # what a card needs to be asked, and what a step may take

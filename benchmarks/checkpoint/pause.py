@@ -22,7 +22,7 @@ import torch.distributed as dist
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from torch.distributed.checkpoint.state_dict_saver import AsyncSaveResponse, async_save
 
-from benchmarks._checkpoint_state import Size, new_state, settings, torch_save
+from benchmarks.checkpoint.state import Size, new_state, settings, torch_save
 from orchestrator.checkpoint.save.policy import SaveIntervals
 from orchestrator.checkpoint.save.saver import Saver
 from orchestrator.checkpoint.state import TrainState

@@ -24,7 +24,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from benchmarks._topics import prepare_topics
+from benchmarks.topics import prepare_topics
 from orchestrator.config import TrainConfig
 from orchestrator.telemetry.goodput import PHASES
 
@@ -108,7 +108,7 @@ def measure(case: str, side: str, hosts: Path | None) -> dict[str, Any]:
 def command_of(case: dict[str, Any]) -> list[str]:
     """Return the command that runs a case."""
     job = json.dumps({"strike": None, "every_s": None, "for_s": None, "timed": None, **case})
-    return [sys.executable, "-m", "benchmarks._recovery_case", job]
+    return [sys.executable, "-m", "benchmarks.recovery.one_run", job]
 
 
 def last_line(code: int, out: str, err: str) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from statistics import median
 from typing import Any
 
-from benchmarks._gpu_child import LONG_S, Report, Setting
+from benchmarks.gpu.child import LONG_S, Report, Setting
 
 NEEDED = ("torch", "numpy", "orchestrator.loop")
 _CYCLES_PER_S = 2e9  # more than a card makes: what is to be held is held a little longer
@@ -179,7 +179,7 @@ def hold(seconds: float) -> Any:
 
 def streams(setting: Setting, report: Report) -> None:
     """Which streams get through while one is stuck: PyTorch hands out 32 per priority, again and again."""
-    few = setting.start("benchmarks._gpu_kernels:passing", "few", {"CUDA_DEVICE_MAX_CONNECTIONS": "8"}).finish(LONG_S)
+    few = setting.start("benchmarks.gpu.kernels:passing", "few", {"CUDA_DEVICE_MAX_CONNECTIONS": "8"}).finish(LONG_S)
     report.figure("stuck_with_8_connections", few.figures)
     passing(setting, report)
     stuck = report.figures["high"]["stuck"]

@@ -23,7 +23,7 @@ from typing import Any
 
 import psutil
 
-from benchmarks._topics import prepare_topics
+from benchmarks.topics import prepare_topics
 from orchestrator.telemetry.metrics import read_events, read_metrics
 
 PHASES = {  # each lasts until this record

@@ -11,8 +11,8 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from benchmarks._checkpoint_ranks import open_saver, peak_bytes, prepare, ranks, restore, save
-from benchmarks._checkpoint_state import SIZES, Size, forget_cached, new_folder, used_bytes
+from benchmarks.checkpoint.ranks import open_saver, peak_bytes, prepare, ranks, restore, save
+from benchmarks.checkpoint.state import SIZES, Size, forget_cached, new_folder, used_bytes
 
 AT_MOST = 1.15  # times the state
 _PYTHON_BYTES = 600_000_000  # of a process that has imported PyTorch, and of its buffers

@@ -23,9 +23,9 @@ from typing import Any
 
 import psutil
 
-from benchmarks._processes import workers_of
-from benchmarks._topics import prepare_topics
-from benchmarks.xl_start import SIZES, write_weights
+from benchmarks.processes import workers_of
+from benchmarks.start.xl_start import SIZES, write_weights
+from benchmarks.topics import prepare_topics
 from orchestrator.checkpoint.store import Checkpoint, CheckpointStore
 from orchestrator.telemetry.metrics import read_events, read_metrics
 

@@ -22,7 +22,7 @@ from unittest import mock
 import torch
 import torch.distributed as dist
 
-from benchmarks._checkpoint_state import Size, digest, model_args, new_state, settings, torch_load
+from benchmarks.checkpoint.state import Size, digest, model_args, new_state, settings, torch_load
 from orchestrator.checkpoint.restore.restore import restore_or_initialize
 from orchestrator.checkpoint.save.node_topology import open_node_memory
 from orchestrator.checkpoint.save.policy import SaveIntervals
@@ -59,7 +59,7 @@ class Ranks:
     def __init__(self, count: int, size: Size, folder: Path, environment: dict[str, str]) -> None:
         start = multiprocessing.get_context("forkserver")
         # The last one cannot be found by every server: they do not look in the folder that Python was started in.
-        start.set_forkserver_preload(["torch.distributed", "s3fs", "benchmarks._checkpoint_ranks"])
+        start.set_forkserver_preload(["torch.distributed", "s3fs", "benchmarks.checkpoint.ranks"])
         meeting = folder / f"meeting-{count}-{time.monotonic_ns()}"
         self._pipes: list[Connection] = []
         self._processes = []

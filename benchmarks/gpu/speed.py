@@ -17,10 +17,10 @@ import torch
 from torch import Tensor
 
 import orchestrator.loop as loop
-from benchmarks._gpu_child import LONG_S, Report, Setting
-from benchmarks._gpu_runs import TINY_VOCAB_SIZE, settings, write_tokens
-from benchmarks._gpu_watch import StopError, in_steps
-from benchmarks.train_step import PlainGPT
+from benchmarks.gpu.child import LONG_S, Report, Setting
+from benchmarks.gpu.runs import TINY_VOCAB_SIZE, settings, write_tokens
+from benchmarks.gpu.watch import StopError, in_steps
+from benchmarks.model.train_step import PlainGPT
 from model import GPT, GPTConfig
 from model.generation import SamplingPolicy, choose
 from orchestrator.distributed.join import plain_world
@@ -41,7 +41,7 @@ def step_time(setting: Setting, report: Report) -> None:
         return
     found = {}
     for side in SIDES:
-        where = f"benchmarks._gpu_speed:{'plain_steps' if side == 'nanogpt' else 'our_steps'}"
+        where = f"benchmarks.gpu.speed:{'plain_steps' if side == 'nanogpt' else 'our_steps'}"
         more = {} if side == "nanogpt" else {"changes": {"deterministic": side == "strict"}}
         part = setting.call(where, side, LONG_S, **more)
         if part.failed:
@@ -61,7 +61,7 @@ def step_time(setting: Setting, report: Report) -> None:
 
 
 def plain_steps(setting: Setting, report: Report) -> None:
-    """Time nanoGPT's loop: the batch is fetched behind the forward pass, and the loss asked for now and then."""
+    """Time nanoGPT's loop: it fetches a batch while the forward pass runs, and reads the loss once per block."""
     config, batch_size, steps = _shape(setting)
     torch.backends.cuda.matmul.allow_tf32 = True
     torch.backends.cudnn.allow_tf32 = True

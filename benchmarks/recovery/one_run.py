@@ -1,4 +1,4 @@
-"""One run with one loss, in a process and a cluster of its own: `python -m benchmarks._recovery_case JSON`.
+"""One run with one loss, in a process and a cluster of its own: `python -m benchmarks.recovery.one_run JSON`.
 
 Prints, as its last line, when the fault struck and when the next optimizer step was completed.
 """
@@ -21,7 +21,7 @@ from typing import Any
 
 import psutil
 
-from benchmarks._processes import workers_of
+from benchmarks.processes import workers_of
 
 # Not the cluster that this process may be in; and no dashboard is waited for, by either side.
 os.environ.update(RAY_AUTH_MODE="disabled", RAY_USAGE_STATS_ENABLED="0", OMP_NUM_THREADS="1")
@@ -69,15 +69,10 @@ def worker_with(strike: Strike | None, timed: str | None = None) -> Callable[[di
     def worker(job: dict[str, Any]) -> dict[str, Any]:
         import ray.train
 
-        from benchmarks.goodput import Timed
+        from benchmarks.recovery.goodput import time_our_calls
         from orchestrator import loop
-        from orchestrator.checkpoint.save.saver import Saver
-        from orchestrator.cluster.mailbox import MailboxClient
-        from orchestrator.distributed.world import Agreement, World
         from orchestrator.training import lr_schedule
-        from orchestrator.training.guard import Guard
         from orchestrator.worker.run import run_worker
-        from orchestrator.worker.watchdog import Watchdog
 
         rank, original = ray.train.get_context().get_world_rank(), lr_schedule.learning_rate
 
@@ -89,13 +84,7 @@ def worker_with(strike: Strike | None, timed: str | None = None) -> Callable[[di
         vars(loop)["learning_rate"] = learning_rate
         if not timed or rank:
             return run_worker(job)
-        watch = Timed(timed)
-        watch.wrap(World, "vote")
-        watch.wrap(Agreement, "result")
-        watch.wrap(Saver, "request", "apply", "offer", "take_events", "join")
-        watch.wrap(Guard, "judge", "note")
-        watch.wrap(Watchdog, "beat")
-        watch.wrap(MailboxClient, "post", "should_stop")
+        watch = time_our_calls(timed)
         try:
             return run_worker(job)
         finally:
@@ -172,7 +161,7 @@ def main(case: dict[str, Any]) -> None:
             with suppress(InterruptedRunError):
                 launch(config, worker_with(strike, case["timed"]))
         else:
-            from benchmarks._recovery_plain import fit, fit_until_interrupted
+            from benchmarks.recovery.plain import fit, fit_until_interrupted
 
             if case["every_s"]:
                 fit_until_interrupted(config)
