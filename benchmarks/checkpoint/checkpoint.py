@@ -90,7 +90,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS), help="default: all")
     parser.add_argument("--size", choices=SIZES, default="gpt2", help="of the model (default: %(default)s)")
     parser.add_argument("--tokens", type=int, default=128, help="in a batch of one (default: %(default)s)")
-    parser.add_argument("--rounds", type=int, default=3, help="of pauses, saves and restores (default: %(default)s)")
+    parser.add_argument("--rounds", type=int, default=3, help="of pauses, saves, restores: 2 or more (%(default)s)")
     parser.add_argument(
         "--pairs", type=int, default=12, help="of blocks with and without states (default: %(default)s)"
     )

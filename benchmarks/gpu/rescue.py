@@ -19,7 +19,7 @@ import orchestrator.loop as loop
 from benchmarks.gpu.child import Report, Setting, leave
 from benchmarks.gpu.kernels import hold
 from benchmarks.gpu.runs import settings
-from benchmarks.gpu.watch import in_steps, watching
+from benchmarks.gpu.watch import building, in_steps, watching
 from orchestrator.checkpoint.save.saver import Saver
 from orchestrator.checkpoint.state import TrainState
 from orchestrator.distributed.join import plain_world
@@ -116,13 +116,11 @@ def rollback(setting: Setting, report: Report) -> None:
     held_bytes: list[int] = []  # on the GPU, each time that a state is to be built
     models: list[weakref.ref[Any]] = []
     is_alive: list[bool] = []
-    module = vars(loop)
-    begin = module["restore_or_initialize"]
 
-    def noted(*args: Any, **more: Any) -> TrainState:
+    def note(build: Callable[[], TrainState]) -> TrainState:
         held_bytes.append(torch.cuda.memory_allocated() if setting.is_on_gpu else 0)
         is_alive.extend(model() is not None for model in models)
-        state: TrainState = begin(*args, **more)
+        state = build()
         if not models:  # iterations 5 and 6 of the first attempt are bad
             numbers, weight = weakref.ref(state), state.model.lm_head.weight
             hook: Any = weight.register_hook
@@ -130,8 +128,8 @@ def rollback(setting: Setting, report: Report) -> None:
         models.append(weakref.ref(state.model))
         return state
 
-    module["restore_or_initialize"] = noted
-    loop.train(config, plain_world(config))
+    with building(note):
+        loop.train(config, plain_world(config))
     report.figure("held_before_gb", [size / 1e9 for size in held_bytes])
     report.claim("the run has gone back once and has come to its end", len(models) == 2, f"{len(models)} states")
     report.claim("the model that was given up is gone before the next one is built", not any(is_alive))

@@ -6,7 +6,6 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
 
 from torch import Tensor
 
@@ -38,17 +37,25 @@ class Watched:
 
 
 @contextmanager
-def watching() -> Iterator[Watched]:
-    """Lend the state that the loop trains meanwhile: what is rescued is compared with it, bit by bit."""
-    watched, module = Watched(), vars(loop)
-    begin = module["begin"]
+def building(note: Callable[[Callable[[], TrainState]], TrainState]) -> Iterator[None]:
+    """Let the loop call `note` wherever it builds a state: with the call that builds it, and for that call's value."""
+    module, name = vars(loop), "restore_or_initialize"
+    build = module[name]
+    module[name] = lambda *args, **more: note(lambda: build(*args, **more))
+    try:
+        yield
+    finally:
+        module[name] = build
 
-    def noted(*args: Any, **more: Any) -> TrainState:
-        watched.states.append(begin(*args, **more))
+
+@contextmanager
+def watching() -> Iterator[Watched]:
+    """Lend the state that the loop trains meanwhile: we compare with it, bit by bit, the state that is rescued."""
+    watched = Watched()
+
+    def note(build: Callable[[], TrainState]) -> TrainState:
+        watched.states.append(build())
         return watched.states[-1]
 
-    module["begin"] = noted
-    try:
+    with building(note):
         yield watched
-    finally:
-        module["begin"] = begin

@@ -71,15 +71,14 @@ def worker_with(strike: Strike | None, timed: str | None = None) -> Callable[[di
 
         from benchmarks.recovery.goodput import time_our_calls
         from orchestrator import loop
-        from orchestrator.training import lr_schedule
         from orchestrator.worker.run import run_worker
 
-        rank, original = ray.train.get_context().get_world_rank(), lr_schedule.learning_rate
+        rank, original = ray.train.get_context().get_world_rank(), vars(loop)["learning_rate"]
 
         def learning_rate(config: TrainConfig, it: int) -> float:
             if strike:
                 strike.at(rank, it)
-            return original(config, it)
+            return float(original(config, it))
 
         vars(loop)["learning_rate"] = learning_rate
         if not timed or rank:

@@ -124,7 +124,7 @@ def ours(folder: str, rank: int = 0, world_size: int = 1, meeting: str = "") -> 
         World(rank, world_size),
         CheckpointStore(config.out_dir),
         NodeTopology(None, ("here",) * world_size, rank),
-        {},
+        {"vocab_size": 50257},  # the dataset's: GPT-2's
     )
     found = {"seconds": time.perf_counter() - began_s, "peak_bytes": float(_memory("VmHWM") - before_bytes)}
     if rank:

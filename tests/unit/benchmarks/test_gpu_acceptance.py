@@ -24,6 +24,7 @@ from benchmarks.gpu.child import ROOT, Found, Report, Setting
 from benchmarks.gpu.rescue import _told_rescue
 from benchmarks.gpu.sections import ENVIRONMENT, SECTIONS, Section
 from benchmarks.gpu.state import _tell_pauses
+from benchmarks.gpu.watch import watching
 from tests.support.acceptance_parts import part
 
 ABSENT = ("ray", "rich", "tyro", "transformers", "tokenizers", "pyarrow", "huggingface_hub")
@@ -264,6 +265,11 @@ def test_a_rescue_of_other_bits_or_another_iteration_is_noticed(
 
 
 ON_GPU = Setting("cuda", False, Path(), "")  # as what judges figures is told; nothing is run there
+
+
+def test_the_loop_builds_its_states_where_sections_look() -> None:
+    with watching() as watched:
+        assert watched.states == []
 
 
 def claims_of(report: Path) -> list[bool]:
