@@ -24,7 +24,8 @@ from orchestrator.checkpoint.store import CheckpointStore
 from orchestrator.config import TrainConfig
 from orchestrator.data.gpt2_vocabulary import load_gpt2_encoding
 from orchestrator.errors import DataError
-from tests.support.servers import FaultyProxy, S3Server, ServerMissingError, SFTPServer
+from tests.support.proxy import FaultyProxy
+from tests.support.servers import S3Server, ServerMissingError, SFTPServer
 
 
 @pytest.fixture(scope="session")

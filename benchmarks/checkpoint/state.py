@@ -1,4 +1,4 @@
-"""What the checkpoint benchmarks share: states of GPT-2's sizes, nanoGPT's `torch.save`, the disk's cache, folders."""
+"""Shared by the checkpoint benchmarks: states of GPT-2's sizes, nanoGPT's `torch.save`, the disk's cache, folders."""
 
 from __future__ import annotations
 
@@ -20,6 +20,8 @@ from orchestrator.checkpoint.state import TrainState, allocate_moments, capture
 from orchestrator.checkpoint.tensor_file import bytes_of
 from orchestrator.config import TrainConfig
 
+Figures = dict[str, float]
+
 
 @dataclass(frozen=True)
 class Size:
@@ -38,6 +40,19 @@ SIZES = {
     "small": Size(6, 6, 384),  # 0.36 GB
     "tiny": Size(2, 4, 128, 128, 8192),  # 17 MB: to develop with
 }
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The sizes, repeats and folders of one benchmark run."""
+
+    size: Size
+    small: Size  # of the state that goes through the proxy
+    n_tokens: int
+    rounds: int
+    pairs: int
+    out_dir: Path
+    memory_dir: Path
 
 
 def settings(size: Size, out_dir: str, memory_dir: str) -> TrainConfig:

@@ -35,7 +35,8 @@ from orchestrator.telemetry.emit import open_telemetry
 from orchestrator.telemetry.format import print_record
 from orchestrator.telemetry.metrics import read_metrics
 from tests.conftest import Storage, Undisturbed, enter, forget_clients, in_steps
-from tests.support.servers import S3Server, SFTPServer, free_ports
+from tests.support.ports import free_ports
+from tests.support.servers import S3Server, SFTPServer
 
 
 @dataclass(frozen=True)

@@ -44,7 +44,8 @@ from orchestrator.telemetry.format import print_record
 from orchestrator.telemetry.metrics import read_metrics
 from tests.conftest import Storage, Undisturbed, forget_clients, in_steps
 from tests.support import faults, ranks
-from tests.support.servers import Fault, FaultyProxy, S3Server, SFTPServer
+from tests.support.proxy import Fault, FaultyProxy
+from tests.support.servers import S3Server, SFTPServer
 from tests.support.tmpfs import small_tmpfs
 
 Record = dict[str, Any]

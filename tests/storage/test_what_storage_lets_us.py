@@ -36,7 +36,9 @@ from orchestrator.telemetry.emit import open_telemetry
 from orchestrator.telemetry.format import print_record
 from orchestrator.telemetry.metrics import MetricsLog, read_metrics
 from tests.conftest import Storage, enter, forget_clients
-from tests.support.servers import FaultyProxy, S3Server, free_ports
+from tests.support.ports import free_ports
+from tests.support.proxy import FaultyProxy
+from tests.support.servers import S3Server
 
 ODD_NAMES = (
     "lr=[1e-3]",
