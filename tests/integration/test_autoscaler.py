@@ -20,11 +20,10 @@ from orchestrator.driver.launch import launch
 from orchestrator.errors import ConfigError
 from orchestrator.telemetry.goodput import account
 from orchestrator.telemetry.metrics import read_events, read_metrics
-from tests.chaos.test_kills import causes
-from tests.chaos.test_nodes import NodeKilled
 from tests.conftest import Undisturbed, final_state
 from tests.support.autoscaling import autoscaling_cluster
-from tests.support.faults import worker_with
+from tests.support.faults import NodeKilled, worker_with
+from tests.support.ray_runs import causes
 
 pytestmark = [
     pytest.mark.slow,  # machines come after some ten seconds
