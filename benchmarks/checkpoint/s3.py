@@ -9,17 +9,8 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from benchmarks.checkpoint.ranks import (
-    open_saver,
-    prepare,
-    ranks,
-    restore,
-    save,
-)
-from benchmarks.checkpoint.state import (
-    Figures,
-    Plan,
-)
+from benchmarks.checkpoint.ranks import open_saver, prepare, ranks, restore, save
+from benchmarks.checkpoint.state import Figures, Plan
 
 
 def s3(plan: Plan) -> tuple[Figures, dict[str, Any]]:
