@@ -18,11 +18,12 @@ from orchestrator.checkpoint.save.node_memory import NodeMemory, states_in
 from orchestrator.checkpoint.save.node_topology import NodeTopology
 from orchestrator.checkpoint.save.policy import SaveIntervals
 from orchestrator.checkpoint.save.saver import Saver
-from orchestrator.checkpoint.state import TrainState, capture
+from orchestrator.checkpoint.state import capture
 from orchestrator.checkpoint.store import CheckpointStore, checkpoint_name
 from orchestrator.checkpoint.tensor_file import read_tensors
 from orchestrator.config import TrainConfig
 from orchestrator.distributed.world import World
+from tests.support.savers import settle, step
 
 ATTEMPT = "abc"
 StartingPoint = Callable[[int, int], Saver]
@@ -44,19 +45,6 @@ def start(tiny: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
         return saver
 
     return start
-
-
-def step(state: TrainState) -> None:
-    torch.manual_seed(1)
-    for parameter in state.model.parameters():
-        parameter.grad = torch.randn_like(parameter)
-    state.optimizer.step()
-
-
-def settle(saver: Saver) -> None:
-    """Wait for what the copier has been given."""
-    assert saver._copier.last
-    saver._copier.last.result(10)
 
 
 def whole(saver: Saver) -> list[str]:
