@@ -21,9 +21,9 @@ from orchestrator.controller.gpu_check import GpuCheck
 from orchestrator.driver import launch as launching
 from orchestrator.driver.launch import RunFailedError, launch
 from orchestrator.telemetry.metrics import read_events
-from tests.chaos.test_kills import causes, steps_repeated
 from tests.conftest import Undisturbed, final_state
 from tests.support.faults import Fault, worker_with
+from tests.support.ray_runs import causes, steps_repeated
 
 pytestmark = [
     pytest.mark.slow,  # several raylets share two cores

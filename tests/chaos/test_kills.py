@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import random
 import signal
 import subprocess
@@ -20,36 +19,18 @@ from orchestrator.config import TrainConfig
 from orchestrator.driver.launch import RunFailedError, launch
 from orchestrator.driver.registry import REGISTRY_FILE
 from orchestrator.host.machine import usable_cpus
-from orchestrator.telemetry.metrics import read_events, read_metrics
 from tests.conftest import Undisturbed, final_state
 from tests.support.clusters import small_cluster
 from tests.support.faults import Fault, worker_with
+from tests.support.ray_runs import OWN_CLUSTER, attempts, causes, steps_repeated
 
 pytestmark = pytest.mark.filterwarnings("default")  # Ray and its parts warn of themselves
-
-OWN_CLUSTER = {**os.environ, "RAY_ADDRESS": "local"}  # not the one of the tests beside it
 
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[None]:
     with small_cluster():
         yield
-
-
-def attempts(out_dir: str) -> int:
-    return len({record["attempt"] for record in read_metrics(out_dir)})
-
-
-def steps_repeated(out_dir: str) -> int:
-    """Return how many iterations of the first attempt the second one computed again, as far as rank 0 told of them."""
-    records = [json.loads(line) for line in Path(out_dir, "metrics.jsonl").read_text().splitlines()]
-    first, second = (record for record in records if record["kind"] == "begin")
-    last = max((r["iter"] for r in records if r["kind"] == "step" and r["attempt"] == first["attempt"]), default=-1)
-    return max(0, last + 1 - int(second["iter"]))
-
-
-def causes(out_dir: str) -> list[str]:
-    return [record["cause"] for record in read_events(out_dir) if record["kind"] == "failure"]
 
 
 @pytest.mark.usefixtures("cluster")

@@ -23,10 +23,10 @@ from orchestrator.config import TrainConfig
 from orchestrator.driver.launch import launch
 from orchestrator.telemetry.goodput import account
 from orchestrator.telemetry.metrics import read_events, read_metrics
-from tests.chaos.test_kills import OWN_CLUSTER, causes, steps_repeated
 from tests.conftest import Storage, Undisturbed, final_state
 from tests.support.clusters import small_cluster
 from tests.support.faults import Fault, worker_with
+from tests.support.ray_runs import OWN_CLUSTER, causes, steps_repeated
 from tests.support.servers import S3Server
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("default")]

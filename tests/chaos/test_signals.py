@@ -20,8 +20,8 @@ from orchestrator.checkpoint.snapshot import tensors_equal
 from orchestrator.checkpoint.store import CheckpointStore
 from orchestrator.config import TrainConfig
 from orchestrator.telemetry.metrics import read_metrics
-from tests.chaos.test_kills import OWN_CLUSTER
 from tests.conftest import Undisturbed, final_state
+from tests.support.ray_runs import OWN_CLUSTER
 
 _LEAVES_S = 20.0  # seconds on an idle machine: two workers save, Ray ends
 
