@@ -7,7 +7,6 @@ import random
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -186,10 +185,3 @@ def test_killed_controller_is_started_again(tiny: TrainConfig, tmp_path: Path, u
     assert causes(tiny.out_dir) == ["controller_lost"]
     assert attempts(tiny.out_dir) == 2
     assert tensors_equal(final_state(tiny.out_dir), undisturbed(tiny, 2))
-
-
-def wait_for_line(log: Path, text: str) -> None:
-    deadline_s = time.monotonic() + 90
-    while text not in log.read_text():
-        assert time.monotonic() < deadline_s, log.read_text()
-        time.sleep(0.1)
