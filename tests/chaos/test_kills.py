@@ -7,7 +7,6 @@ import random
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -19,17 +18,10 @@ from orchestrator.driver.launch import RunFailedError, launch
 from orchestrator.driver.registry import REGISTRY_FILE
 from orchestrator.host.machine import usable_cpus
 from tests.conftest import Undisturbed, final_state
-from tests.support.clusters import small_cluster
 from tests.support.faults import Fault, worker_with
 from tests.support.ray_runs import OWN_CLUSTER, attempts, causes, steps_repeated
 
 pytestmark = pytest.mark.filterwarnings("default")  # Ray and its parts warn of themselves
-
-
-@pytest.fixture(scope="module")
-def cluster() -> Iterator[None]:
-    with small_cluster():
-        yield
 
 
 @pytest.mark.usefixtures("cluster")
