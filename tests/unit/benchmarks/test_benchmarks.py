@@ -71,6 +71,18 @@ def test_every_benchmark_is_listed_and_none_is_imported() -> None:
     assert not {"torch", "ray", *(benchmark.module for benchmark in found.values())} & set(printed)
 
 
+def test_a_benchmark_has_a_name_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("benchmarks.__main__.FOLDER", tmp_path)
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "memory.py").write_text("def add_arguments(parser): ...\ndef run(args): ...\n")
+    (tmp_path / "part.py").write_text("def run(args): ...\n")
+    with pytest.raises(ValueError, match="have the same name: rename one"):
+        list_benchmarks()
+    (tmp_path / "b" / "memory.py").unlink()
+    assert [(benchmark.name, benchmark.summary) for benchmark in list_benchmarks()] == [("memory", "")]
+
+
 def test_what_goodput_times_is_there() -> None:
     for owner, names in OUR_CALLS.items():
         assert all(callable(getattr(resolve_name(owner), name)) for name in names)
