@@ -29,7 +29,7 @@ from orchestrator.config import TrainConfig
 from orchestrator.errors import CheckpointError, DamagedError
 from tests.support.states import SMALL, random_state
 
-LARGE = {**SMALL, "n_layer": 8, "n_embd": 512, "block_size": 1024, "vocab_size": 8192}  # 120 MB, 360 with the moments
+LARGE = {**SMALL, "n_layer": 4, "n_embd": 512, "block_size": 512, "vocab_size": 4096}  # 60 MB, 180 with the moments
 
 
 def commit(store: CheckpointStore, snapshot: Snapshot) -> Checkpoint:
