@@ -1,1 +1,1 @@
-"""Side-by-side measurements. Every module in here is one benchmark; nothing of the product imports them."""
+"""Side-by-side measurements, run by `python -m benchmarks NAME`. Nothing of the product imports them."""

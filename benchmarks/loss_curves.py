@@ -23,7 +23,7 @@ from typing import Any
 
 import psutil
 
-from benchmarks._processes import workers_of
+from benchmarks.processes import workers_of
 from benchmarks.same_bits import ROOT, checksum_of, newest_checkpoint
 
 CALM, KILLED, MARK = "#9ecae1", "#d94801", "#888888"  # readable on a light and on a dark page

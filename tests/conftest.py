@@ -20,12 +20,13 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import pytest
 from fsspec import get_filesystem_class
 
-from benchmarks._topics import prepare_topics
+from benchmarks.topics import prepare_topics
 from orchestrator.checkpoint.snapshot import Snapshot
 from orchestrator.config import TrainConfig
 from orchestrator.data.gpt2_vocabulary import load_gpt2_encoding
 from orchestrator.errors import DataError
-from tests.support.servers import FaultyProxy, S3Server, ServerMissingError, SFTPServer
+from tests.support.proxy import FaultyProxy
+from tests.support.servers import S3Server, ServerMissingError, SFTPServer
 
 
 @pytest.fixture(scope="session")

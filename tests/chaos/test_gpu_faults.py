@@ -20,9 +20,9 @@ from orchestrator.config import TrainConfig
 from orchestrator.controller.gpu_check import GpuCheck
 from orchestrator.driver import launch as launching
 from orchestrator.driver.launch import RunFailedError, launch
-from tests.chaos.test_kills import causes, steps_repeated
 from tests.conftest import Undisturbed, final_state
 from tests.support.faults import Fault, worker_with
+from tests.support.ray_runs import causes, steps_repeated
 from tests.support.runs import events_in
 
 pytestmark = [
@@ -31,7 +31,7 @@ pytestmark = [
 ]
 
 UNFIT = "ORCHESTRATOR_TEST_UNFIT"  # on a node: why its GPUs cannot be used
-PLACEHOLDER = "placeholder"  # the name of who has the GPU of such a node until it is wanted
+OCCUPANT = "occupant"  # the actor that holds the GPU of such a node until a test wants it
 
 
 @pytest.fixture
@@ -75,7 +75,7 @@ class GpuBrokenAndAnotherFree(GpuBroken):
     """And just before, another program leaves another node, which has room now."""
 
     def before_it_breaks(self) -> None:
-        ray.kill(ray.get_actor(PLACEHOLDER, namespace=PLACEHOLDER))
+        ray.kill(ray.get_actor(OCCUPANT, namespace=OCCUPANT))
         while not ray.available_resources().get("unfit"):
             time.sleep(0.05)
 
@@ -166,13 +166,13 @@ def test_what_comes_again_and_again_ends_the_run(
 def test_a_node_that_turns_out_to_be_unfit_later_is_left_and_the_run_goes_on(
     tiny: TrainConfig, tmp_path: Path, undisturbed: Undisturbed, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    class Placeholder:
+    class Occupant:
         pass
 
-    placeholder = ray.remote(Placeholder).options(
-        name=PLACEHOLDER, namespace=PLACEHOLDER, num_cpus=1, num_gpus=1, resources={"unfit": 1}
+    occupant = ray.remote(Occupant).options(
+        name=OCCUPANT, namespace=OCCUPANT, num_cpus=1, num_gpus=1, resources={"unfit": 1}
     )
-    actor = placeholder.remote()
+    actor = occupant.remote()
     ray.get(actor.__ray_ready__.remote())
     monkeypatch.setattr(launching, "GpuCheck", lambda monitor: GpuCheck(monitor, ask=why_unfit))
     config = replace(settings(tiny), device="cuda", backend="gloo")

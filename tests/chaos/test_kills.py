@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import json
-import os
 import random
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -21,35 +18,10 @@ from orchestrator.driver.launch import RunFailedError, launch
 from orchestrator.driver.registry import REGISTRY_FILE
 from orchestrator.host.machine import usable_cpus
 from tests.conftest import Undisturbed, final_state
-from tests.support.clusters import small_cluster
 from tests.support.faults import Fault, worker_with
-from tests.support.runs import events_in, metrics_in
+from tests.support.ray_runs import OWN_CLUSTER, attempts, causes, steps_repeated
 
 pytestmark = pytest.mark.filterwarnings("default")  # Ray and its parts warn of themselves
-
-OWN_CLUSTER = {**os.environ, "RAY_ADDRESS": "local"}  # not the one of the tests beside it
-
-
-@pytest.fixture(scope="module")
-def cluster() -> Iterator[None]:
-    with small_cluster():
-        yield
-
-
-def attempts(out_dir: str) -> int:
-    return len({record["attempt"] for record in metrics_in(out_dir)})
-
-
-def steps_repeated(out_dir: str) -> int:
-    """Return how many iterations of the first attempt the second one computed again, as far as rank 0 told of them."""
-    records = [json.loads(line) for line in Path(out_dir, "metrics.jsonl").read_text().splitlines()]
-    first, second = (record for record in records if record["kind"] == "begin")
-    last = max((r["iter"] for r in records if r["kind"] == "step" and r["attempt"] == first["attempt"]), default=-1)
-    return max(0, last + 1 - int(second["iter"]))
-
-
-def causes(out_dir: str) -> list[str]:
-    return [record["cause"] for record in events_in(out_dir) if record["kind"] == "failure"]
 
 
 @pytest.mark.usefixtures("cluster")
@@ -205,10 +177,3 @@ def test_killed_controller_is_started_again(tiny: TrainConfig, tmp_path: Path, u
     assert causes(tiny.out_dir) == ["controller_lost"]
     assert attempts(tiny.out_dir) == 2
     assert tensors_equal(final_state(tiny.out_dir), undisturbed(tiny, 2))
-
-
-def wait_for_line(log: Path, text: str) -> None:
-    deadline_s = time.monotonic() + 90
-    while text not in log.read_text():
-        assert time.monotonic() < deadline_s, log.read_text()
-        time.sleep(0.1)

@@ -21,10 +21,10 @@ from orchestrator.checkpoint.snapshot import tensors_equal
 from orchestrator.config import TrainConfig
 from orchestrator.driver.launch import launch
 from orchestrator.telemetry.goodput import account
-from tests.chaos.test_kills import OWN_CLUSTER, causes, steps_repeated
 from tests.conftest import Storage, Undisturbed, final_state
 from tests.support.clusters import small_cluster
 from tests.support.faults import Fault, worker_with
+from tests.support.ray_runs import OWN_CLUSTER, causes, steps_repeated
 from tests.support.runs import checkpoints_in, events_in, metrics_in
 from tests.support.servers import S3Server
 

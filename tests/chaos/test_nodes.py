@@ -12,7 +12,6 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
-import psutil
 import pytest
 import ray
 from ray.cluster_utils import Cluster
@@ -22,10 +21,10 @@ from orchestrator.config import TrainConfig
 from orchestrator.driver.launch import launch
 from orchestrator.telemetry.goodput import account
 from orchestrator.worker import notices
-from tests.chaos.test_kills import causes, steps_repeated
 from tests.conftest import Undisturbed, final_state
-from tests.support.faults import Fault, worker_with
+from tests.support.faults import Fault, NodeKilled, worker_with
 from tests.support.metadata import Metadata
+from tests.support.ray_runs import causes, steps_repeated
 from tests.support.runs import events_in, metrics_in
 from tests.support.stuck import check_teardown
 
@@ -87,16 +86,6 @@ class Announced(Fault):
     def fire(self) -> None:
         if not self.marker.exists():
             self.marker.write_text(os.environ[notices.VARIABLE])
-
-
-class NodeKilled(Fault):
-    """The node's raylet and this worker are killed, the last of all that runs on the node."""
-
-    def fire(self) -> None:
-        if not self.marker.exists():
-            raylet = next(parent for parent in psutil.Process().parents() if parent.name() == "raylet")
-            raylet.kill()
-            super().fire()
 
 
 class NodeTerminated(Fault):

@@ -18,8 +18,8 @@ import pytest
 
 from orchestrator.checkpoint.snapshot import tensors_equal
 from orchestrator.config import TrainConfig
-from tests.chaos.test_kills import OWN_CLUSTER
 from tests.conftest import Undisturbed, final_state
+from tests.support.ray_runs import OWN_CLUSTER
 from tests.support.runs import checkpoints_in, metrics_in
 
 _LEAVES_S = 20.0  # seconds on an idle machine: two workers save, Ray ends

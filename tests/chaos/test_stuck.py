@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,7 +14,6 @@ from orchestrator.config import TrainConfig
 from orchestrator.driver.launch import launch
 from orchestrator.telemetry.goodput import account
 from tests.conftest import Undisturbed, final_state
-from tests.support.clusters import small_cluster
 from tests.support.faults import Fault, worker_with
 from tests.support.runs import events_in, metrics_in
 from tests.support.stuck import check_teardown
@@ -24,12 +22,6 @@ pytestmark = [
     pytest.mark.stuck_collectives,
     pytest.mark.filterwarnings("default"),  # Ray and its parts warn of themselves
 ]
-
-
-@pytest.fixture(scope="module")
-def cluster() -> Iterator[None]:
-    with small_cluster():
-        yield
 
 
 def check(config: TrainConfig, faults: list[Fault], causes: list[str], undisturbed: Undisturbed) -> None:

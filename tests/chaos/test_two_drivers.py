@@ -1,7 +1,4 @@
-"""Two drivers on one out_dir: the second is refused, a dead one is replaced, one that was cut off stops by itself.
-
-Run as a process, `python -m tests.chaos.test_two_drivers SPEC.json`, this is a driver whose workers stop for a while.
-"""
+"""Two drivers on one out_dir: the second is refused, a dead one is replaced, one that was cut off stops by itself."""
 
 from __future__ import annotations
 
@@ -13,27 +10,22 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from orchestrator.__main__ import main
 from orchestrator.checkpoint.snapshot import tensors_equal
 from orchestrator.config import TrainConfig
-from orchestrator.driver import launch
 from orchestrator.driver.lease import LEASE_FILE, Lease
 from orchestrator.errors import ConfigError
-from orchestrator.worker.job import Job
 from tests.conftest import Storage, Undisturbed, final_state
+from tests.support.paused_driver import BEAT_INTERVAL_S
+from tests.support.ray_runs import OWN_CLUSTER
 from tests.support.runs import checkpoints_in
 from tests.support.servers import S3Server
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("default")]  # Ray and its parts warn of themselves
-
-OWN_CLUSTER = {**os.environ, "RAY_ADDRESS": "local"}  # not the one of the tests beside it
-BEAT_INTERVAL_S = 0.5
 
 
 @dataclass(frozen=True)
@@ -71,7 +63,7 @@ def start(tmp_path: Path) -> Iterator[Start]:
         folder.mkdir()
         spec = folder / "spec.json"
         spec.write_text(json.dumps({"config": asdict(config), "pause_at": pause_at}))
-        command = [sys.executable, "-m", "tests.chaos.test_two_drivers", str(spec)]
+        command = [sys.executable, "-m", "tests.support.paused_driver", str(spec)]
         with (folder / "log").open("w") as log:
             process = subprocess.Popen(command, env=OWN_CLUSTER, stdout=log, stderr=subprocess.STDOUT)
         started.append(Driver(folder, process))
@@ -173,39 +165,3 @@ def test_driver_survives_its_storage(s3: Storage, s3_server: S3Server, caplog: p
 
 def run_json(config: TrainConfig) -> dict[str, Any]:
     return dict(json.loads(Path(config.out_dir, "run.json").read_text()))
-
-
-def pausing(pause_at: int | None, folder: Path) -> Callable[[dict[str, Any]], dict[str, Any]]:
-    """Return what Ray runs on each rank: our worker, of which rank 1 waits in that iteration."""
-
-    def worker(job: Job) -> dict[str, Any]:
-        import ray.train
-
-        from orchestrator import loop
-        from orchestrator.worker.run import run_worker
-
-        original, rank = loop.seed_dropout, ray.train.get_context().get_world_rank()
-
-        def seed_dropout(dropout: float, seed: int, iter_num: int, micro_step: int) -> None:
-            if (rank, iter_num) == (1, pause_at):
-                (folder / "paused").touch()
-                while not (folder / "let_go").exists():
-                    time.sleep(0.05)
-            original(dropout, seed, iter_num, micro_step)
-
-        loop.seed_dropout = seed_dropout
-        return run_worker(job)
-
-    return worker
-
-
-def drive(spec: Path) -> int:
-    """Train as the command line does, with beats that a test can wait for."""
-    known = json.loads(spec.read_text())
-    launch.Lease = partial(launch.Lease, beat_interval_s=BEAT_INTERVAL_S)
-    launch.run = partial(launch.run, worker=pausing(known["pause_at"], spec.parent))
-    return main(["train", *(f"--{key}={value}" for key, value in known["config"].items())])
-
-
-if __name__ == "__main__":
-    sys.exit(drive(Path(sys.argv[1])))

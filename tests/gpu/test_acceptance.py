@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks._gpu_sections import SECTIONS, Section
-from benchmarks.gpu import Running
+from benchmarks.gpu.gpu import Running
+from benchmarks.gpu.sections import SECTIONS, Section
 
 
 @pytest.fixture(scope="session")

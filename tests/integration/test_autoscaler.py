@@ -19,11 +19,10 @@ from orchestrator.config import TrainConfig
 from orchestrator.driver.launch import launch
 from orchestrator.errors import ConfigError
 from orchestrator.telemetry.goodput import account
-from tests.chaos.test_kills import causes
-from tests.chaos.test_nodes import NodeKilled
 from tests.conftest import Undisturbed, final_state
 from tests.support.autoscaling import autoscaling_cluster
-from tests.support.faults import worker_with
+from tests.support.faults import NodeKilled, worker_with
+from tests.support.ray_runs import causes
 from tests.support.runs import events_in, metrics_in
 
 pytestmark = [

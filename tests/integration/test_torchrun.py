@@ -21,7 +21,7 @@ PLAIN = """
 import sys
 from orchestrator.worker.plain import main
 from orchestrator.worker import torchrun as vigil
-from tests.chaos.faults import Fault, arm
+from tests.support.faults import Fault, arm
 import os, pathlib, signal
 
 vigil._ITERATION_S = 3.0

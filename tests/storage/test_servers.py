@@ -10,7 +10,8 @@ import pytest
 from fsspec.core import url_to_fs
 
 from tests.conftest import Storage, forget_clients
-from tests.support.servers import FaultyProxy, S3Server, SFTPServer
+from tests.support.proxy import FaultyProxy
+from tests.support.servers import S3Server, SFTPServer
 
 CONTENT = os.urandom(300_000)
 

@@ -22,22 +22,17 @@ from orchestrator.commands.export import ExportConfig, export
 from orchestrator.commands.inspect_run import InspectConfig, inspect
 from orchestrator.commands.sample import SampleConfig, sample
 from orchestrator.config import TrainConfig
-from orchestrator.distributed.device import resolve
-from orchestrator.distributed.world import World
 from orchestrator.driver.launch import launch
 from orchestrator.driver.preflight import plan
 from orchestrator.errors import CheckpointError, UserError
-from orchestrator.loop import train
 from orchestrator.storage.location import Connection, locate
 from orchestrator.storage.options import storage_options_of
-from orchestrator.storage.run_folder import RunFolder
 from orchestrator.storage.transfer import make_folder
-from orchestrator.telemetry.emit import open_telemetry
-from orchestrator.telemetry.format import print_record
-from orchestrator.training.attempt import Callbacks
-from tests.conftest import Storage, Undisturbed, enter, forget_clients, in_steps
+from tests.conftest import Storage, Undisturbed, enter, forget_clients
+from tests.support.ports import free_ports
 from tests.support.runs import checkpoints_in, metrics_in
-from tests.support.servers import S3Server, SFTPServer, free_ports
+from tests.support.servers import S3Server, SFTPServer
+from tests.support.storage_runs import run
 
 
 @dataclass(frozen=True)
@@ -71,16 +66,6 @@ def place(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.Mo
 
 def on(place: Place, config: TrainConfig) -> TrainConfig:
     return replace(config, out_dir=place.out_dir, storage_options=place.storage_options)
-
-
-def run(config: TrainConfig, attempt: str, stop_after: int | None = None) -> None:
-    """Train in this process, with telemetry as `python -m orchestrator.loop` has it."""
-    world = World(attempt=attempt)
-    calls = iter(range(10**6))
-    folder = RunFolder(config.out_dir, storage_options_of(config))
-    with open_telemetry(config, world, folder, print_record) as emit:
-        is_over = in_steps(lambda: stop_after is not None and next(calls) >= stop_after)
-        train(resolve(config), world, Callbacks(emit, stop_request=is_over))
 
 
 def state_in(config: TrainConfig) -> Snapshot:

@@ -7,8 +7,8 @@ import sys
 import time
 from pathlib import Path
 
-from benchmarks._gpu_child import Report, Setting
-from benchmarks._gpu_sections import Section
+from benchmarks.gpu.child import Report, Setting
+from benchmarks.gpu.sections import Section
 
 
 def part(name: str, limit_s: float = 60.0) -> Section:

@@ -1,6 +1,6 @@
 """Faults of whole runs: all ranks die at one moment, or one is stopped and comes back when it is not expected any more.
 
-They are armed like `tests.chaos.faults.Fault`, and have its points.
+They are armed like `tests.support.faults.Fault`, and have its points.
 """
 
 from __future__ import annotations

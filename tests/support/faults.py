@@ -12,6 +12,8 @@ from functools import wraps
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 from orchestrator.worker.job import Job
 from orchestrator.worker.run import run_worker
 from tests.support import stuck
@@ -59,6 +61,16 @@ class Fault:
                 raise self.error("the bug")
             os.kill(self.pid or os.getpid(), self.kind)
             time.sleep(60)  # a worker whose driver was killed does no further step: Ray ends it within a second
+
+
+class NodeKilled(Fault):
+    """The node's raylet and this worker are killed, the last of all that runs on the node."""
+
+    def fire(self) -> None:
+        if not self.marker.exists():
+            raylet = next(parent for parent in psutil.Process().parents() if parent.name() == "raylet")
+            raylet.kill()
+            super().fire()
 
 
 def worker_with(*faults: Fault, gets_stuck: bool = False) -> Callable[[Job], dict[str, Any]]:

@@ -17,7 +17,7 @@ class Poison:
     value: float = float("nan")
 
     def __call__(self, rank: int) -> None:
-        """Put it into this process: `tests.ranks` calls this in every rank."""
+        """Put it into this process: `tests.support.ranks` calls this in every rank."""
         if rank != self.rank:
             return
         from model import GPT

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
+from pkgutil import resolve_name
 
 import pytest
 import torch
 
-from benchmarks._checkpoint_state import SIZES, digest, new_state, size_bytes, torch_load, torch_save, used_bytes
-from benchmarks.checkpoint import AT_LEAST, AT_MOST, show
-from benchmarks.checkpoint_xl import _state_bytes
+from benchmarks.__main__ import list_benchmarks
+from benchmarks.checkpoint.checkpoint import AT_LEAST, AT_MOST, show
+from benchmarks.checkpoint.checkpoint_xl import _state_bytes
+from benchmarks.checkpoint.state import SIZES, digest, new_state, size_bytes, torch_load, torch_save, used_bytes
+from benchmarks.recovery.goodput import OUR_CALLS
 from orchestrator.checkpoint.state import TrainState
 
 TINY = SIZES["tiny"]
@@ -52,3 +57,32 @@ def test_figures_are_printed_beside_their_goals(capsys: pytest.CaptureFixture[st
     assert good.endswith("reached")
     assert free.endswith("0.1000")
     assert not AT_MOST.keys() & AT_LEAST.keys()
+
+
+def test_every_benchmark_is_listed_and_none_is_imported() -> None:
+    code = (
+        "import sys; from benchmarks.__main__ import list_benchmarks as l; print(*[b.name for b in l()], *sys.modules)"
+    )
+    printed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+    found = {benchmark.name: benchmark for benchmark in list_benchmarks()}
+    assert {"checkpoint", "goodput", "gpu", "recovery", "same_bits", "sample", "startup", "step_memory"} <= found.keys()
+    assert found.keys() <= set(printed)
+    assert all(benchmark.summary for benchmark in found.values())
+    assert not {"torch", "ray", *(benchmark.module for benchmark in found.values())} & set(printed)
+
+
+def test_a_benchmark_has_a_name_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("benchmarks.__main__.FOLDER", tmp_path)
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "memory.py").write_text("def add_arguments(parser): ...\ndef run(args): ...\n")
+    (tmp_path / "part.py").write_text("def run(args): ...\n")
+    with pytest.raises(ValueError, match="have the same name: rename one"):
+        list_benchmarks()
+    (tmp_path / "b" / "memory.py").unlink()
+    assert [(benchmark.name, benchmark.summary) for benchmark in list_benchmarks()] == [("memory", "")]
+
+
+def test_what_goodput_times_is_there() -> None:
+    for owner, names in OUR_CALLS.items():
+        assert all(callable(getattr(resolve_name(owner), name)) for name in names)

@@ -18,10 +18,13 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from benchmarks import _gpu_rescue, _gpu_speed, _gpu_state, gpu
 from benchmarks.__main__ import main
-from benchmarks._gpu_child import ROOT, Found, Report, Setting
-from benchmarks._gpu_sections import ENVIRONMENT, SECTIONS, Section
+from benchmarks.gpu import gpu, speed
+from benchmarks.gpu.child import ROOT, Found, Report, Setting
+from benchmarks.gpu.rescue import _told_rescue
+from benchmarks.gpu.sections import ENVIRONMENT, SECTIONS, Section
+from benchmarks.gpu.state import _tell_pauses
+from benchmarks.gpu.watch import watching
 from tests.support.acceptance_parts import part
 
 ABSENT = ("ray", "rich", "tyro", "transformers", "tokenizers", "pyarrow", "huggingface_hub")
@@ -110,7 +113,7 @@ def test_parts_of_a_section_fail_and_hang_by_themselves(tmp_path: Path) -> None:
 def test_who_ends_the_check_leaves_no_section_behind(tmp_path: Path, number: signal.Signals) -> None:
     file, said = tmp_path / "found.json", tmp_path / "said"
     code = (
-        "from benchmarks import gpu; from tests.unit.acceptance_parts import part\n"
+        "from benchmarks.gpu import gpu; from tests.support.acceptance_parts import part\n"
         f"from pathlib import Path\nwith gpu.ended_in_order(): gpu.Acceptance('cpu', True, 300, Path({str(file)!r}))"
         ".run([part('hang')])"
     )
@@ -130,7 +133,7 @@ def test_who_ends_the_check_leaves_no_section_behind(tmp_path: Path, number: sig
 def test_the_check_goes_on_where_nobody_reads(tmp_path: Path) -> None:
     file = tmp_path / "found.json"
     code = (
-        "from benchmarks import gpu; from tests.unit.acceptance_parts import part; from pathlib import Path\n"
+        "from benchmarks.gpu import gpu; from tests.support.acceptance_parts import part; from pathlib import Path\n"
         f"check = gpu.Acceptance('cpu', True, 300, Path({str(file)!r})); check.run([part('crash'), part('hold')])"
     )
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
@@ -256,12 +259,17 @@ def test_a_rescue_of_other_bits_or_another_iteration_is_noticed(
     setting, report = Setting("cpu", True, tmp_path, str(tmp_path)), Report(tmp_path / "report.json")
     state = {"weight": torch.ones(3)}
     saver: Any = Rescuer(setting, {"weight": torch.ones(3) + nudge}, iter_num)
-    _gpu_rescue._told_rescue(setting, report, saver, state, {})
+    _told_rescue(setting, report, saver, state, {})
     claims = json.loads((tmp_path / "report.json").read_text())["claims"]
     assert [claim["holds"] for claim in claims] == expected
 
 
 ON_GPU = Setting("cuda", False, Path(), "")  # as what judges figures is told; nothing is run there
+
+
+def test_the_loop_builds_its_states_where_sections_look() -> None:
+    with watching() as watched:
+        assert watched.states == []
 
 
 def claims_of(report: Path) -> list[bool]:
@@ -278,7 +286,7 @@ def test_a_pause_that_is_not_told_is_noticed(tmp_path: Path, told_s: float, hold
         paused_s += told_s * (iter_num in copied)
         marks.append((iter_num, now_s, paused_s))
     report = tmp_path / "report.json"
-    _gpu_state._tell_pauses(ON_GPU, Report(report), marks, copied)
+    _tell_pauses(ON_GPU, Report(report), marks, copied)
     assert claims_of(report) == [holds]
     assert json.loads(report.read_text())["figures"]["step_waits_ms"] == pytest.approx(40)
 
@@ -296,15 +304,15 @@ def test_steps_that_are_slower_than_nanogpts_are_noticed(
     monkeypatch.setattr(Setting, "call", call)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
     report = tmp_path / "report.json"
-    _gpu_speed.step_time(ON_GPU, Report(report))
+    speed.step_time(ON_GPU, Report(report))
     assert claims_of(report) == expected
 
 
 def test_iterations_are_timed_without_the_first_blocks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     times = iter([0.0, 60.0, 70.0, *(70.0 + block for block in range(1, 9)), 1000.0])  # compiles, settles, measured
     monkeypatch.setattr(time, "perf_counter", lambda: next(times))
-    clock = _gpu_speed._Clock(Report(tmp_path / "report.json"))
+    clock = speed._Clock(Report(tmp_path / "report.json"))
     for _ in range(11):
         clock.block()
-    assert clock.ms() == pytest.approx(1000 / _gpu_speed._BLOCK)
+    assert clock.ms() == pytest.approx(1000 / speed._BLOCK)
     assert json.loads((tmp_path / "report.json").read_text())["figures"]["first_step_s"] == 60

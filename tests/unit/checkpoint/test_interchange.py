@@ -30,8 +30,7 @@ from orchestrator.commands.inspect_run import InspectConfig, inspect
 from orchestrator.commands.sample import SampleConfig, sample
 from orchestrator.data.tokenizers import CharTokenizer
 from orchestrator.errors import CheckpointError, ConfigError, UserError
-from tests.unit.checkpoint.test_streaming import SMALL, random_state
-from tests.unit.commands.test_sample import save_run
+from tests.support.states import SMALL, random_state, save_run
 
 IDX = torch.arange(8).view(2, 4) % 11
 CHARS = "abcdefghijk"

@@ -281,7 +281,7 @@ class Trap:
     ("change", "where"),
     [
         (lambda c, _: c.update(model_args=argparse.Namespace(**ARGS)), r"'model_args' is of argparse\.Namespace"),
-        (lambda c, _: c.update(model_args=Config()), r"'model_args' is of tests\.unit\.test_nanogpt_variants\.Config"),
+        (lambda c, _: c.update(model_args=Config()), rf"'model_args' is of {__name__}\.Config"),
         (lambda c, trap: c.update(best_val_loss=trap), r"'best_val_loss' is of posix\.system"),
         (lambda c, trap: c["config"].update(hooks=[0, trap]), r"'config'\['hooks'\]\[1\] is of posix\.system"),
         (lambda c, trap: c["model"].update(x=trap), r"'model'\['x'\] is of posix\.system"),

@@ -19,12 +19,13 @@ from orchestrator.checkpoint.save.node_memory import NodeMemory, states_in
 from orchestrator.checkpoint.save.node_topology import NodeTopology
 from orchestrator.checkpoint.save.policy import SaveIntervals, SaveStatus
 from orchestrator.checkpoint.save.saver import Saver
-from orchestrator.checkpoint.state import TrainState, build_state, capture
+from orchestrator.checkpoint.state import build_state, capture
 from orchestrator.checkpoint.store import checkpoint_name
 from orchestrator.checkpoint.tensor_file import read_tensors
 from orchestrator.config import TrainConfig
 from orchestrator.distributed.world import World
 from tests.support.runs import checkpoints_in
+from tests.support.savers import settle, step
 
 ATTEMPT = "abc"
 StartingPoint = Callable[[int, int], Saver]
@@ -46,19 +47,6 @@ def start(tiny: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
         return saver
 
     return start
-
-
-def step(state: TrainState) -> None:
-    torch.manual_seed(1)
-    for parameter in state.model.parameters():
-        parameter.grad = torch.randn_like(parameter)
-    state.optimizer.step()
-
-
-def settle(saver: Saver) -> None:
-    """Wait for what the copier has been given."""
-    assert saver._memory.last
-    saver._memory.last.result(10)
 
 
 def whole(saver: Saver) -> list[str]:

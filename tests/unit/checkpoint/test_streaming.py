@@ -28,17 +28,9 @@ from orchestrator.commands.export import ExportConfig, export
 from orchestrator.config import TrainConfig
 from orchestrator.errors import CheckpointError, DamagedError
 from tests.support.runs import checkpoints_in
+from tests.support.states import SMALL, random_state
 
-SMALL = {"n_layer": 2, "n_head": 2, "n_embd": 8, "block_size": 4, "vocab_size": 11, "bias": True, "dropout": 0.0}
-LARGE = {**SMALL, "n_layer": 8, "n_embd": 512, "block_size": 1024, "vocab_size": 8192}  # 120 MB, 360 with the moments
-
-
-def random_state(args: dict[str, object], iter_num: int = 5) -> Snapshot:
-    draw = torch.Generator().manual_seed(iter_num)
-    model = {name: torch.randn(shape, generator=draw) for name, shape in parameter_shapes(args).items()}
-    moments = {f"{slot}.{name}": x.abs() for slot in ("exp_avg", "exp_avg_sq") for name, x in model.items()}
-    optimizer = {**moments, "step": torch.tensor(float(iter_num))}
-    return Snapshot(model, optimizer, (), {**args, "activation": "gelu"}, iter_num, best_val_loss=2.0)
+LARGE = {**SMALL, "n_layer": 4, "n_embd": 512, "block_size": 512, "vocab_size": 4096}  # 60 MB, 180 with the moments
 
 
 def commit(store: CheckpointStore, snapshot: Snapshot) -> Checkpoint:

@@ -19,11 +19,7 @@ from model.pretrained import Pretrained, ShapesOf
 from model.weight_files import Stored
 from orchestrator.checkpoint.formats.huggingface import write_huggingface
 from orchestrator.checkpoint.formats.nanogpt import read_nanogpt, write_nanogpt
-from orchestrator.checkpoint.save.plan import files_of, tensor_index, tensors_in
-from orchestrator.checkpoint.save.upload import commit, upload
-from orchestrator.checkpoint.snapshot import Snapshot, describe
-from orchestrator.checkpoint.store import FORMAT_VERSION, checkpoint_name
-from orchestrator.checkpoint.tensor_file import tensor_pieces
+from orchestrator.checkpoint.snapshot import Snapshot
 from orchestrator.commands import sample as sampling
 from orchestrator.commands import sample_text
 from orchestrator.commands.sample import SampleConfig, sample
@@ -32,11 +28,10 @@ from orchestrator.config import parse
 from orchestrator.data.gpt2_vocabulary import load_gpt2_encoding
 from orchestrator.data.tokenizer_folder import read_tokenizer_folder
 from orchestrator.data.tokenizers import CharTokenizer
-from orchestrator.distributed.world import World
 from orchestrator.errors import CheckpointError, ConfigError, DataError
 from tests.support.golden import CHARS, CKPT
 from tests.support.golden import GREEDY as GREEDY_TOKENS
-from tests.support.runs import checkpoints_in
+from tests.support.states import save_run
 
 GREEDY_TEXT = "".join(CHARS[i] for i in GREEDY_TOKENS)
 GREEDY = SampleConfig(init_from=str(CKPT), num_samples=1, max_new_tokens=80, temperature=0.0, device="cpu")
@@ -61,15 +56,6 @@ def text_of(config: SampleConfig) -> str:
 def with_tokenizer(snapshot: Snapshot, **changes: Any) -> Snapshot:
     config = {**snapshot.config, "tokenizer": CharTokenizer(CHARS).to_json()}
     return replace(snapshot, config=config, **changes)
-
-
-def save_run(out_dir: Path, snapshot: Snapshot) -> str:
-    store, name = checkpoints_in(str(out_dir)), checkpoint_name(snapshot.iter_num, "local")
-    files = files_of(snapshot, world_size=1)
-    described = {"format_version": FORMAT_VERSION, **describe(snapshot), "environment": {}, "saved_at_s": 0.0}
-    part = upload(store, name, {file: partial(tensor_pieces, tensors_in(slices)) for file, slices in files.items()}, {})
-    assert commit(World(), store, name, part, {**described, "tensors": tensor_index(files)}, keep=9) is None
-    return name
 
 
 def test_nanogpts_checkpoint_gives_the_recorded_text(data_dir: str) -> None:

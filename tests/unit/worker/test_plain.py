@@ -7,7 +7,7 @@ import os
 import signal
 import subprocess
 import sys
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +18,7 @@ from orchestrator.config import TrainConfig
 from orchestrator.telemetry.format import print_record
 from orchestrator.worker import plain
 from tests.conftest import final_state
-
-
-def flags(config: TrainConfig) -> list[str]:
-    return [f"--{key}={value}" for key, value in asdict(config).items()]
+from tests.support.commands import flags
 
 
 @pytest.mark.parametrize(

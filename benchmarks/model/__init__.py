@@ -1,0 +1,1 @@
+"""What the model costs: a training step and its memory, a step of GPT-2 XL, sampling."""

@@ -1,0 +1,133 @@
+"""Two optimizer steps of GPT-2 XL (1,558M parameters) at full size on one machine: saved, killed, resumed.
+
+`train --init_from=FOLDER --num_workers=1` on random weights, one sequence of 1,024 tokens per step, with
+activation_checkpointing and loss_chunk. It is run twice: undisturbed, and with its worker killed as soon as the first
+step's checkpoint is whole. `is_equal` tells whether both end with the same bits, weights and moments.
+
+Weights, gradients and AdamW's two moments are 16 bytes per parameter, 24.9 GB, and a step takes up to 2.5 GB besides:
+where memory ends before that, swap has to take what is over (fallocate -l 8G FILE; mkswap FILE; swapon FILE). It takes
+half an hour on two cores, and 45 GB on the disk; that it is not part of any test is for that.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from benchmarks.processes import workers_of
+from benchmarks.start.xl_start import SIZES, write_weights
+from benchmarks.topics import prepare_topics
+from orchestrator.checkpoint.store import Checkpoint, CheckpointStore
+from orchestrator.storage.run_folder import RunFolder
+from orchestrator.telemetry.metrics import read_events, read_metrics
+
+SETTINGS = (
+    *("--batch_size=1", "--block_size=1024", "--gradient_accumulation_steps=1", "--learning_rate=1e-5"),
+    *("--decay_lr=False", "--max_iters=2", "--checkpoint_interval=1", "--keep_checkpoints=1", "--eval_interval=1000"),
+    *("--eval_iters=1", "--log_interval=1", "--activation_checkpointing=True", "--loss_chunk=256"),
+    *("--num_workers=1", "--cpus_per_worker=2", "--warm_spares=False", "--hang_timeout_s=3600"),
+    *("--device=cpu", "--dtype=float32", "--compile=False", "--dataset=topics"),
+)
+_OTHERS_BYTES = 4_500_000_000  # Python and PyTorch, the step itself, Ray and the driver
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare this benchmark's options."""
+    parser.add_argument("--size", choices=SIZES, default="xl", help="of the model (default: %(default)s)")
+    parser.add_argument("--folder", type=Path, help="where 45 GB fit (default: that of temporary files)")
+
+
+def run(args: argparse.Namespace) -> dict[str, Any]:
+    """Train twice, print and return the figures.
+
+    Raises:
+        RuntimeError: memory and swap are too small, or a run has failed.
+    """
+    with tempfile.TemporaryDirectory(dir=args.folder, prefix="xl-step-") as name:
+        folder = Path(name)
+        weights = folder / "weights"
+        weights.mkdir()
+        weights_bytes = write_weights(weights, SIZES[args.size])
+        needed_bytes = 4 * weights_bytes + _OTHERS_BYTES
+        free_bytes = psutil.virtual_memory().available + psutil.swap_memory().free
+        if free_bytes < needed_bytes:
+            raise RuntimeError(
+                f"{needed_bytes / 1e9:.1f} GB of memory are needed, {free_bytes / 1e9:.1f} GB are free: add swap"
+            )
+        (folder / "data").mkdir()
+        prepare_topics("topics", folder / "data")
+        sides = {side: train(folder, side, is_killed=side == "killed") for side in ("undisturbed", "killed")}
+    sums = [side.pop("checksums") for side in sides.values()]  # of whole files: equal states are equal files
+    result = {**sides, "is_equal": sums[0] == sums[1], "state_bytes": 4 * weights_bytes}
+    for side, found in sides.items():
+        print(f"{side}: " + ", ".join(f"{key} {value:.2f}" for key, value in found.items()))
+    print(f"the same bits: {result['is_equal']}; 16 bytes per parameter are {4 * weights_bytes / 1e9:.2f} GB")
+    return result
+
+
+def train(folder: Path, side: str, *, is_killed: bool) -> dict[str, Any]:
+    """Run one side, which leaves nothing behind; return its figures, peak_gb of the worker with what is swapped out."""
+    out_dir = str(folder / side)
+    command = [sys.executable, "-m", "orchestrator", "train", *SETTINGS, f"--init_from={folder / 'weights'}"]
+    # Ray's monitor knows no swap: it would end the worker as soon as memory alone is full
+    variables = {"RAY_AUTH_MODE": "disabled", "RAY_ADDRESS": "local", "RAY_memory_monitor_refresh_ms": "0"}
+    store, peak_bytes, killed_at_s = CheckpointStore(RunFolder(out_dir)), 0, 0.0
+    with Path(folder, "log").open("w+") as log:
+        driver = subprocess.Popen(
+            [*command, f"--data_dir={folder / 'data'}", f"--out_dir={out_dir}"],
+            env={**os.environ, **variables},
+            stdout=log,
+            stderr=log,
+        )
+        while driver.poll() is None:
+            time.sleep(0.5)
+            for worker in workers_of(driver.pid):
+                peak_bytes = max(peak_bytes, used_bytes(worker))
+                if is_killed and not killed_at_s and newest(store):
+                    worker.kill()
+                    killed_at_s = time.time()
+        if driver.returncode:
+            log.seek(0)
+            raise RuntimeError(f"{side} has failed:\n{log.read()[-5000:]}")
+    records = read_metrics(RunFolder(out_dir))
+    steps = {record["iter"]: record for record in records if record["kind"] == "step"}
+    found: dict[str, Any] = {
+        "peak_gb": peak_bytes / 1e9,
+        "step_s": max(step["dt_s"] for step in steps.values()),
+        "save_s": max(record["seconds"] for record in records if record["kind"] == "checkpoint"),
+    }
+    if is_killed:
+        begun = [record for record in (*records, *read_events(RunFolder(out_dir))) if record["kind"] == "begin"]
+        if not killed_at_s or len(begun) != 2 or begun[-1]["iter"] != 1:
+            raise RuntimeError(f"the worker was not killed between its steps: {begun}")
+        found |= {"restore_s": begun[-1]["restore_s"], "kill_to_next_step_s": steps[1]["time"] - killed_at_s}
+    last = newest(store)
+    if not last or last.iter_num != 2:
+        raise RuntimeError(f"{side} has not saved its second step")
+    found["checksums"] = {file: record.xxh3_128 for file, record in last.files.items()}
+    for checkpoint in store.newest_first():
+        store.folder.fs.rm(store.folder.path(checkpoint.name), recursive=True)
+    return found
+
+
+def newest(store: CheckpointStore) -> Checkpoint | None:
+    """Return the newest checkpoint that is whole."""
+    return next(store.newest_first(), None)
+
+
+def used_bytes(process: psutil.Process) -> int:
+    """Return what a process has in memory of its own, and what of it is swapped out."""
+    try:
+        status = Path(f"/proc/{process.pid}/status").read_text()
+    except OSError:  # it has ended
+        return 0
+    return sum(1024 * int(kilobytes) for kilobytes in re.findall(r"(?:RssAnon|VmSwap):\s+(\d+) kB", status))
