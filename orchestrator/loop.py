@@ -22,8 +22,7 @@ from orchestrator.distributed.join import new_attempt
 from orchestrator.distributed.numerics import agree_to_compile, free_memory
 from orchestrator.distributed.world import World
 from orchestrator.errors import RolledBackError
-from orchestrator.storage.options import storage_options_of
-from orchestrator.storage.run_folder import RunFolder
+from orchestrator.storage.run_folder import RunFolder, open_run_folder
 from orchestrator.training.attempt import NO_HOOKS, Attempt, Hooks, Outcome, open_attempt
 from orchestrator.training.step import seed_dropout, set_learning_rate
 
@@ -37,7 +36,7 @@ def train(config: TrainConfig, world: World, hooks: Hooks = NO_HOOKS, folder: Ru
         UserError: on all ranks alike, if data or checkpoints do not fit.
     """
     config = agree_to_compile(agree_on_dtype(config, world), world)
-    folder = folder or RunFolder(config.out_dir, storage_options_of(config))
+    folder = folder or open_run_folder(config)
     if config.eval_only:
         return evaluate_only(config, world, folder, hooks)
     while True:

@@ -10,6 +10,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 import psutil
 import ray
@@ -28,6 +29,10 @@ _LOCAL_OBJECT_STORE_BYTES = 100 * 2**20  # nothing of ours passes through Ray's 
 
 class ClusterLostError(Exception):
     """A cluster that has answered before does not any more."""
+
+
+class _RayInitError(Exception):
+    """Ray has failed to start or to join: the error is its own."""
 
 
 class StoppedError(Exception):
@@ -99,7 +104,10 @@ def _join(address: str) -> None:
         _knock(address)
         if address == "auto":
             os.environ.pop("RAY_ADDRESS")  # where Ray takes it for an address
-        ray.init(address=address, logging_level=logging.WARNING)
+        _init_ray(address=address, logging_level=logging.WARNING)
+    except _RayInitError as error:
+        text = f"{last_line(error)}{variables.given()}"
+        raise ConfigError(f"RAY_ADDRESS={address}: the Ray cluster there cannot be joined: {text}") from None
     except (OSError, ValueError) as error:  # the latter: a name that no host can have
         if os.environ.get(variables.RESUBMITTED):  # it has answered before
             raise ClusterLostError(f"RAY_ADDRESS={address}: the cluster does not answer") from None
@@ -107,9 +115,6 @@ def _join(address: str) -> None:
             f"RAY_ADDRESS={address}: no Ray cluster answers there ({last_line(error)}); "
             "give a running one's host:port, or unset RAY_ADDRESS to train on this machine"
         ) from None
-    except Exception as error:  # other versions, other keys, ...: Ray raises bare Exceptions here
-        text = f"{last_line(error)}{variables.given()}"
-        raise ConfigError(f"RAY_ADDRESS={address}: the Ray cluster there cannot be joined: {text}") from None
 
 
 def _knock(address: str) -> None:
@@ -138,26 +143,50 @@ def _start_cluster() -> None:
     os.environ.setdefault("RAY_API_SERVER_ADDRESS", "http://127.0.0.1:9")
     variables.check_interface()
     folder = variables.temp_dir()
+    try:
+        with _no_process_left_behind():
+            _init_ray(
+                address="local",
+                num_cpus=usable_cpus(),
+                include_dashboard=False,
+                object_store_memory=_LOCAL_OBJECT_STORE_BYTES,
+                logging_level=logging.CRITICAL,  # the error is raised below
+                _temp_dir=folder,
+            )
+            logging.getLogger("ray").setLevel(logging.ERROR)
+    except (_RayInitError, OSError, ValueError) as error:
+        cause = error.__cause__ if isinstance(error, _RayInitError) else error
+        text = f"{type(cause).__name__}: {last_line(error)}{variables.given()}"
+        raise ConfigError(f"Ray could not be started on this machine: {text}") from None
+
+
+@contextmanager
+def _no_process_left_behind() -> Iterator[None]:
+    """End the processes that were started meanwhile, if that fails or a signal comes."""
     before = psutil.Process().children(recursive=True)
     try:
-        ray.init(
-            address="local",
-            num_cpus=usable_cpus(),
-            include_dashboard=False,
-            object_store_memory=_LOCAL_OBJECT_STORE_BYTES,
-            logging_level=logging.CRITICAL,  # the error is raised below
-            _temp_dir=folder,
-        )
-        logging.getLogger("ray").setLevel(logging.ERROR)
-    except BaseException as error:  # of all kinds, a signal's too: no process may stay behind
+        yield
+    except BaseException:
         for child in psutil.Process().children(recursive=True):
             if child not in before:
                 with suppress(psutil.NoSuchProcess):
                     child.kill()
-        if not isinstance(error, Exception):
-            raise
-        text = f"{type(error).__name__}: {last_line(error)}{variables.given()}"
-        raise ConfigError(f"Ray could not be started on this machine: {text}") from None
+        raise
+
+
+def _init_ray(**options: Any) -> None:
+    """Call ray.init.
+
+    Raises:
+        OSError, ValueError: as Ray raises them.
+        _RayInitError: for all else.
+    """
+    try:
+        ray.init(**options)
+    except (OSError, ValueError):
+        raise
+    except Exception as error:  # other versions, other keys, ...: Ray raises bare Exceptions here
+        raise _RayInitError(str(error)) from error
 
 
 def _leave() -> None:

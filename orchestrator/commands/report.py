@@ -7,8 +7,7 @@ from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 
 from orchestrator.errors import CheckpointError
-from orchestrator.storage.options import storage_options_of
-from orchestrator.storage.run_folder import RunFolder
+from orchestrator.storage.run_folder import open_run_folder
 from orchestrator.telemetry.goodput import PHASES, Incident, Ledger, account, duration
 from orchestrator.telemetry.metrics import read_events, read_metrics
 
@@ -28,7 +27,7 @@ def report(config: ReportConfig) -> str:
     Raises:
         CheckpointError: the folder cannot be read or holds no run.
     """
-    folder = RunFolder(config.out_dir, storage_options_of(config))
+    folder = open_run_folder(config)
     events = read_events(folder)
     if not events:
         raise CheckpointError(

@@ -9,7 +9,8 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -85,10 +86,8 @@ class FileTokenizer:
             DataError: the tokenizer has no ids for the text, or its file is not at hand.
         """
         tokenizer = self._with_special if allow_special else self._ordinary
-        try:
+        with _library_errors(f"the tokenizer cannot encode {text[:50]!r}: "):
             ids = tokenizer.encode(without_surrogates(text), add_special_tokens=False).ids
-        except Exception as error:  # the library raises nothing more special
-            raise DataError(f"the tokenizer cannot encode {text[:50]!r}: {error}") from None
         return np.array(ids, dtype=token_dtype(self.vocab_size))
 
     def decode(self, tokens: Sequence[int] | NDArray[Any]) -> str:
@@ -200,12 +199,19 @@ def _loaded(value: dict[str, Any], path: str) -> Any:
     from tokenizers import Tokenizer
 
     model = {key: None if key == "dropout" else item for key, item in value["model"].items()}
-    try:
+    with _library_errors(f"{path} is damaged: "):
         return Tokenizer.from_str(json.dumps({**value, "model": model, "truncation": None, "padding": None}))
+
+
+@contextmanager
+def _library_errors(what: str) -> Iterator[None]:
+    """Raise an error of the tokenizers library as a DataError that begins with `what`."""
+    try:
+        yield
     except (KeyboardInterrupt, SystemExit):
         raise
     except BaseException as error:  # the library raises bare ones, and a panic in it is not even an Exception
-        raise DataError(f"{path} is damaged: {str(error)[:200]}") from None
+        raise DataError(f"{what}{str(error)[:200]}") from None
 
 
 def _identity(value: dict[str, Any]) -> str:

@@ -179,10 +179,11 @@ def _first_of_hub() -> Any:
 
 def _loaded(builder: str | None, **options: Any) -> Any:
     from datasets import load_dataset  # imported here: it is slow, and an extra
+    from datasets.exceptions import DatasetsError
 
     try:
         return load_dataset(builder, **options)
-    except Exception as error:  # every format and every storage has exceptions of its own
+    except (DatasetsError, OSError, RuntimeError, ValueError, LookupError, TypeError) as error:
         cause = error.__cause__ or error
         raise DataError(f"openwebtext cannot be loaded: {type(cause).__name__}: {str(cause)[:300]}") from error
 

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import signal
-import threading
 from collections.abc import Iterator
+from concurrent.futures import Future, wait
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from typing import Any
 
 import ray
@@ -17,6 +16,7 @@ from orchestrator.cluster.ray_calls import RAY_CALL_ERRORS
 from orchestrator.driver.driver import Driver
 from orchestrator.driver.ray_output import RayOutput
 from orchestrator.driver.trainer import Trainer
+from orchestrator.host.background import BackgroundQueue
 from orchestrator.host.signals import STOP_SIGNALS
 from orchestrator.telemetry.display import Display
 from orchestrator.worker.failure import Cause
@@ -26,31 +26,14 @@ _LOOK_EVERY_S = 0.2
 _FIT_ENDS_S = 5.0
 
 
-@dataclass
-class FitResult:
-    """What Ray's fit ended with: rank 0's return value or an error; neither where the driver did not wait for it."""
-
-    value: Record | None = None
-    error: Exception | None = None
-
-
-def fit(driver: Driver, trainer: Trainer, mailbox: Any) -> FitResult:
-    """Run the trainer until it ends, or until another driver has taken over."""
-    result = FitResult()
-
-    def run() -> None:
-        signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)  # they are for the main thread
-        try:
-            result.value = trainer.fit().return_value
-        except Exception as error:  # all of Ray's failures are one to us; the caller judges this one
-            result.error = error
-
-    thread = threading.Thread(target=run, name="fit", daemon=True)
-    thread.start()
+def fit(driver: Driver, trainer: Trainer, mailbox: Any) -> Future[Record]:
+    """Run the trainer until it ends, or until another driver has taken over; return the future of rank 0's value."""
+    in_background = BackgroundQueue("fit", lambda: signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS))
+    result: Future[Record] = in_background.submit(lambda: dict(trainer.fit().return_value))
+    in_background.close()
     has_told, reader = False, MailboxReader(mailbox)
-    with _ended_with_us(thread), Display(driver.config.max_iters) as display:
-        while thread.is_alive():
-            thread.join(timeout=_LOOK_EVERY_S)
+    with _ended_with_us(result), Display(driver.config.max_iters) as display:
+        while not wait([result], timeout=_LOOK_EVERY_S).done:
             if driver.lease and driver.lease.successor:
                 driver.stop.set()
                 break
@@ -95,7 +78,7 @@ def _note(text: str) -> Record:
 
 
 @contextmanager
-def _ended_with_us(fit_thread: threading.Thread) -> Iterator[None]:
+def _ended_with_us(fitting: Future[Record]) -> Iterator[None]:
     """End Ray's fit when this is interrupted: its thread would still call Ray after that has ended, which aborts us.
 
     Fit ends with its controller. How an actor is found is not public; where that has changed, the exit code is 1.
@@ -108,5 +91,5 @@ def _ended_with_us(fit_thread: threading.Thread) -> Iterator[None]:
             for actor_id, actor in cluster.actor_table(None, core_worker.get_current_job_id(), "ALIVE").items():
                 if actor["ActorClassName"].endswith("TrainController"):
                     core_worker.kill_actor(ray.ActorID.from_hex(actor_id), True)
-        fit_thread.join(timeout=_FIT_ENDS_S)
+        wait([fitting], timeout=_FIT_ENDS_S)
         raise

@@ -18,6 +18,7 @@ import threading
 import time
 import uuid
 from collections.abc import Iterator
+from concurrent.futures import Future
 from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
@@ -36,7 +37,7 @@ from orchestrator.controller import spares
 from orchestrator.controller.budgets import RunAbandonedError
 from orchestrator.driver import preflight
 from orchestrator.driver.driver import Driver, Worker
-from orchestrator.driver.fit import FitResult, fit
+from orchestrator.driver.fit import fit
 from orchestrator.driver.journal import open_journal
 from orchestrator.driver.lease import Lease
 from orchestrator.driver.preflight import Plan
@@ -170,18 +171,19 @@ def _train_on_ray(driver: Driver) -> dict[str, Any]:
         return _value_of(fit(driver, trainer, job.mailbox), driver.lease)
 
 
-def _value_of(result: FitResult, lease: Lease | None) -> dict[str, Any]:
+def _value_of(result: Future[dict[str, Any]], lease: Lease | None) -> dict[str, Any]:
     """Return what rank 0 returned; raises as `_train_on_ray` does."""
     if lease and lease.check():  # whatever has become of the workers since
         raise RunFailedError(lease.cut_off)
-    why = getattr(result.error, "controller_failure", None)
+    error = result.exception()
+    why = getattr(error, "controller_failure", None)
     if isinstance(why, RunAbandonedError):
         raise RunFailedError(f"the run is given up: {why}")
     if isinstance(why, UserError):
         raise why
-    if result.value is None:
-        raise ControllerLostError(last_line(result.error) if result.error else "no answer") from result.error
-    return result.value
+    if error:  # all of Ray's other failures are one to us
+        raise ControllerLostError(last_line(error)) from error
+    return result.result()
 
 
 @contextmanager

@@ -15,8 +15,7 @@ from orchestrator.checkpoint.store import CheckpointStore
 from orchestrator.config import TrainConfig, check
 from orchestrator.data.dataset import Dataset, open_dataset
 from orchestrator.errors import ConfigError, DataError, UserError
-from orchestrator.storage.options import storage_options_of
-from orchestrator.storage.run_folder import RunFolder
+from orchestrator.storage.run_folder import RunFolder, open_run_folder
 from orchestrator.storage.writable import check_writable
 from orchestrator.training.attempt import batch_order
 from orchestrator.training.lr_schedule import tell_doubts
@@ -110,7 +109,7 @@ class Preflight:
 
     def _open_out_dir(self) -> None:
         config = self.config
-        folder = RunFolder(config.out_dir, storage_options_of(config))
+        folder = open_run_folder(config)
         if folder.is_local:
             remedy = "a path that all nodes share, or a URL (s3://b/run)"
             _refuse_job_files(f"out_dir={config.out_dir}", folder.root, remedy)

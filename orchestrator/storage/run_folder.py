@@ -22,6 +22,7 @@ from orchestrator.errors import CheckpointError, StorageUnavailableError, Undele
 from orchestrator.storage import retry
 from orchestrator.storage.identity import id_in_folder
 from orchestrator.storage.location import Connection, check_place
+from orchestrator.storage.options import StorageSettings, storage_options_of
 from orchestrator.storage.reasons import has_expired, is_refused, lacks_bucket, reason_of, translated
 from orchestrator.storage.transfer import append_lines, atomic_write_to, delete_folder, is_there, make_folder
 
@@ -182,6 +183,11 @@ class RunFolder:
 
     def _url(self, name: str) -> str:
         return f"{self.out_dir.rstrip('/')}/{name}"
+
+
+def open_run_folder(config: StorageSettings) -> RunFolder:
+    """Open the folder that a command's settings name; raises as RunFolder does."""
+    return RunFolder(config.out_dir, storage_options_of(config))
 
 
 def _cat(fs: Any, path: str, timeout_s: float | None) -> bytes | None:

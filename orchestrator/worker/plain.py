@@ -24,8 +24,7 @@ from orchestrator.distributed.join import plain_world
 from orchestrator.errors import FinishedRunError, StorageError, UserError
 from orchestrator.host.signals import STOP_SIGNALS, on_stop_signals
 from orchestrator.loop import train
-from orchestrator.storage.options import storage_options_of
-from orchestrator.storage.run_folder import RunFolder
+from orchestrator.storage.run_folder import open_run_folder
 from orchestrator.telemetry.display import quiet, until_nobody_reads
 from orchestrator.telemetry.emit import open_telemetry
 from orchestrator.telemetry.format import print_record, stopped_line
@@ -83,7 +82,7 @@ def _show(record: dict[str, Any]) -> None:
 
 def _train(config: TrainConfig) -> Outcome:
     world = plain_world(config)
-    folder = world.collectively(lambda: RunFolder(config.out_dir, storage_options_of(config)))
+    folder = world.collectively(lambda: open_run_folder(config))
     if finished := world.on_main(lambda: told_finished(config, CheckpointStore(folder))):
         raise FinishedRunError(finished)
     be_outlasted()

@@ -28,8 +28,7 @@ from orchestrator.distributed.world import World
 from orchestrator.errors import CheckpointError, DataError, StorageUnavailableError, UserError
 from orchestrator.host.gpus import wait_until_free
 from orchestrator.loop import train
-from orchestrator.storage.options import storage_options_of
-from orchestrator.storage.run_folder import RUN_FILE, RunFolder
+from orchestrator.storage.run_folder import RUN_FILE, RunFolder, open_run_folder
 from orchestrator.telemetry.emit import PostingHandler, open_telemetry
 from orchestrator.telemetry.records import CheckpointSaved
 from orchestrator.training.attempt import Callbacks, StopRequest
@@ -177,7 +176,7 @@ def _shared_folder(config: TrainConfig, job: Job) -> RunFolder:
     Raises:
         CheckpointError: this node sees another one.
     """
-    folder = RunFolder(config.out_dir, storage_options_of(config))
+    folder = open_run_folder(config)
     key = "run_id" if config.eval_only else "start_id"  # another driver may begin anew while a run is evaluated
     if folder.read_with_retries(lambda: folder.read_json(RUN_FILE)).get(key) != getattr(job, key):
         raise CheckpointError(

@@ -94,8 +94,7 @@ def _run(
     from orchestrator.distributed.device import resolve
     from orchestrator.distributed.join import new_attempt
     from orchestrator.distributed.world import World
-    from orchestrator.storage.options import storage_options_of
-    from orchestrator.storage.run_folder import RunFolder
+    from orchestrator.storage.run_folder import open_run_folder
     from orchestrator.telemetry.emit import open_telemetry
     from orchestrator.telemetry.format import print_record
     from orchestrator.training.attempt import Callbacks
@@ -110,7 +109,7 @@ def _run(
     dist.init_process_group("gloo", init_method=meeting.as_uri(), rank=rank, world_size=world_size)
     world = World(rank, world_size)
     world = replace(world, attempt=world.on_main(new_attempt))
-    folder = RunFolder(config.out_dir, storage_options_of(config))
+    folder = open_run_folder(config)
     with open_telemetry(config, world, folder, print_record) as emit:
         loop.train(config, world, Callbacks(emit), folder)
     dist.destroy_process_group()

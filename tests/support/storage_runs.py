@@ -16,7 +16,7 @@ from orchestrator.distributed.device import resolve
 from orchestrator.distributed.world import World
 from orchestrator.loop import train
 from orchestrator.storage.options import storage_options_of
-from orchestrator.storage.run_folder import RunFolder
+from orchestrator.storage.run_folder import open_run_folder
 from orchestrator.telemetry import records
 from orchestrator.telemetry.emit import open_telemetry
 from orchestrator.telemetry.format import print_record
@@ -70,7 +70,7 @@ class Run:
             self.each()
             return self.stop_after is not None and next(iterations) >= self.stop_after
 
-        folder = RunFolder(self.config.out_dir, storage_options_of(self.config))
+        folder = open_run_folder(self.config)
         with open_telemetry(self.config, world, folder, print_record) as emit:
 
             def note(record: records.Record) -> None:

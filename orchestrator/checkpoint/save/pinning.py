@@ -15,7 +15,7 @@ from functools import partial
 import numpy as np
 import torch
 
-from orchestrator.checkpoint.save.background import BackgroundQueue
+from orchestrator.host.background import BackgroundQueue
 
 logger = logging.getLogger(__name__)
 

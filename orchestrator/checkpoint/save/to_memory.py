@@ -16,7 +16,6 @@ from typing import Any
 import torch
 
 from orchestrator.checkpoint.save.async_copy import AsyncCopy, copy_tensors
-from orchestrator.checkpoint.save.background import BackgroundQueue
 from orchestrator.checkpoint.save.buffers import BufferPool
 from orchestrator.checkpoint.save.gpu import Gpu
 from orchestrator.checkpoint.save.node_topology import NodeTopology
@@ -26,6 +25,7 @@ from orchestrator.checkpoint.save.snapshot_buffer import SnapshotBuffer
 from orchestrator.checkpoint.state import ScalerValues
 from orchestrator.checkpoint.tensor_file import Layout, layout_of
 from orchestrator.distributed.world import World
+from orchestrator.host.background import BackgroundQueue
 
 _ROOM_S = 30.0  # in which the copier ends its current call; to reserve a large buffer takes seconds
 

@@ -12,7 +12,6 @@ from concurrent.futures import Future, TimeoutError
 from functools import partial
 from typing import Any
 
-from orchestrator.checkpoint.save.background import BackgroundQueue
 from orchestrator.checkpoint.save.plan import SavePlan, rank_of
 from orchestrator.checkpoint.save.snapshot_buffer import SnapshotBuffer
 from orchestrator.checkpoint.save.upload import Pieces, commit, upload
@@ -20,6 +19,7 @@ from orchestrator.checkpoint.store import CheckpointStore, checkpoint_name
 from orchestrator.checkpoint.tensor_file import pieces_of, tensor_pieces
 from orchestrator.distributed.world import World
 from orchestrator.errors import StorageError
+from orchestrator.host.background import BackgroundQueue
 
 logger = logging.getLogger(__name__)
 

@@ -25,7 +25,7 @@ from orchestrator.driver.preflight import plan
 from orchestrator.errors import CheckpointError, ConfigError
 from orchestrator.storage.location import locate
 from orchestrator.storage.options import GIVEN_INLINE, Secret, redacted, storage_options_of
-from orchestrator.storage.run_folder import RunFolder
+from orchestrator.storage.run_folder import RunFolder, open_run_folder
 from orchestrator.storage.transfer import make_folder
 from orchestrator.telemetry.emit import open_telemetry
 from orchestrator.telemetry.metrics import MetricsLog
@@ -169,7 +169,7 @@ def test_telemetry_has_them_and_tells_nobody(
     monkeypatch.setattr("orchestrator.telemetry.sinks.WandbSink", Wandb)
     options = json.dumps({"skip_instance_cache": True, "secret": SECRET})
     config = replace(tiny, out_dir="memory://storage-options/run", storage_options=options, wandb_log=True)
-    folder = RunFolder(config.out_dir, storage_options_of(config))
+    folder = open_run_folder(config)
     with open_telemetry(config, World(attempt="a"), folder, lambda _record: None):
         pass
     assert {"secret": SECRET} in opened

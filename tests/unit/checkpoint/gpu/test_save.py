@@ -11,12 +11,12 @@ import pytest
 import torch
 
 from orchestrator.checkpoint.save import gpu
-from orchestrator.checkpoint.save.background import BackgroundQueue
 from orchestrator.checkpoint.save.node_memory import states_in
 from orchestrator.checkpoint.save.policy import SaveStatus
 from orchestrator.checkpoint.store import checkpoint_name
 from orchestrator.config import TrainConfig
 from orchestrator.distributed.join import plain_world
+from orchestrator.host.background import BackgroundQueue
 from tests.support.fake_cuda import FakeCuda, fake_cuda
 from tests.support.gpu_savers import DEVICE, StartingPoint, assert_kept, in_a_thread, iterate, kept
 from tests.support.savers import settle, step

@@ -15,7 +15,7 @@ class BackgroundQueue:
     begin: the thread calls it first of all. last: the future of the call that was submitted last.
     """
 
-    def __init__(self, name: str, begin: Callable[[], None] = lambda: None) -> None:
+    def __init__(self, name: str, begin: Callable[[], object] = lambda: None) -> None:
         self._calls: queue.SimpleQueue[tuple[Future[Any], Callable[[], Any]] | None] = queue.SimpleQueue()
         self.last: Future[Any] | None = None
         self._calls.put((Future(), begin))  # its error must not end the thread: others wait for their own calls
