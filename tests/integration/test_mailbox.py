@@ -23,8 +23,8 @@ def cluster() -> Iterator[None]:
 
 
 def test_records_arrive_in_order_and_the_wish_to_stop_comes_back() -> None:
-    mailbox = open_mailbox()
-    mailbox, listener = MailboxClient(mailbox), MailboxReader(mailbox)
+    actor = open_mailbox()
+    mailbox, listener = MailboxClient(actor), MailboxReader(actor)
     told = [{"iter": it} for it in range(100)]
     for record in told[:50]:
         mailbox.post(record)
@@ -62,9 +62,9 @@ class Silent:
         return False
 
 
-def test_training_does_not_wait_for_a_board_that_does_not_answer() -> None:
-    mailbox = ray.remote(Silent).options(num_cpus=0).remote()
-    mailbox = MailboxClient(mailbox)
+def test_training_does_not_wait_for_a_mailbox_that_does_not_answer() -> None:
+    actor = ray.remote(Silent).options(num_cpus=0).remote()
+    mailbox = MailboxClient(actor)
     longest_s = 0.0
     deadline_s = time.monotonic() + 3
     while time.monotonic() < deadline_s:  # some posts are under way by then
@@ -73,7 +73,7 @@ def test_training_does_not_wait_for_a_board_that_does_not_answer() -> None:
         assert not mailbox.should_stop()
         longest_s = max(longest_s, time.monotonic() - began_s)
         time.sleep(0.01)
-    ray.kill(mailbox)  # so that what it was asked ends, and the mailbox's thread does before the cluster
+    ray.kill(actor)  # so that what it was asked ends, and the mailbox's thread does before the cluster
     mailbox.close()
     assert not [thread for thread in threading.enumerate() if thread.name == "mailbox"]
     assert longest_s < 4  # the mailbox itself waits for an answer for five seconds
