@@ -160,6 +160,7 @@ def _log_through(mailbox: MailboxClient) -> None:
         if is_main:
             log.handlers = [PostingHandler(mailbox.post)]
             log.propagate = False
+    logging.getLogger("orchestrator.checkpoint.save.rescue").setLevel(logging.WARNING)  # the monitor says so for all
     if is_main and not _describes_model(mailbox):
         logging.getLogger("model").setLevel(logging.WARNING)
 

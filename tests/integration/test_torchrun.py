@@ -20,11 +20,11 @@ from tests.support.ports import free_ports
 PLAIN = """
 import sys
 from orchestrator.worker.plain import main
-from orchestrator.worker import torchrun as vigil
+from orchestrator.worker import torchrun as peer_loss
 from tests.support.faults import Fault, arm
 import os, pathlib, signal
 
-vigil._ITERATION_S = 3.0
+peer_loss._ITERATION_S = 3.0
 marker = pathlib.Path(sys.argv.pop(1))
 if os.environ["RANK"] == "1":
     arm(Fault("forward", 13, 1, marker, kind=signal.SIGSTOP))

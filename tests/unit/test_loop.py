@@ -28,6 +28,7 @@ from orchestrator.distributed.device import resolve
 from orchestrator.distributed.world import World
 from orchestrator.errors import CheckpointError, ConfigError, StorageError
 from orchestrator.loop import train
+from orchestrator.storage.run_folder import open_run_folder
 from orchestrator.telemetry.format import line_of
 from orchestrator.telemetry.records import to_json
 from orchestrator.training import attempt
@@ -209,7 +210,7 @@ class Alone:
 def test_the_loop_asks_a_parallelism_for_no_more_than_its_protocol(tiny: TrainConfig, tmp_path: Path) -> None:
     run(tiny)
     other = resolve(replace(tiny, out_dir=str(tmp_path / "other")))
-    opened = attempt.open_attempt(other, World(attempt="b"), Callbacks())
+    opened = attempt.open_attempt(other, World(attempt="b"), open_run_folder(other), Callbacks())
     loop.iterate(opened, Alone(opened.state.model, tiny.gradient_accumulation_steps))
     assert tensors_equal(last_state(tiny), last_state(other))
 

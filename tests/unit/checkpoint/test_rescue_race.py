@@ -29,6 +29,7 @@ from orchestrator.checkpoint.state import TrainState, allocate_moments
 from orchestrator.checkpoint.store import Checkpoint, CheckpointStore
 from orchestrator.checkpoint.tensor_file import read_tensors
 from orchestrator.distributed.world import World
+from tests.support.runs import checkpoints_in
 
 SHAPE = GPTConfig(block_size=2, vocab_size=3, n_layer=1, n_head=1, n_embd=2)
 ROUNDS = 15
@@ -43,7 +44,7 @@ def training(folder: Path) -> tuple[Saver, TrainState, NodeMemory, CheckpointSto
     allocate_moments(optimizer)
     state = TrainState(model, optimizer, torch.amp.GradScaler("cpu", enabled=False), config={})
     step(state)
-    memory, store = NodeMemory(str(folder), "run"), CheckpointStore(str(folder / "out"))
+    memory, store = NodeMemory(str(folder), "run"), checkpoints_in(str(folder / "out"))
     nodes = NodeTopology(memory, ("here",), 0)
     saver = Saver(state, World(attempt="a"), store, nodes, {}, SaveIntervals(3, 1, keep=99))
     saver._memory.settle()
@@ -114,7 +115,7 @@ def race(tmp_path: Path) -> Race:
         saver._storage.wait()
         uploaded = list(store.newest_first())
         for checkpoint in uploaded:
-            assert values_in(store.path(checkpoint.name), checkpoint) == {checkpoint.iter_num}
+            assert values_in(store.folder.path(checkpoint.name), checkpoint) == {checkpoint.iter_num}
         assert not store.damaged
         assert not [event for event in saver.take_events() if event["kind"] == "checkpoint_failed"]
         saver.close(is_finished=True)

@@ -16,11 +16,11 @@ from orchestrator.checkpoint.save.node_topology import NodeTopology
 from orchestrator.checkpoint.save.plan import SavePlan, owners, plan_save, rank_of
 from orchestrator.checkpoint.snapshot import tensors_equal
 from orchestrator.checkpoint.state import TrainState, capture
-from orchestrator.checkpoint.store import CheckpointStore
 from orchestrator.checkpoint.tensor_file import tensor_pieces, write_file
 from orchestrator.checkpoint.tensor_slice import TensorSlice, assemble, replicate
 from orchestrator.distributed.world import World
 from orchestrator.errors import CheckpointError
+from tests.support.runs import checkpoints_in
 
 RANKS = 3
 SHAPE = GPTConfig(block_size=4, vocab_size=7, n_layer=1, n_head=1, n_embd=4)
@@ -71,12 +71,14 @@ def test_every_slice_is_written_once_by_a_rank_that_holds_it() -> None:
 
 
 def test_a_checkpoint_of_slices_is_read_as_whole_tensors(tmp_path: Path) -> None:
-    store, plan = CheckpointStore(str(tmp_path)), plan_of(0)
+    store, plan = checkpoints_in(str(tmp_path)), plan_of(0)
     (tmp_path / plan.name).mkdir()
     records = {}
     for rank in range(RANKS):
         for file, tensors in plan_of(rank).files_of(rank).items():
-            records[file] = write_file(LocalFileSystem(), store.path(plan.name, file), tensor_pieces(tensors)).to_json()
+            records[file] = write_file(
+                LocalFileSystem(), store.folder.path(plan.name, file), tensor_pieces(tensors)
+            ).to_json()
     store.commit(plan.name, {**plan.description, "files": records})
     whole = capture(as_rank_sees_it(-1))
     assert tensors_equal(store.read(store.select()), whole)

@@ -73,7 +73,7 @@ def test_a_driver_opens_it_once(tiny: TrainConfig, opened: list[str]) -> None:
     with lease.held(), open_journal(lease) as journal:
         lease.confirm()
         journal.begin()
-        journal.tell("attempt_starting")
+        journal.emit("attempt_starting")
         pickle.loads(pickle.dumps(storage_for_ray(planned.folder)))  # to Ray's controller and workers
     assert opened == [planned.config.out_dir]
 
