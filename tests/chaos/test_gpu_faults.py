@@ -20,6 +20,7 @@ from orchestrator.config import TrainConfig
 from orchestrator.controller.gpu_check import GpuCheck
 from orchestrator.driver import launch as launching
 from orchestrator.driver.launch import RunFailedError, launch
+from orchestrator.worker.job import Job
 from tests.conftest import Undisturbed, final_state
 from tests.support.faults import Fault, worker_with
 from tests.support.ray_runs import causes, steps_repeated
@@ -86,12 +87,12 @@ def settings(tiny: TrainConfig) -> TrainConfig:
     return replace(config, max_iters=100, eval_interval=100, checkpoint_interval=100)
 
 
-def noting_places(folder: Path, fault: Fault) -> Callable[[dict[str, Any]], dict[str, Any]]:
+def noting_places(folder: Path, fault: Fault) -> Callable[[Job], dict[str, Any]]:
     """Return a worker with the fault that notes on which node it is; `places` reads what it noted."""
     folder.mkdir()
     train = worker_with(fault)
 
-    def worker(job: dict[str, Any]) -> dict[str, Any]:
+    def worker(job: Job) -> dict[str, Any]:
         rank = ray.train.get_context().get_world_rank()
         (folder / f"{time.time_ns()}-{rank}").write_text(ray.get_runtime_context().get_node_id())
         return train(job)

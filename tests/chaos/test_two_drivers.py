@@ -135,7 +135,7 @@ def test_killed_driver_is_replaced_at_once_and_one_that_was_cut_off_stops(
 def test_lease_on_a_real_server(kind: str, request: pytest.FixtureRequest) -> None:
     storage: Storage = request.getfixturevalue(kind)
     store = checkpoints_in(f"{storage.url}/run", storage.options)
-    first, second = Lease(store, BEAT_INTERVAL_S), Lease(store, BEAT_INTERVAL_S)
+    first, second = Lease(store.folder, BEAT_INTERVAL_S), Lease(store.folder, BEAT_INTERVAL_S)
     first.wait_until_free()
     with first.held():
         first.confirm()
@@ -145,13 +145,13 @@ def test_lease_on_a_real_server(kind: str, request: pytest.FixtureRequest) -> No
         with second.held():
             assert first.check()
         assert store.folder.read_json(LEASE_FILE) == {}, "the one that was replaced does not come back"
-    third = Lease(store, BEAT_INTERVAL_S, sleep=lambda _s: pytest.fail("nobody is there to wait for"))
+    third = Lease(store.folder, BEAT_INTERVAL_S, sleep=lambda _s: pytest.fail("nobody is there to wait for"))
     third.wait_until_free()
 
 
 def test_driver_survives_its_storage(s3: Storage, s3_server: S3Server, caplog: pytest.LogCaptureFixture) -> None:
     store = checkpoints_in(f"{s3.url}/run", s3.options)
-    lease = Lease(store, beat_interval_s=60)  # the beats are those of this test
+    lease = Lease(store.folder, beat_interval_s=60)  # the beats are those of this test
     with lease.held():
         s3_server.kill()
         lease.beat()

@@ -17,11 +17,12 @@ import torch
 
 from orchestrator.checkpoint.formats.huggingface import write_huggingface
 from orchestrator.checkpoint.formats.nanogpt import write_nanogpt
-from orchestrator.checkpoint.restore import restore
+from orchestrator.checkpoint.restore import import_state
 from orchestrator.checkpoint.restore.init_from import source_identity
 from orchestrator.checkpoint.snapshot import Snapshot, tensors_equal
 from orchestrator.config import TrainConfig
 from orchestrator.distributed.world import World
+from orchestrator.storage.run_folder import RunFolder
 from tests.conftest import final_state
 from tests.support import ranks
 from tests.support.weights import random_weights
@@ -32,17 +33,17 @@ WEIGHTS = "weights"  # a relative path: every node has a folder of its own to fi
 def enter_node(folder: str, layout: str, rank: int) -> None:
     """Stand in the folder of this rank's node, and note down whether it reads, and from whom every rank has it."""
     os.chdir(Path(folder, layout[rank]))
-    read, spread = restore.read_initial_state, World.broadcast_from_each
+    read, spread = import_state.read_initial_state, World.broadcast_from_each
 
-    def noted_read(config: TrainConfig) -> Any:
+    def noted_read(config: TrainConfig, folder_of_run: RunFolder) -> Any:
         Path(folder, f"read-{rank}").touch()
-        return read(config)
+        return read(config, folder_of_run)
 
     def noted_spread(world: World, tensors: list[torch.Tensor], sources: list[int]) -> None:
         Path(folder, f"sources-{rank}").write_text(json.dumps(sources))
         spread(world, tensors, sources)
 
-    restore.read_initial_state, World.broadcast_from_each = noted_read, noted_spread  # type: ignore[method-assign]
+    import_state.read_initial_state, World.broadcast_from_each = noted_read, noted_spread  # type: ignore[method-assign]
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from orchestrator.checkpoint.tensor_file import read_tensors
 from tests.support.savers import settle, step
 
 DEVICE = torch.device("cuda", 1)
-StartingPoint = Callable[..., Saver]
+Start = Callable[..., Saver]
 
 
 def iterate(saver: Saver) -> None:

@@ -17,7 +17,7 @@ from orchestrator.worker.job import Job
 BEAT_INTERVAL_S = 0.5
 
 
-def pausing(pause_at: int | None, folder: Path) -> Callable[[dict[str, Any]], dict[str, Any]]:
+def pausing(pause_at: int | None, folder: Path) -> Callable[[Job], dict[str, Any]]:
     """Return what Ray runs on each rank: our worker, of which rank 1 waits in that iteration."""
 
     def worker(job: Job) -> dict[str, Any]:

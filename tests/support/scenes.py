@@ -15,10 +15,10 @@ from orchestrator.checkpoint.snapshot import Snapshot
 from orchestrator.checkpoint.store import Checkpoint, CheckpointStore, newest_name_first, parse_state
 from orchestrator.checkpoint.tensor_file import FileRecord, read_tensors
 from orchestrator.config import TrainConfig
-from orchestrator.telemetry.metrics import read_metrics
 from tests.support import ranks
 from tests.support.blackout import blackout, struck
 from tests.support.ranks import Ended
+from tests.support.runs import checkpoints_in, metrics_in
 
 Record = dict[str, Any]
 
@@ -41,7 +41,7 @@ class Scene:
 
     @property
     def store(self) -> CheckpointStore:
-        return CheckpointStore(self.config.out_dir)
+        return checkpoints_in(self.config.out_dir)
 
     def run_in(self, node: str) -> Path:
         return run_path(self.node(node), self.store.folder.run_id())
@@ -88,7 +88,7 @@ class Scene:
         return sorted(record["iter"] for record in self._records("step") if record["attempt"] == attempt)
 
     def _records(self, kind: str) -> list[Record]:
-        return [record for record in read_metrics(self.config.out_dir) if record["kind"] == kind]
+        return [record for record in metrics_in(self.config.out_dir) if record["kind"] == kind]
 
     def copy(self, config: TrainConfig, folder: Path) -> Scene:
         """Return the same with another out_dir; config says how it goes on."""

@@ -28,11 +28,11 @@ from tests.support.runs import checkpoints_in
 from tests.support.savers import settle, step
 
 ATTEMPT = "abc"
-StartingPoint = Callable[[int, int], Saver]
+Start = Callable[[int, int], Saver]
 
 
 @pytest.fixture
-def start(tiny: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> StartingPoint:
+def start(tiny: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Start:
     """Start a rank of a node of `shares` ranks: its state is at the iteration that is given."""
     monkeypatch.setattr(World, "side_group", lambda self: self)  # nothing is sent in a rescue
 
@@ -61,7 +61,7 @@ def end(saver: Saver) -> None:
     saver._memory._nodes.memory.release_liveness_lock()
 
 
-def test_ranks_of_one_iteration_write_a_share_each(start: StartingPoint) -> None:
+def test_ranks_of_one_iteration_write_a_share_each(start: Start) -> None:
     savers = [start(0, 7), start(1, 7)]
     threads = [threading.Thread(target=saver.rescue) for saver in savers]
     for thread in threads:
@@ -72,7 +72,7 @@ def test_ranks_of_one_iteration_write_a_share_each(start: StartingPoint) -> None
     assert not any(saver._memory._nodes.memory._stood_in for saver in savers if saver._memory._nodes.memory)
 
 
-def test_a_survivor_writes_the_share_of_one_that_is_gone_at_once(start: StartingPoint) -> None:
+def test_a_survivor_writes_the_share_of_one_that_is_gone_at_once(start: Start) -> None:
     gone, survivor = start(0, 7), start(1, 7)
     end(gone)
     began_s = time.monotonic()
@@ -81,14 +81,14 @@ def test_a_survivor_writes_the_share_of_one_that_is_gone_at_once(start: Starting
     assert whole(survivor) == [checkpoint_name(7, ATTEMPT)]
 
 
-def test_a_survivor_waits_a_moment_for_one_that_stands_still(start: StartingPoint) -> None:
+def test_a_survivor_waits_a_moment_for_one_that_stands_still(start: Start) -> None:
     start(0, 7)
     survivor = start(1, 7)
     assert survivor.rescue() == 7
     assert whole(survivor) == [checkpoint_name(7, ATTEMPT)]
 
 
-def test_of_two_iterations_the_later_one_becomes_whole(start: StartingPoint) -> None:
+def test_of_two_iterations_the_later_one_becomes_whole(start: Start) -> None:
     behind, ahead = start(0, 7), start(1, 8)
     threads = [threading.Thread(target=saver.rescue) for saver in (behind, ahead)]
     for thread in threads:
@@ -98,7 +98,7 @@ def test_of_two_iterations_the_later_one_becomes_whole(start: StartingPoint) -> 
     assert whole(ahead)[-1] == checkpoint_name(8, ATTEMPT)
 
 
-def test_what_was_rescued_are_the_bits_of_the_state(start: StartingPoint) -> None:
+def test_what_was_rescued_are_the_bits_of_the_state(start: Start) -> None:
     gone, survivor = start(0, 7), start(1, 7)
     end(gone)
     survivor.rescue()
@@ -114,7 +114,7 @@ def test_what_was_rescued_are_the_bits_of_the_state(start: StartingPoint) -> Non
     assert all(torch.equal(found[name], x) for name, x in {**expected.model, **expected.optimizer}.items())
 
 
-def test_a_share_that_has_no_room_is_not_written(start: StartingPoint, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_share_that_has_no_room_is_not_written(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
     gone, survivor = start(0, 7), start(1, 7)
     end(gone)
     monkeypatch.setattr(rescue, "spare_memory_bytes", lambda: 1000)
@@ -122,7 +122,7 @@ def test_a_share_that_has_no_room_is_not_written(start: StartingPoint, monkeypat
     assert whole(survivor) == []
 
 
-def test_a_rescue_does_not_wait_for_shares_that_never_come(start: StartingPoint) -> None:
+def test_a_rescue_does_not_wait_for_shares_that_never_come(start: Start) -> None:
     """The copier does, before it deletes the state that this attempt began with; a peer that is gone adds none."""
     survivor = start(0, 7)
     del survivor._memory.pool.buffers[1:]  # as where an older state is here still
@@ -139,14 +139,14 @@ def test_a_rescue_does_not_wait_for_shares_that_never_come(start: StartingPoint)
     assert whole(survivor) == [checkpoint_name(7, ATTEMPT)]
 
 
-def test_inside_a_step_nothing_is_rescued(start: StartingPoint) -> None:
+def test_inside_a_step_nothing_is_rescued(start: Start) -> None:
     rank = start(0, 7)
     with pytest.raises(ZeroDivisionError), rank.state_changing():
         raise ZeroDivisionError
     assert rank.rescue() is None
 
 
-def test_after_a_rescue_the_state_changes_no_more(start: StartingPoint) -> None:
+def test_after_a_rescue_the_state_changes_no_more(start: Start) -> None:
     gone, survivor = start(0, 7), start(1, 7)
     end(gone)
     survivor.rescue()
@@ -161,7 +161,7 @@ def test_after_a_rescue_the_state_changes_no_more(start: StartingPoint) -> None:
     assert survivor.rescue() == 7, "asked again, it answers the same"
 
 
-def test_an_upload_that_hangs_keeps_no_live_tensor(start: StartingPoint, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_upload_that_hangs_keeps_no_live_tensor(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
     """A run that goes back to an earlier state builds it while the upload of a later one is still on its way."""
     rank = start(0, 100, 1)
     is_over = threading.Event()
