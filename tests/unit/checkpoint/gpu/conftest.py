@@ -16,7 +16,7 @@ from orchestrator.checkpoint.state import build_state
 from orchestrator.config import TrainConfig
 from orchestrator.distributed.world import World
 from tests.support.fake_cuda import FakeCuda, fake_cuda
-from tests.support.gpu_savers import DEVICE, StartingPoint
+from tests.support.gpu_savers import DEVICE, Start
 from tests.support.runs import checkpoints_in
 from tests.support.savers import settle, step
 
@@ -30,7 +30,7 @@ def cuda(monkeypatch: pytest.MonkeyPatch) -> FakeCuda:
 
 
 @pytest.fixture
-def start(cuda: FakeCuda, tiny: TrainConfig, memory_dir: str, tmp_path: Path) -> StartingPoint:  # noqa: ARG001
+def start(cuda: FakeCuda, tiny: TrainConfig, memory_dir: str, tmp_path: Path) -> Start:  # noqa: ARG001
     """Start a rank that is alone on its node; its state has been through a step, and is at iteration 7."""
     folder = Path(memory_dir, tmp_path.name)
     folder.mkdir()

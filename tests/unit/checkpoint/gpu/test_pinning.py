@@ -13,7 +13,7 @@ from torch import Tensor
 from orchestrator.checkpoint.save import pinning
 from orchestrator.checkpoint.save.pinning import Pinned, address_of, between_borders
 from tests.support.fake_cuda import FakeCuda
-from tests.support.gpu_savers import DEVICE, StartingPoint, assert_kept, in_a_thread, iterate
+from tests.support.gpu_savers import DEVICE, Start, assert_kept, in_a_thread, iterate
 from tests.support.savers import settle
 
 
@@ -26,9 +26,7 @@ def test_borders_lie_at_multiples_of_an_address(monkeypatch: pytest.MonkeyPatch)
     assert all(address_of(p) // 4096 == (address_of(p) + len(p) - 1) // 4096 for p in pieces)
 
 
-def test_no_copy_lies_in_two_registrations(
-    start: StartingPoint, cuda: FakeCuda, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_no_copy_lies_in_two_registrations(start: Start, cuda: FakeCuda, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pinning, "_BORDER_BYTES", 8192)
     targets: list[tuple[int, int]] = []
     put = torch.frombuffer
@@ -72,7 +70,7 @@ def test_a_piece_that_cannot_be_pinned_is_told_of_once(
     assert cuda.registered == {}
 
 
-def test_what_is_pinned_is_taken_back_when_the_saver_ends(start: StartingPoint, cuda: FakeCuda) -> None:
+def test_what_is_pinned_is_taken_back_when_the_saver_ends(start: Start, cuda: FakeCuda) -> None:
     saver = start()
     iterate(saver)
     assert cuda.registered
@@ -81,7 +79,7 @@ def test_what_is_pinned_is_taken_back_when_the_saver_ends(start: StartingPoint, 
     assert cuda.registered == {}
 
 
-def test_a_rescue_waits_for_no_pinning(start: StartingPoint, cuda: FakeCuda) -> None:
+def test_a_rescue_waits_for_no_pinning(start: Start, cuda: FakeCuda) -> None:
     """Which takes seconds for a large state, and may be stuck itself where a collective is."""
     is_stuck = threading.Event()
     cuda.registering = lambda: is_stuck.wait(20)

@@ -19,7 +19,7 @@ from orchestrator.checkpoint.tensor_file import bytes_of
 from orchestrator.config import TrainConfig
 from orchestrator.distributed.world import World
 from tests.support.fake_cuda import FakeCuda
-from tests.support.gpu_savers import DEVICE, StartingPoint, in_a_thread
+from tests.support.gpu_savers import DEVICE, Start, in_a_thread
 from tests.support.runs import checkpoints_in
 
 
@@ -34,7 +34,7 @@ def refill(saver: Saver, config: TrainConfig) -> TrainState:
 
 @pytest.mark.parametrize("piece_bytes", [16 * 2**20, 1000])
 def test_what_is_restored_goes_through_a_stream_of_its_own(
-    start: StartingPoint, cuda: FakeCuda, tiny: TrainConfig, monkeypatch: pytest.MonkeyPatch, piece_bytes: int
+    start: Start, cuda: FakeCuda, tiny: TrainConfig, monkeypatch: pytest.MonkeyPatch, piece_bytes: int
 ) -> None:
     saver = start()
     assert in_a_thread(saver.rescue) == [7]

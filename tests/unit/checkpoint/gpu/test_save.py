@@ -18,11 +18,11 @@ from orchestrator.config import TrainConfig
 from orchestrator.distributed.join import plain_world
 from orchestrator.host.background import BackgroundQueue
 from tests.support.fake_cuda import FakeCuda, fake_cuda
-from tests.support.gpu_savers import DEVICE, StartingPoint, assert_kept, in_a_thread, iterate, kept
+from tests.support.gpu_savers import DEVICE, Start, assert_kept, in_a_thread, iterate, kept
 from tests.support.savers import settle, step
 
 
-def test_a_saver_has_two_streams_whatever_it_copies(start: StartingPoint, cuda: FakeCuda) -> None:
+def test_a_saver_has_two_streams_whatever_it_copies(start: Start, cuda: FakeCuda) -> None:
     """PyTorch deals out the same 32 again and again, NCCL's among them: one of many would be behind a stuck one."""
     saver = start()
     for _ in range(40):
@@ -34,7 +34,7 @@ def test_a_saver_has_two_streams_whatever_it_copies(start: StartingPoint, cuda: 
 
 
 @pytest.mark.parametrize("steps", [0, 1], ids=["before the first step", "after a step"])
-def test_a_rescue_waits_for_nothing_of_the_loops_stream(start: StartingPoint, cuda: FakeCuda, steps: int) -> None:
+def test_a_rescue_waits_for_nothing_of_the_loops_stream(start: Start, cuda: FakeCuda, steps: int) -> None:
     saver = start()
     for _ in range(steps):
         iterate(saver)
@@ -58,7 +58,7 @@ class LoopsOwn(torch.amp.GradScaler):
         return super().state_dict()
 
 
-def test_the_scale_of_float16_is_rescued_as_the_last_change_left_it(start: StartingPoint, cuda: FakeCuda) -> None:
+def test_the_scale_of_float16_is_rescued_as_the_last_change_left_it(start: Start, cuda: FakeCuda) -> None:
     scaler = LoopsOwn()
     saver = start(scaler)
     with saver.state_changing():
@@ -73,7 +73,7 @@ def test_the_scale_of_float16_is_rescued_as_the_last_change_left_it(start: Start
     assert checkpoint.state["scaler"]["scale"] == 2.0**7
 
 
-def test_a_state_is_offered_without_a_wait_for_its_scale(start: StartingPoint, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_state_is_offered_without_a_wait_for_its_scale(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
     """Which `state_dict` would read off the device, behind all of the step."""
     scaler = LoopsOwn()
     saver = start(scaler)
@@ -91,7 +91,7 @@ def test_a_state_is_offered_without_a_wait_for_its_scale(start: StartingPoint, m
     assert checkpoint.state["scaler"] == expected
 
 
-def test_a_scale_that_only_the_stuck_stream_has_made_is_not_read(start: StartingPoint, cuda: FakeCuda) -> None:
+def test_a_scale_that_only_the_stuck_stream_has_made_is_not_read(start: Start, cuda: FakeCuda) -> None:
     """It is made with the first loss that is scaled, behind what is stuck: until then the host knows it."""
     scaler = LoopsOwn()
     saver = start(scaler)
@@ -105,7 +105,7 @@ def test_a_scale_that_only_the_stuck_stream_has_made_is_not_read(start: Starting
 
 
 def test_a_gpu_that_does_not_answer_ends_the_rescue(
-    start: StartingPoint, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    start: Start, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     saver = start()
     monkeypatch.setattr(gpu, "_ANSWER_S", 0.05)
@@ -116,7 +116,7 @@ def test_a_gpu_that_does_not_answer_ends_the_rescue(
 
 
 def test_nothing_is_put_behind_a_change_that_does_not_come(
-    start: StartingPoint, cuda: FakeCuda, monkeypatch: pytest.MonkeyPatch
+    start: Start, cuda: FakeCuda, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     saver = start()
     monkeypatch.setattr(gpu, "_ANSWER_S", 0.05)
@@ -127,7 +127,7 @@ def test_nothing_is_put_behind_a_change_that_does_not_come(
     assert cuda.of("stream") == []
 
 
-def test_every_thread_chooses_its_device_before_anything_else(start: StartingPoint, cuda: FakeCuda) -> None:
+def test_every_thread_chooses_its_device_before_anything_else(start: Start, cuda: FakeCuda) -> None:
     """A new thread is on the first GPU, where most calls would take memory for a context of this process."""
     saver = start()
     saver._agreed = SaveStatus(is_copying=False, is_uploading=False)
@@ -143,7 +143,7 @@ def test_every_thread_chooses_its_device_before_anything_else(start: StartingPoi
     assert {call.device for call in cuda.calls} == {1}
 
 
-def test_a_step_waits_on_the_host_for_the_copy_alone(start: StartingPoint, cuda: FakeCuda) -> None:
+def test_a_step_waits_on_the_host_for_the_copy_alone(start: Start, cuda: FakeCuda) -> None:
     """The loop has waited for the gradients already. And so the wait is seen, and counted."""
     saver = start()
     saver._agreed = SaveStatus(is_copying=False, is_uploading=False)
@@ -165,7 +165,7 @@ def test_a_step_waits_on_the_host_for_the_copy_alone(start: StartingPoint, cuda:
     assert cuda.syncs() == [], "no copy is under way"
 
 
-def test_a_step_is_not_begun_while_gradients_are_on_their_way(start: StartingPoint, cuda: FakeCuda) -> None:
+def test_a_step_is_not_begun_while_gradients_are_on_their_way(start: Start, cuda: FakeCuda) -> None:
     saver = start()
     saver._agreed = SaveStatus(is_copying=False, is_uploading=False)
     saver.offer(saver._rescuer._state, None)
@@ -177,7 +177,7 @@ def test_a_step_is_not_begun_while_gradients_are_on_their_way(start: StartingPoi
         assert cuda.of("Stream.synchronize")[0].what is cuda.current_stream(DEVICE)
 
 
-def test_a_snapshot_is_read_behind_the_last_change(start: StartingPoint, cuda: FakeCuda) -> None:
+def test_a_snapshot_is_read_behind_the_last_change(start: Start, cuda: FakeCuda) -> None:
     saver = start()
     cuda.calls.clear()
     iterate(saver)
