@@ -15,7 +15,7 @@ import pytest
 
 from orchestrator.config import TrainConfig
 from orchestrator.driver.ray_output import LOG_FILE
-from tests.chaos.test_kills import OWN_CLUSTER
+from tests.support.ray_runs import OWN_CLUSTER
 
 RAYS = ("Traceback", "A worker died", "(RayTrainWorker", "The actor is dead", "Error in training function")
 
