@@ -15,7 +15,7 @@ import mmap
 import os
 import struct
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from io import FileIO
 from typing import Any
 
@@ -43,9 +43,6 @@ class FileRecord:
 
     size_bytes: int
     xxh3_128: str
-
-    def to_json(self) -> dict[str, Any]:
-        return asdict(self)
 
 
 @dataclass(frozen=True)

@@ -127,7 +127,7 @@ class ReadOnce:
             for file, readers in self._plan.items():
                 if source := readers.get(self._world.rank):
                     try:
-                        self._folder.read_with_retries(partial(self._read, file, source))
+                        self._folder.read_with_retries(self._read, file, source)
                     except CheckpointError as error:
                         errors[file] = [source.label, str(error)]
                 self._let_go(self._names(file))

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
+from dataclasses import asdict
 from typing import Any
 
 import xxhash
 
 from orchestrator.checkpoint.save.mapping import mapped
-from orchestrator.checkpoint.save.node_memory import NodeMemory, delete_tree
+from orchestrator.checkpoint.save.node_memory import NodeMemory, delete_tree, share_path
 from orchestrator.checkpoint.store import state_text
 from orchestrator.checkpoint.tensor_file import FileRecord, Layout
 
@@ -62,9 +63,9 @@ class SnapshotBuffer:
         """
         for file, content in self._maps.items():
             self.records[file] = FileRecord(len(content), xxhash.xxh3_128(content).hexdigest())
-        records = {file: record.to_json() for file, record in self.records.items()}
+        records = {file: asdict(record) for file, record in self.records.items()}
         (self._path / "state.json").write_text(state_text({**state, "files": records}))
-        target = self._memory.share_path(name, share, shares)
+        target = share_path(self._memory.path, name, share, shares)
         delete_tree(target)  # of this attempt: the same state, before it was taken again
         self._path.rename(target)
         self._path, self.iter_num = target, int(state["iter_num"])
