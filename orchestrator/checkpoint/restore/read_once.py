@@ -123,7 +123,8 @@ class ReadOnce:
         """Read this rank's files into the live tensors; return its errors: file -> label of the source, why."""
         errors = {}
         try:
-            self._staging = Staging(self._world.device, self._ready) if self._ready and self._reads_any() else None
+            reads_any = any(self._world.rank in readers for readers in self._plan.values())
+            self._staging = Staging(self._world.device, self._ready) if self._ready and reads_any else None
             for file, readers in self._plan.items():
                 if source := readers.get(self._world.rank):
                     try:
@@ -134,9 +135,6 @@ class ReadOnce:
         finally:
             self._let_go(self._is_there)  # even if reading failed: the others wait for this rank
         return errors
-
-    def _reads_any(self) -> bool:
-        return any(self._world.rank in readers for readers in self._plan.values())
 
     def _let_go(self, names: Iterable[str]) -> None:
         for name in names:

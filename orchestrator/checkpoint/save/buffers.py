@@ -62,7 +62,7 @@ class BufferPool:
             buffer = SnapshotBuffer(memory, layouts)
             self.buffers.append(buffer)  # first of all: it can be used
             if self._pinned:
-                self._pinned.pin(list(buffer.contents().values()), lambda: not self.is_ending)
+                self._pinned.pin(list(buffer.contents.values()), lambda: not self.is_ending)
 
     def replace_older_attempts(self, name: str) -> None:
         """Wait until a state of this attempt is whole on this node, delete older attempts', reserve the second buffer.

@@ -46,7 +46,11 @@ class NodeMemory:
         self.path = run_path(memory_dir, run_id)
         self.root = self.path.parent
         _make_private(self.root)
-        self._lock = _entered(self.path)
+        self._lock = -1  # of the run's folder: all its processes share it until they end
+        while self._lock < 0:
+            _make_private(self.path)
+            with suppress(FileNotFoundError):  # somebody who needed the room has just deleted it
+                self._lock = _locked(self.path / _LOCK, fcntl.LOCK_SH)
         self._alive: int | None = None
         self._stood_in: list[int] = []  # locks, kept until this process ends
         for path in self.path.glob(".slot-*"):  # half-written by a process that was killed: no rank writes this early
@@ -197,14 +201,6 @@ def _make_private(path: Path) -> None:
     found = path.lstat()
     if found.st_uid != os.getuid() or path.is_symlink() or found.st_mode & 0o022:
         raise CheckpointError(f"{path} belongs to another user, or others may write to it: delete it")
-
-
-def _entered(path: Path) -> int:
-    """Make a run's folder if it is missing; return the lock that all its processes share until they end."""
-    while True:
-        _make_private(path)
-        with suppress(FileNotFoundError):  # somebody who needed the room has just deleted it
-            return _locked(path / _LOCK, fcntl.LOCK_SH)
 
 
 def _locked(path: Path, how: int) -> int:

@@ -131,7 +131,7 @@ class CheckpointWriter:
             part: dict[str, Any] = {"error": f"{type(error).__name__}: {error}"}
         else:
             description = published.result()
-            mine = {file: x for file, x in buffer.contents().items() if rank_of(file) == self._world.rank}
+            mine = {file: x for file, x in buffer.contents.items() if rank_of(file) == self._world.rank}
             sources: dict[str, Pieces] = {file: partial(pieces_of, content) for file, content in mine.items()}
             part = upload(self._store, plan.name, sources, buffer.records, self._note_moved)
         why_not = commit(self._side, self._store, plan.name, part, description, self._keep)
