@@ -49,7 +49,7 @@ def train(config: TrainConfig, world: World, hooks: Hooks = NO_HOOKS, folder: Ru
 def evaluate_only(config: TrainConfig, world: World, folder: RunFolder, hooks: Hooks) -> Outcome:
     """Evaluate the newest state once, and write nothing."""
     run = open_attempt(config, world, folder, hooks)
-    with run.saver.rescue_on_failure():
+    with run.saver.rescuer.rescue_on_failure():
         return run.finish(run.evaluate(compiled(run.state.model, config)))
 
 
@@ -61,7 +61,7 @@ def train_on(config: TrainConfig, world: World, folder: RunFolder, hooks: Hooks)
     """
     run = open_attempt(config, world, folder, hooks)
     model = ReplicatedTraining(run.state.model, config, world)
-    with run.saver.rescue_on_failure():
+    with run.saver.rescuer.rescue_on_failure():
         return iterate(run, model)
 
 

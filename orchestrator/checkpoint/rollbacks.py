@@ -12,6 +12,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 from orchestrator.checkpoint.store import CheckpointStore
@@ -38,7 +39,7 @@ def read_rollbacks(folder: RunFolder, world: World) -> list[Rollback]:
     Raises:
         CheckpointError: on all ranks alike, the storage does not answer.
     """
-    found = world.on_main(lambda: folder.read_with_retries(lambda: folder.read_json(_FILE)))
+    found = world.on_main(partial(folder.read_with_retries, folder.read_json, _FILE))
     return [Rollback(**entry) for entry in found.get("rollbacks", [])]
 
 
@@ -48,7 +49,7 @@ def write_rollbacks(folder: RunFolder, rollbacks: Sequence[Rollback]) -> None:
     Raises:
         CheckpointError: the list cannot be written.
     """
-    folder.with_retries(lambda: folder.write_json(_FILE, {"rollbacks": [asdict(rollback) for rollback in rollbacks]}))
+    folder.with_retries(folder.write_json, _FILE, {"rollbacks": [asdict(rollback) for rollback in rollbacks]})
 
 
 def delete_undone(store: CheckpointStore, rollbacks: Sequence[Rollback]) -> None:

@@ -73,7 +73,7 @@ class TrainState:
 class ScalerValues:
     """A GradScaler's `state_dict` that waits for no device: values on a device are copied to `places`, as tensors are.
 
-    tensors: the values on the device, of the state that the scaler is in when this is made.
+    tensors: the values on the device, of the state that the scaler is in when this is made; places: key -> memory.
     """
 
     def __init__(self, scaler: torch.amp.GradScaler) -> None:
@@ -88,10 +88,7 @@ class ScalerValues:
         else:  # not in use, or nothing was scaled yet
             self._known = scaler.state_dict()
         self._copies = {name: torch.empty(t.shape, dtype=t.dtype) for name, t in self.tensors.items()}
-
-    @property
-    def places(self) -> dict[str, memoryview]:
-        return {name: bytes_of(copy) for name, copy in self._copies.items()}
+        self.places = {name: bytes_of(copy) for name, copy in self._copies.items()}
 
     def state_dict(self) -> dict[str, Any]:
         """Return the argument for `load_state_dict`, once all values are copied."""

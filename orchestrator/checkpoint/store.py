@@ -263,11 +263,7 @@ def parse_state(text: bytes, path: str) -> dict[str, Any]:
 
 def newest_name_first(names: Iterable[str]) -> list[str]:
     """Return names of checkpoints by iteration, highest first. Clocks play no part: those of two nodes may differ."""
-    return sorted(names, key=_age)
-
-
-def _age(name: str) -> tuple[int, str]:
-    return -iter_num_of(name), name
+    return sorted(names, key=lambda name: (-iter_num_of(name), name))
 
 
 def iter_num_of(name: str) -> int:

@@ -15,7 +15,7 @@ import mmap
 import os
 import struct
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from io import FileIO
 from typing import Any
 
@@ -43,9 +43,6 @@ class FileRecord:
 
     size_bytes: int
     xxh3_128: str
-
-    def to_json(self) -> dict[str, Any]:
-        return asdict(self)
 
 
 @dataclass(frozen=True)
@@ -243,7 +240,7 @@ def stream_tensors(
             with fs.open(path, "rb") as file:
                 source = _Verified(file, path, record, read)
                 for name, dtype, shape in _entries(source):
-                    tensor = (place or _new)(name, dtype, shape)
+                    tensor = place(name, dtype, shape) if place else torch.empty(shape, dtype=dtype)
                     source.fill(pieces(tensor))
                     yield name, tensor
                 source.finish()
@@ -258,10 +255,6 @@ def read_tensors(fs: AbstractFileSystem, path: str, record: FileRecord) -> dict[
         CheckpointError: the file is missing, cut off or damaged; or the storage does not answer.
     """
     return dict(stream_tensors(fs, path, record))
-
-
-def _new(_name: str, dtype: torch.dtype, shape: list[int]) -> Tensor:
-    return torch.empty(shape, dtype=dtype)
 
 
 class _Verified:

@@ -1,10 +1,9 @@
-"""Identity: whether two paths or URLs are one place, and two folders one run. Asks no server."""
+"""Identity: whether two paths or URLs are one place. Asks no server."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
-import xxhash
 from fsspec.implementations.local import LocalFileSystem
 
 
@@ -19,8 +18,3 @@ def place_of(path_or_url: str) -> str:
     if is_on_disk(path_or_url):
         return str(Path(LocalFileSystem._strip_protocol(path_or_url)).resolve())
     return path_or_url.rstrip("/")
-
-
-def id_in_folder(run_id: str, root: str) -> str:
-    """Return the id of the run in a folder: a copy of the folder is another run, though its run.json is equal."""
-    return f"{run_id}_{xxhash.xxh3_64(root.rstrip('/').encode()).hexdigest()}"

@@ -48,28 +48,36 @@ class Connection:
     def __init__(self, url: str, storage_options: dict[str, Any] | None) -> None:
         self._url, self._options = url, storage_options
         self.fs, self.path = locate(url, storage_options)
+        self.is_local = isinstance(self.fs, LocalFileSystem)
         self._is_shared = True  # fsspec hands out one client to all
 
-    @property
-    def is_local(self) -> bool:
-        return isinstance(self.fs, LocalFileSystem)
+    def call(
+        self,
+        what: str,
+        function: Callable[..., T],
+        *args: Any,
+        to: type[CheckpointError] | None = None,
+        advice: str = "",
+    ) -> T:
+        """Return function(fs, *args). If storage refuses us or the connection is lost, connect anew and call once more.
 
-    def call(self, call: Callable[[], T]) -> T:
-        """Return call()'s value. If storage refuses us or the connection is lost, connect again and call once more.
+        what, to, advice: see `reasons.translated`.
 
         Raises:
-            CheckpointError: the second one of call's.
+            CheckpointError: the second one of function's, as one of ours.
         """
         used = self.fs
         try:
-            return call()
+            with translated(what, to, advice):
+                return function(used, *args)
         except CheckpointError as error:
             if self.is_local or not (is_refused(error) or _is_lost(used)):
                 raise
             is_new = False
             with suppress(CheckpointError):  # still down: the second call says so
                 is_new = self.reconnect(error, used)
-            value = call()
+            with translated(what, to, advice):
+                value = function(self.fs, *args)
             if is_new and is_refused(error):
                 logger.info("storage had refused us, credentials are read again: %s", reason_of(error.__cause__))
             return value

@@ -22,8 +22,9 @@ _TEMPORARY = re.compile(r"\.(run\.json|attempt\.json)\.[0-9a-f]+\.tmp|\.writable
 def delete_orphans(folder: RunFolder) -> None:
     """Delete them, at the beginning of an attempt: a late writer of an earlier one then fails. Never raises."""
     try:
-        with translated("orphans"):
-            _abort_uploads(folder)
+        if hasattr(folder.fs, "call_s3"):  # other stores drop theirs in time
+            with translated("orphans"):
+                _abort_uploads(folder)
         for name in folder.list():
             if _TEMPORARY.fullmatch(name):
                 folder.delete(name)
@@ -33,9 +34,7 @@ def delete_orphans(folder: RunFolder) -> None:
 
 
 def _abort_uploads(folder: RunFolder) -> None:
-    """Abort unfinished multipart uploads of this run: of S3 only, other stores drop theirs in time."""
-    if not hasattr(folder.fs, "call_s3"):
-        return
+    """Abort the unfinished multipart uploads of this run, in S3."""
     bucket = folder.root.partition("/")[0]
     uploads = list(_unfinished(folder))
     for upload in uploads:

@@ -59,8 +59,17 @@ def expanded(key: str, path: str) -> str:
         path = at_home(key, path)
     if not path and key in _MUST_BE_GIVEN:
         raise ConfigError(f"{key} is empty: give a folder; a dot is the one in which you are")
-    if not os.path.lexists(path):  # what is there under that very name is meant
-        _refuse_oddities(key, path)
+    if os.path.lexists(path):  # what is there under that very name is meant
+        return path
+    if any(ord(sign) < 32 or ord(sign) == 127 for sign in path):
+        raise ConfigError(f"{key}={path!r} holds a line end or another control character: leave it out")
+    if path != path.strip():
+        raise ConfigError(f"{key}={path!r} begins or ends with a blank: leave it out")
+    if variable := _VARIABLE.search(path):
+        raise ConfigError(
+            f"{key}={path!r} holds {variable[0]}, which nobody has replaced: a shell does so where it stands in no "
+            "single quotes, a settings file with os.environ"
+        )
     return path
 
 
@@ -99,15 +108,3 @@ def at_home(key: str, path: str) -> str:
         who = f"no user has the name {user[1:]}" if user[1:] else "HOME is not set, and this user has no home folder"
         told = f"{key}={path!r}: {who}; give the whole path (a name that begins with ~ is written ./{user})"
         raise ConfigError(told) from None
-
-
-def _refuse_oddities(key: str, path: str) -> None:
-    if any(ord(sign) < 32 or ord(sign) == 127 for sign in path):
-        raise ConfigError(f"{key}={path!r} holds a line end or another control character: leave it out")
-    if path != path.strip():
-        raise ConfigError(f"{key}={path!r} begins or ends with a blank: leave it out")
-    if variable := _VARIABLE.search(path):
-        raise ConfigError(
-            f"{key}={path!r} holds {variable[0]}, which nobody has replaced: a shell does so where it stands in no "
-            "single quotes, a settings file with os.environ"
-        )

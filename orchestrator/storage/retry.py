@@ -10,7 +10,7 @@ from typing import TypeVar
 
 import tenacity
 
-from orchestrator.errors import CheckpointError, StorageUnavailableError
+from orchestrator.errors import CheckpointError
 from orchestrator.storage.location import Connection
 from orchestrator.storage.reasons import is_refused, is_transient, reason_of
 
@@ -40,12 +40,6 @@ def with_retries(
     """
     failed_at_s: list[float] = []
     refused: list[BaseException] = []
-    used = connection.fs
-
-    def called() -> T:
-        nonlocal used
-        used = connection.fs
-        return call()
 
     def is_enough(_attempt: tenacity.RetryCallState) -> bool:
         failed_at_s.append(time.monotonic())  # a large file may take longer than that before it fails first
@@ -68,20 +62,14 @@ def with_retries(
         refused.append(error)
         return len(refused) <= _REFUSALS
 
-    retry = tenacity.Retrying(
+    for attempt in tenacity.Retrying(
         retry=tenacity.retry_if_exception(is_worth_it),
         wait=tenacity.wait_random_exponential(multiplier=0.5, max=_LONGEST_PAUSE_S),
         stop=is_enough,
         before_sleep=before_sleep,
         reraise=True,
-    )
-    return retry(called)
-
-
-def read_with_retries(call: Callable[[], T], connection: Connection) -> T:
-    """Call `call`, retrying while storage does not answer: to fall back to an older state would cost more.
-
-    Raises:
-        StorageUnavailableError: it has not answered for READ_AGAIN_FOR_S.
-    """
-    return with_retries(call, connection, lambda error: isinstance(error, StorageUnavailableError), READ_AGAIN_FOR_S)
+    ):
+        used = connection.fs
+        with attempt:
+            value = call()
+    return value

@@ -13,14 +13,15 @@ import json
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
+import xxhash
 from fsspec.exceptions import FSTimeoutError
 
 from orchestrator.errors import CheckpointError, StorageUnavailableError, UndeletableError
 from orchestrator.storage import retry
-from orchestrator.storage.identity import id_in_folder
 from orchestrator.storage.location import Connection, check_place
 from orchestrator.storage.options import StorageSettings, storage_options_of
 from orchestrator.storage.reasons import has_expired, is_refused, lacks_bucket, reason_of, translated
@@ -30,6 +31,7 @@ RUN_FILE = "run.json"
 _ATTEMPT_FILE = "attempt.json"
 _FIRST_ANSWER_S = 20.0  # storage that says nothing for so long is taken for unreachable
 
+P = ParamSpec("P")
 T = TypeVar("T")
 
 
@@ -38,6 +40,7 @@ class RunFolder:
 
     If storage refuses us or the connection is lost, a method reads the credentials again, connects anew and tries once
     more. `with_retries` goes on for minutes. key: the setting that names the folder, for messages.
+    root: its path in the client; is_local: it lies on a disk.
 
     Raises:
         StorageUnavailableError: all methods, for a fault that may pass. A fault in reading always may.
@@ -48,6 +51,7 @@ class RunFolder:
         self.out_dir, self.key = out_dir, key
         try:
             self._connection = Connection(out_dir, storage_options)
+            self.root, self.is_local = self._connection.path, self._connection.is_local
             check_place(self.fs, self.root, out_dir)
         except CheckpointError as error:
             raise CheckpointError(f"{key}={error}") from None
@@ -57,21 +61,13 @@ class RunFolder:
         """The client at this moment, for whoever streams large files. Its exceptions are its own."""
         return self._connection.fs
 
-    @property
-    def root(self) -> str:
-        return self._connection.path
-
-    @property
-    def is_local(self) -> bool:
-        return self._connection.is_local
-
     def path(self, *parts: str) -> str:
         return "/".join((self.root.rstrip("/"), *parts))
 
     def read(self, name: str, timeout_s: float | None = None) -> bytes | None:
         """Return a file's content, None where there is none. timeout_s: of a request, where the client has a limit."""
         path = self.path(name)
-        return self._ask(f"{path} cannot be read", lambda: _cat(self.fs, path, timeout_s), StorageUnavailableError)
+        return self._connection.call(f"{path} cannot be read", _cat, path, timeout_s, to=StorageUnavailableError)
 
     def read_json(self, name: str, timeout_s: float | None = None) -> dict[str, Any]:
         """Return a JSON file's content, {} where it is missing or damaged."""
@@ -84,20 +80,22 @@ class RunFolder:
     def write(self, name: str, content: bytes) -> None:
         """Write a file whose loss does no harm, with one request: a crash may leave half of it."""
 
-        def put() -> None:
-            make_folder(self.fs, self.root)
-            self.fs.pipe_file(self.path(name), content)
+        def put(fs: Any) -> None:
+            make_folder(fs, self.root)
+            fs.pipe_file(self.path(name), content)
 
-        self._ask(f"{self.path(name)} cannot be written", put)
+        self._connection.call(f"{self.path(name)} cannot be written", put)
 
     def write_whole(self, name: str, text: str, *, is_lasting: bool = True) -> None:
         """Write a file whole or not at all; is_lasting: see `transfer.atomic_write_to`."""
 
-        def replace() -> None:
-            with atomic_write_to(self.fs, self.path(name), self._url(name), is_lasting=is_lasting) as file:
+        url = self._url(name)
+
+        def replace(fs: Any) -> None:
+            with atomic_write_to(fs, self.path(name), url, is_lasting=is_lasting) as file:
                 file.write_text(text)
 
-        self._connection.call(replace)
+        self._connection.call(f"{url}: cannot be written", replace)
 
     def write_json(self, name: str, value: dict[str, Any], *, is_lasting: bool = True) -> None:
         """Write a JSON file as `write_whole` does."""
@@ -111,7 +109,7 @@ class RunFolder:
     def exists(self, name: str) -> bool:
         """Return whether there is such a file or folder."""
         what = f"{self._url(name)} cannot be looked for"
-        return self._ask(what, lambda: is_there(self.fs, self.path(name)), StorageUnavailableError)
+        return self._connection.call(what, is_there, self.path(name), to=StorageUnavailableError)
 
     def list(self) -> list[str]:
         """Return the names of the files and folders in this one, none where it does not exist.
@@ -121,7 +119,7 @@ class RunFolder:
         """
         what, advice = f"{self.key}={self.out_dir} cannot be read", "check the address, the network and the credentials"
         try:
-            return self._ask(what, lambda: _list(self.fs, self.root), StorageUnavailableError, advice)
+            return self._connection.call(what, _list, self.root, to=StorageUnavailableError, advice=advice)
         except StorageUnavailableError as error:
             if lacks_bucket(error):
                 reason = reason_of(error.__cause__)
@@ -137,18 +135,18 @@ class RunFolder:
             UndeletableError: storage lets us delete nothing.
         """
 
-        def delete() -> None:
-            self.fs.invalidate_cache()  # a listing from before would hide the file
-            if is_there(self.fs, self.path(name)):
-                self.fs.rm_file(self.path(name))
+        def delete(fs: Any) -> None:
+            fs.invalidate_cache()  # a listing from before would hide the file
+            if is_there(fs, self.path(name)):
+                fs.rm_file(self.path(name))
 
         with _telling_undeletable():
-            self._ask(f"{self.path(name)} cannot be deleted", delete)
+            self._connection.call(f"{self.path(name)} cannot be deleted", delete)
 
     def delete_folder(self, name: str) -> None:
         """Delete a folder with all that is in it, as `delete` does."""
         with _telling_undeletable():
-            self._ask(f"{self.path(name)} cannot be deleted", lambda: delete_folder(self.fs, self.path(name)))
+            self._connection.call(f"{self.path(name)} cannot be deleted", delete_folder, self.path(name))
 
     def fence(self, attempt: str) -> None:
         """Make this attempt the one that may commit checkpoints."""
@@ -164,22 +162,25 @@ class RunFolder:
         if make and "run_id" not in known:
             known["run_id"] = uuid.uuid4().hex
             self.write_json(RUN_FILE, known)
-        return id_in_folder(str(known.get("run_id", "")), self.root)
+        # a copy of the folder is another run, though its run.json is equal
+        return f"{known.get('run_id', '')}_{xxhash.xxh3_64(self.root.rstrip('/').encode()).hexdigest()}"
 
-    def with_retries(self, call: Callable[[], T]) -> T:
-        """Call `call`, retrying for minutes: see `retry.with_retries`."""
-        return retry.with_retries(call, self._connection)
+    def with_retries(self, call: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        """Return call(*args, **kwargs), retrying for minutes: see `retry.with_retries`."""
+        return retry.with_retries(partial(call, *args, **kwargs), self._connection)
 
-    def read_with_retries(self, call: Callable[[], T]) -> T:
-        """Call `call`, retrying for a minute while storage does not answer: see `retry.read_with_retries`."""
-        return retry.read_with_retries(call, self._connection)
+    def read_with_retries(self, call: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        """Return call(*args, **kwargs), retrying while storage does not answer: an older state would cost more.
 
-    def _ask(self, what: str, call: Callable[[], T], to: type[CheckpointError] | None = None, advice: str = "") -> T:
-        def ask() -> T:
-            with translated(what, to, advice):
-                return call()
-
-        return self._connection.call(ask)
+        Raises:
+            StorageUnavailableError: it has not answered for retry.READ_AGAIN_FOR_S.
+        """
+        return retry.with_retries(
+            partial(call, *args, **kwargs),
+            self._connection,
+            may_pass=lambda error: isinstance(error, StorageUnavailableError),
+            for_s=retry.READ_AGAIN_FOR_S,
+        )
 
     def _url(self, name: str) -> str:
         return f"{self.out_dir.rstrip('/')}/{name}"

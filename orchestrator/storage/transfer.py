@@ -107,8 +107,18 @@ def atomic_write_to(fs: Any, path: str, url: str, *, is_lasting: bool = True) ->
     """
     with translated(f"{url}: cannot be written", advice="check permissions and free space"):
         if isinstance(fs, LocalFileSystem):
-            with _renamed_onto(Path(path), is_lasting) as scratch_file:
+            target = Path(path)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            # two nodes may have equal process ids
+            scratch_file = target.with_name(f".{target.name}.{os.urandom(4).hex()}.tmp")
+            try:
                 yield scratch_file
+                if is_lasting:
+                    with scratch_file.open("rb+") as file:
+                        os.fsync(file.fileno())  # the content must be on disk before the name is
+                scratch_file.replace(target)
+            finally:
+                scratch_file.unlink(missing_ok=True)
             return
         with tempfile.TemporaryDirectory() as scratch:
             scratch_file = Path(scratch, Path(path).name)
@@ -118,20 +128,6 @@ def atomic_write_to(fs: Any, path: str, url: str, *, is_lasting: bool = True) ->
             fs.invalidate_cache()
             if fs.size(path) != scratch_file.stat().st_size:  # some clients report success for half a file
                 raise OSError(f"{fs.size(path)} of {scratch_file.stat().st_size} bytes arrived")
-
-
-@contextmanager
-def _renamed_onto(path: Path, is_lasting: bool) -> Iterator[Path]:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.urandom(4).hex()}.tmp")  # two nodes may have equal process ids
-    try:
-        yield temporary
-        if is_lasting:
-            with temporary.open("rb+") as file:
-                os.fsync(file.fileno())  # the content must be on disk before the name is
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def append_lines(path: Path, text: str) -> None:

@@ -179,7 +179,7 @@ def _shared_folder(config: TrainConfig, job: Job) -> RunFolder:
     """
     folder = open_run_folder(config)
     key = "run_id" if config.eval_only else "start_id"  # another driver may begin anew while a run is evaluated
-    if folder.read_with_retries(lambda: folder.read_json(RUN_FILE)).get(key) != getattr(job, key):
+    if folder.read_with_retries(folder.read_json, RUN_FILE).get(key) != getattr(job, key):
         raise CheckpointError(
             f"out_dir={config.out_dir} is not the driver's on node {os.uname().nodename}: it must be a folder that all "
             "nodes share (NFS) or a URL (s3://bucket/run)"

@@ -9,7 +9,7 @@ import torch
 from fsspec.implementations.local import LocalFileSystem
 from torch import Tensor
 
-from orchestrator.checkpoint.save.node_memory import states_in
+from orchestrator.checkpoint.save.node_memory import share_path, states_in
 from orchestrator.checkpoint.save.policy import SaveStatus
 from orchestrator.checkpoint.save.saver import Saver
 from orchestrator.checkpoint.state import capture
@@ -23,12 +23,12 @@ Start = Callable[..., Saver]
 
 def iterate(saver: Saver) -> None:
     """Offer the state, and change it."""
-    assert saver._rescuer._state
+    assert saver.rescuer._state
     saver._agreed = SaveStatus(is_copying=False, is_uploading=False)
-    saver.offer(saver._rescuer._state, None)
+    saver.offer(saver.rescuer._state, None)
     with saver.state_changing():
-        step(saver._rescuer._state)
-        saver._rescuer._state.iter_num += 1
+        step(saver.rescuer._state)
+        saver.rescuer._state.iter_num += 1
     settle(saver)
 
 
@@ -46,7 +46,7 @@ def kept(saver: Saver, iter_num: int) -> dict[str, Tensor]:
     assert saver._memory._nodes.memory
     name = checkpoint_name(iter_num, "abc")
     (checkpoint,) = states_in(saver._memory._nodes.memory.path)[name].values()
-    folder = saver._memory._nodes.memory.share_path(name, 0, 1)
+    folder = share_path(saver._memory._nodes.memory.path, name, 0, 1)
     found = {}
     for file, record in checkpoint.files.items():
         found |= read_tensors(LocalFileSystem(), f"{folder}/{file}", record)
@@ -54,8 +54,8 @@ def kept(saver: Saver, iter_num: int) -> dict[str, Tensor]:
 
 
 def assert_kept(saver: Saver, iter_num: int) -> None:
-    assert saver._rescuer._state
-    live = capture(saver._rescuer._state, scaler={})
+    assert saver.rescuer._state
+    live = capture(saver.rescuer._state, scaler={})
     expected = {**live.model, **live.optimizer}
     found = kept(saver, iter_num)
     assert found.keys() == expected.keys()

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from orchestrator.checkpoint.save.node_memory import NodeMemory
+from orchestrator.checkpoint.save.node_memory import NodeMemory, states_in
 from orchestrator.checkpoint.save.snapshot_buffer import SnapshotBuffer
 from orchestrator.checkpoint.store import FORMAT_VERSION
 from orchestrator.checkpoint.tensor_file import Layout, bytes_of, layout_of
@@ -47,7 +47,7 @@ def kept(memory: NodeMemory, iter_num: int, attempt: str = "a", share: int = 0, 
 
 
 def names(memory: NodeMemory) -> list[str]:
-    return sorted(memory.generations())
+    return sorted(states_in(memory.path))
 
 
 _HOLD = """

@@ -17,5 +17,5 @@ def step(state: TrainState) -> None:
 
 def settle(saver: Saver) -> None:
     """Wait for what the copier has been given."""
-    assert saver._memory.last
-    saver._memory.last.result(10)
+    assert saver._memory.copier.last
+    saver._memory.copier.last.result(10)

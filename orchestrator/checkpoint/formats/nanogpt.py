@@ -69,7 +69,9 @@ def _to_snapshot(content: dict[str, Any], source: str, model_only: bool) -> Snap
     if not isinstance(config, dict):
         raise ValueError(f"its config is a {type(content['config']).__name__}, not a dictionary")
     args = _read_model_args(content["model_args"], config, named, source)
-    model = _read_model(named, args, source)
+    shapes = parameter_shapes(args)
+    _check_names(named, shapes, source)
+    model = {name: named[name] for name in shapes}
     groups, optimizer = ((), {}) if model_only else read_optimizer(content.get("optimizer"), model, source)
     if extra := sorted(str(key) for key in content.keys() - _KEYS):
         logger.info("%s: left out: %s, which no run here takes", source, ", ".join(extra))
@@ -235,12 +237,6 @@ def _read_loss(value: Any, source: str) -> float:
         logger.info("%s: %s: the next evaluation is the best one", source, said)
         return NO_LOSS
     return loss
-
-
-def _read_model(named: dict[str, Tensor], args: dict[str, Any], source: str) -> dict[str, Tensor]:
-    shapes = parameter_shapes(args)
-    _check_names(named, shapes, source)
-    return {name: named[name] for name in shapes}
 
 
 def write_nanogpt(

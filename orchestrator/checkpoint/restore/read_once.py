@@ -123,20 +123,18 @@ class ReadOnce:
         """Read this rank's files into the live tensors; return its errors: file -> label of the source, why."""
         errors = {}
         try:
-            self._staging = Staging(self._world.device, self._ready) if self._ready and self._reads_any() else None
+            reads_any = any(self._world.rank in readers for readers in self._plan.values())
+            self._staging = Staging(self._world.device, self._ready) if self._ready and reads_any else None
             for file, readers in self._plan.items():
                 if source := readers.get(self._world.rank):
                     try:
-                        self._folder.read_with_retries(partial(self._read, file, source))
+                        self._folder.read_with_retries(self._read, file, source)
                     except CheckpointError as error:
                         errors[file] = [source.label, str(error)]
                 self._let_go(self._names(file))
         finally:
             self._let_go(self._is_there)  # even if reading failed: the others wait for this rank
         return errors
-
-    def _reads_any(self) -> bool:
-        return any(self._world.rank in readers for readers in self._plan.values())
 
     def _let_go(self, names: Iterable[str]) -> None:
         for name in names:

@@ -23,6 +23,7 @@ from orchestrator.checkpoint.restore.init_from import Vocabulary, check_same_run
 from orchestrator.checkpoint.restore.read_once import ReadOnce
 from orchestrator.checkpoint.restore.read_plan import Source, plan_reads
 from orchestrator.checkpoint.rollbacks import Rollback, is_undone
+from orchestrator.checkpoint.save.node_memory import share_path, states_in
 from orchestrator.checkpoint.save.node_topology import NodeTopology
 from orchestrator.checkpoint.state import (
     Resumed,
@@ -76,7 +77,7 @@ def restore_or_initialize(
 def candidates(world: World, store: CheckpointStore, nodes: NodeTopology) -> Iterator[list[Source]]:
     """Yield the sources of every state, newest state first, nearest source first: the same on all ranks."""
     in_memory = _in_memory(world, nodes)
-    in_storage = world.on_main(lambda: _names(store, bool(in_memory)))
+    in_storage = world.on_main(partial(_names, store, bool(in_memory)))
     for name in newest_name_first({*in_memory, *in_storage}):
         sources = in_memory.get(name, [])
         if name in in_storage and (found := world.on_main(partial(_load, store, name))):
@@ -99,7 +100,7 @@ def _names(store: CheckpointStore, has_others: bool) -> list[str]:
 
 def _load(store: CheckpointStore, name: str) -> dict[str, Any] | None:
     try:
-        checkpoint = store.folder.read_with_retries(lambda: store.load(name))
+        checkpoint = store.folder.read_with_retries(store.load, name)
     except CheckpointError as error:
         store.reject(name, str(error))
         return None
@@ -110,8 +111,8 @@ def _in_memory(world: World, nodes: NodeTopology) -> dict[str, list[Source]]:
     """Return the states that are whole in a node's memory, by name; the first rank of every node looks there."""
     mine = {}
     if nodes.memory and nodes.share == 0:
-        for name, shares in nodes.memory.generations().items():
-            paths = {share: str(nodes.memory.share_path(name, share, len(shares))) for share in shares}
+        for name, shares in states_in(nodes.memory.path).items():
+            paths = {share: str(share_path(nodes.memory.path, name, share, len(shares))) for share in shares}
             mine[name] = [[paths[share], checkpoint.state] for share, checkpoint in shares.items()]
     sources: dict[str, list[Source]] = {}
     for rank, found in enumerate(world.gather_json(mine)):

@@ -56,14 +56,13 @@ class BufferPool:
         if not self.buffers:  # for both: with room for one only, we could lose it while we write over it
             share_bytes = sum(layout.size_bytes for layout in layouts.values())
             memory.check_room(2 * share_bytes * self._nodes.shares)
-        for _ in range(1 if memory.holds_other_than(self._attempt) else 2 - len(self.buffers)):
-            if not (self.buffers and self.is_ending):  # one is enough for a rescue
-                self._add(SnapshotBuffer(memory, layouts))
-
-    def _add(self, buffer: SnapshotBuffer) -> None:
-        self.buffers.append(buffer)  # first of all: it can be used
-        if self._pinned:
-            self._pinned.pin(list(buffer.contents().values()), lambda: not self.is_ending)
+        for _ in range(1 if memory.shares_of_earlier(self._attempt) else 2 - len(self.buffers)):
+            if self.buffers and self.is_ending:  # one is enough for a rescue
+                return
+            buffer = SnapshotBuffer(memory, layouts)
+            self.buffers.append(buffer)  # first of all: it can be used
+            if self._pinned:
+                self._pinned.pin(list(buffer.contents.values()), lambda: not self.is_ending)
 
     def replace_older_attempts(self, name: str) -> None:
         """Wait until a state of this attempt is whole on this node, delete older attempts', reserve the second buffer.
@@ -72,17 +71,14 @@ class BufferPool:
             CheckpointError, OSError: there is no room for it.
         """
         if len(self.buffers) < 2 and not self.is_missing:  # else this state was not written
-            self._delete_older_attempts(name)
+            memory = self._nodes.memory
+            assert memory
+            deadline_s = time.monotonic() + _OTHERS_S
+            while not (memory.is_whole(name, self._nodes.shares) or self.is_ending) and time.monotonic() < deadline_s:
+                time.sleep(0.01)
+            if memory.is_whole(name, self._nodes.shares):
+                memory.forget_other_than(self._attempt)
             self.reserve(self.buffers[0].layouts)
-
-    def _delete_older_attempts(self, name: str) -> None:
-        memory = self._nodes.memory
-        assert memory
-        deadline_s = time.monotonic() + _OTHERS_S
-        while not (memory.is_whole(name, self._nodes.shares) or self.is_ending) and time.monotonic() < deadline_s:
-            time.sleep(0.01)
-        if memory.is_whole(name, self._nodes.shares):
-            memory.forget_other_than(self._attempt)
 
     def give_up(self, error: Exception) -> None:
         """Go on without node memory."""

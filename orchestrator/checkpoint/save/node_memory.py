@@ -46,7 +46,11 @@ class NodeMemory:
         self.path = run_path(memory_dir, run_id)
         self.root = self.path.parent
         _make_private(self.root)
-        self._lock = _entered(self.path)
+        self._lock = -1  # of the run's folder: all its processes share it until they end
+        while self._lock < 0:
+            _make_private(self.path)
+            with suppress(FileNotFoundError):  # somebody who needed the room has just deleted it
+                self._lock = _locked(self.path / _LOCK, fcntl.LOCK_SH)
         self._alive: int | None = None
         self._stood_in: list[int] = []  # locks, kept until this process ends
         for path in self.path.glob(".slot-*"):  # half-written by a process that was killed: no rank writes this early
@@ -54,36 +58,27 @@ class NodeMemory:
         self._older = {path.name for path in _listed(self.path)}
         self.node_id = _written_once(self.root / ".node", os.urandom(8).hex())
 
-    def generations(self) -> dict[str, dict[int, Checkpoint]]:
-        """Return the states that are whole here: name -> share -> its description. Damaged shares are left out."""
-        return states_in(self.path)
-
     def is_whole(self, name: str, shares: int) -> bool:
         """Return whether all shares of a state are here; they may be damaged."""
-        return all(self.share_path(name, share, shares).exists() for share in range(shares))
+        return all(share_path(self.path, name, share, shares).exists() for share in range(shares))
 
-    def share_path(self, name: str, share: int, shares: int) -> Path:
-        """Return where a share of a state lies."""
-        return share_path(self.path, name, share, shares)
-
-    def holds_other_than(self, attempt: str) -> bool:
-        """Return whether states of earlier attempts are here."""
-        return any(True for _ in self._of_others(attempt))
+    def shares_of_earlier(self, attempt: str) -> list[Path]:
+        """Return where the shares of attempts before this one lie."""
+        found = []
+        for path in _listed(self.path):
+            match = _SHARE.fullmatch(path.name)
+            if match and path.name in self._older and not match[1].endswith(f"_{attempt}"):
+                found.append(path)
+        return found
 
     def forget_other_than(self, attempt: str, keep: str = "") -> None:
         """Delete the states of earlier attempts but one. A process that still has one of them open keeps its memory.
 
         States of later attempts stay: this may be an attempt that was given up, and comes back.
         """
-        for path in self._of_others(attempt):
+        for path in self.shares_of_earlier(attempt):
             if not path.name.startswith(f"{keep}."):
                 delete_tree(path)
-
-    def _of_others(self, attempt: str) -> Iterator[Path]:
-        for path in _listed(self.path):
-            match = _SHARE.fullmatch(path.name)
-            if match and path.name in self._older and not match[1].endswith(f"_{attempt}"):
-                yield path
 
     def hold_liveness_lock(self, attempt: str, share: int) -> None:
         """Hold a file lock for this share, until it is released or the process ends: the others see that it lives."""
@@ -166,7 +161,10 @@ def share_path(folder: Path, name: str, share: int, shares: int) -> Path:
 
 
 def states_in(folder: Path) -> dict[str, dict[int, Checkpoint]]:
-    """Return the states that are whole in a run's folder: name -> share -> its description. Changes nothing."""
+    """Return the states that are whole in a run's folder: name -> share -> its description.
+
+    Damaged shares are left out. Changes nothing.
+    """
     found: dict[str, dict[int, Checkpoint]] = {}
     shares_of: dict[str, int] = {}
     for path in _listed(folder):
@@ -203,14 +201,6 @@ def _make_private(path: Path) -> None:
     found = path.lstat()
     if found.st_uid != os.getuid() or path.is_symlink() or found.st_mode & 0o022:
         raise CheckpointError(f"{path} belongs to another user, or others may write to it: delete it")
-
-
-def _entered(path: Path) -> int:
-    """Make a run's folder if it is missing; return the lock that all its processes share until they end."""
-    while True:
-        _make_private(path)
-        with suppress(FileNotFoundError):  # somebody who needed the room has just deleted it
-            return _locked(path / _LOCK, fcntl.LOCK_SH)
 
 
 def _locked(path: Path, how: int) -> int:

@@ -6,39 +6,34 @@ Ranks that see the same folder are on one node, whatever their host names and ad
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from orchestrator.checkpoint.save.node_memory import NodeMemory
 from orchestrator.checkpoint.save.plan import Files, holds_all, rank_of
-from orchestrator.checkpoint.tensor_slice import TensorSlice
 from orchestrator.distributed.world import World
 from orchestrator.errors import CheckpointError
 
 logger = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
+@dataclass
 class NodeTopology:
     """The nodes of all ranks, and this rank's memory: None on all ranks if it is missing on one.
 
     ids: of every rank's node, by rank; ranks: those on this rank's node.
+    share: the number of the share that this rank keeps; shares: of how many on its node.
     """
 
     memory: NodeMemory | None
     ids: tuple[str, ...]
     rank: int
+    ranks: tuple[int, ...] = field(init=False)
+    share: int = field(init=False)
+    shares: int = field(init=False)
 
-    @property
-    def ranks(self) -> tuple[int, ...]:
-        return tuple(rank for rank, node in enumerate(self.ids) if node == self.ids[self.rank])
-
-    @property
-    def share(self) -> int:
-        return self.ranks.index(self.rank)
-
-    @property
-    def shares(self) -> int:
-        return len(self.ranks)
+    def __post_init__(self) -> None:
+        self.ranks = tuple(rank for rank, node in enumerate(self.ids) if node == self.ids[self.rank])
+        self.share, self.shares = self.ranks.index(self.rank), len(self.ranks)
 
     def share_of(self, files: Files, share: int | None = None) -> Files:
         """Return the files of a share of this node's memory; default: those that this rank keeps there.
@@ -48,18 +43,19 @@ class NodeTopology:
         """
         rank = self.ranks[self.share if share is None else share]
         elsewhere = sorted({rank_of(file) for file in files} - set(self.ranks))
-        return {file: slices for file, slices in files.items() if self._keeper_of(file, slices, elsewhere) == rank}
+        kept: Files = {}
+        for file, slices in files.items():
+            keeper: int | None = rank_of(file)
+            if keeper in elsewhere:
+                holders = [each for each in self.ranks if holds_all(slices, each)]
+                keeper = holders[elsewhere.index(keeper) % len(holders)] if holders else None
+            if keeper == rank:
+                kept[file] = slices
+        return kept
 
     def can_write(self, files: Files, share: int) -> bool:
         """Return whether this rank holds all slices of a share of this node's memory."""
         return all(holds_all(slices, self.rank) for slices in self.share_of(files, share).values())
-
-    def _keeper_of(self, file: str, slices: dict[str, TensorSlice], elsewhere: list[int]) -> int | None:
-        """Return the rank of this node that keeps a file in node memory, None if no rank here holds all of it."""
-        if (owner := rank_of(file)) not in elsewhere:
-            return owner
-        holders = [rank for rank in self.ranks if holds_all(slices, rank)]
-        return holders[elsewhere.index(owner) % len(holders)] if holders else None
 
 
 def open_node_memory(world: World, memory_dir: str, run_id: str) -> NodeTopology:

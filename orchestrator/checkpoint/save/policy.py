@@ -112,7 +112,10 @@ class SaveScheduler:
 
 
 class SnapshotCost:
-    """Measures on one rank how long steps and snapshots take. processes: the ranks that share this node's cores."""
+    """Measures on one rank how long steps and snapshots take. processes: the ranks that share this node's cores.
+
+    pause_s: how long training has waited for the newest snapshot.
+    """
 
     def __init__(self, device: torch.device, processes: int) -> None:
         cores = usable_cpus()
@@ -120,7 +123,7 @@ class SnapshotCost:
         self._has_spare_core = cores > processes * torch.get_num_threads()
         self._steps_s: deque[float] = deque(maxlen=_STEPS)
         self._began_s = 0.0
-        self._pause_s = self._busy_s = self._cpu_s = 0.0  # of the newest snapshot
+        self.pause_s = self._busy_s = self._cpu_s = 0.0  # of the newest snapshot
         self._is_measured = False
 
     def step_begins(self) -> None:
@@ -132,14 +135,6 @@ class SnapshotCost:
         if self._began_s:
             self._steps_s.append(time.perf_counter() - self._began_s)
 
-    def begins(self) -> None:
-        """Note that a snapshot begins: the pauses from here on are its cost."""
-        self._pause_s = 0.0
-
-    def paused(self, seconds: float) -> None:
-        """Add to the time that training has waited for the newest snapshot."""
-        self._pause_s += seconds
-
     def copied(self, busy_s: float, cpu_s: float) -> None:
         """Note how long a snapshot was copied in the background, and how much of a core's time that took."""
         self._busy_s, self._cpu_s = busy_s, cpu_s
@@ -149,13 +144,11 @@ class SnapshotCost:
         """Return after how many iterations the next snapshot is affordable; 1 before anything is measured."""
         if not (self._is_measured and self._steps_s):
             return 1
-        return affordable_interval(self._pause_s + self._taken_s(), self._busy_s, median(self._steps_s))
-
-    def _taken_s(self) -> float:
-        """Return how much time the copy in the background takes from training."""
         if self._is_on_gpu:
-            return 0.0  # it computes elsewhere
-        return _BANDWIDTH_FRACTION * self._busy_s if self._has_spare_core else self._cpu_s
+            taken_s = 0.0  # by the copy in the background, from training: it computes elsewhere
+        else:
+            taken_s = _BANDWIDTH_FRACTION * self._busy_s if self._has_spare_core else self._cpu_s
+        return affordable_interval(self.pause_s + taken_s, self._busy_s, median(self._steps_s))
 
 
 def affordable_interval(cost_s: float, busy_s: float, step_s: float) -> int:

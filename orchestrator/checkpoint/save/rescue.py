@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from orchestrator.checkpoint.save.node_memory import NodeMemory, spare_memory_bytes
+from orchestrator.checkpoint.save.node_memory import NodeMemory, share_path, spare_memory_bytes
 from orchestrator.checkpoint.save.node_topology import NodeTopology
 from orchestrator.checkpoint.save.plan import SavePlan
 from orchestrator.checkpoint.save.snapshot_buffer import SnapshotBuffer
@@ -113,7 +113,7 @@ class Rescuer:
         missing = [share for share in others if self._nodes.can_write(plan.files, share)]
         began_s = time.monotonic()
         while missing := [
-            share for share in missing if not memory.share_path(plan.name, share, self._nodes.shares).exists()
+            share for share in missing if not share_path(memory.path, plan.name, share, self._nodes.shares).exists()
         ]:
             if memory.has_newer(plan.iter_num, self._world.attempt):  # of a rank that came further
                 return

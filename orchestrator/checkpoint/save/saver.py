@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -34,6 +34,7 @@ class Saver:
     """One rank's face for the loop. Call every method but `rescue` and `close` on all ranks at the same iteration.
 
     environment: what decides the bits besides the state, to be stored with it.
+    rescuer: saves the last completed iteration when an attempt ends.
     is_finishing: the last state is on its way to storage, and training waits for it.
     paused_s: how long training has waited for states to be saved, in all.
     changed_at_s: when the last iteration was completed, in seconds since 1970.
@@ -57,7 +58,7 @@ class Saver:
         self._memory = SnapshotWriter(state.scaler, world, nodes)
         self._plan = partial(plan_save, world=world, environment=environment)
         self._lock = StateLock()
-        self._rescuer = Rescuer(state, world, nodes, self._plan, self._memory, self._lock)
+        self.rescuer = Rescuer(state, world, nodes, self._plan, self._memory, self._lock)
         files = files_of(forecast(state), world.size, state.placement)
         self._memory.open(files, keep=state.resumed_from.checkpoint.name if state.resumed_from else "")
 
@@ -66,7 +67,8 @@ class Saver:
         self._memory.cost.step_begins()
         memory, storage = self._memory, self._storage
         interval = self._intervals.snapshot_interval or memory.cost.interval()
-        return SaveStatus(memory.is_busy, storage.is_busy, storage.ended, interval, memory.pool.is_missing).to_ints()
+        is_copying, is_uploading = memory.copier.is_busy, storage.uploader.is_busy
+        return SaveStatus(is_copying, is_uploading, len(storage.ended), interval, memory.pool.is_missing).to_ints()
 
     def apply(self, highest: list[int]) -> None:
         """Take what all ranks have agreed on: the highest of each integer."""
@@ -125,17 +127,13 @@ class Saver:
             if gpu:
                 gpu.note_change()
 
-    def rescue_on_failure(self) -> AbstractContextManager[None]:
-        """Return a context: if its body fails, the state is rescued before the error goes on."""
-        return self._rescuer.rescue_on_failure()
-
     def rescue(self, stand_in_s: float = STAND_IN_S) -> int | None:
         """End the attempt with the last completed iteration in this node's memory; see `Rescuer.rescue`."""
-        return self._rescuer.rescue(stand_in_s)
+        return self.rescuer.rescue(stand_in_s)
 
     def close(self, is_finished: bool) -> None:
         """Let go of the state and of node memory; if the run is finished, delete its states there."""
-        self._rescuer.close()
+        self.rescuer.close()
         self._storage.close()
         self._memory.close(is_finished)
 
@@ -143,8 +141,8 @@ class Saver:
         """Begin the copy of a state into node memory and, behind it, its upload."""
         with self._lock.choosing_buffer():
             began_s = time.perf_counter()
-            self._storage.wait_for(self._memory.last)
-            self._memory.cost.begins()
+            self._storage.wait_for(self._memory.copier.last)
+            self._memory.cost.pause_s = 0.0
             self._is_copy_for_storage = to_storage
             plan = self._plan(state, val_loss=val_loss, scaler={})  # which is copied with the tensors
             buffer, published = self._memory.begin(plan)
@@ -154,7 +152,7 @@ class Saver:
 
     def _paused(self, seconds: float) -> None:
         self.paused_s += seconds
-        self._memory.cost.paused(seconds)
+        self._memory.cost.pause_s += seconds
         if self._is_copy_for_storage:
             self._storage.pause_s += seconds
 
@@ -177,6 +175,6 @@ class Saver:
 
     def _settle(self) -> None:
         """Wait for copies and uploads on all ranks, and tell of them."""
-        self._storage.wait_for(self._memory.last)  # an error there is the upload's too
+        self._storage.wait_for(self._memory.copier.last)  # an error there is the upload's too
         self._storage.wait()
         self.apply(self._world.agree(self.request()).result())

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
+from dataclasses import asdict
 from typing import Any
 
 import xxhash
 
 from orchestrator.checkpoint.save.mapping import mapped
-from orchestrator.checkpoint.save.node_memory import NodeMemory, delete_tree
+from orchestrator.checkpoint.save.node_memory import NodeMemory, delete_tree, share_path
 from orchestrator.checkpoint.store import state_text
 from orchestrator.checkpoint.tensor_file import FileRecord, Layout
 
@@ -16,7 +17,7 @@ from orchestrator.checkpoint.tensor_file import FileRecord, Layout
 class SnapshotBuffer:
     """Files for one state of this rank's share, which are mapped, written over again and again, and renamed.
 
-    layouts: of its files, by name. iter_num: of the state that it holds whole, -1 for none.
+    layouts: of its files, by name; contents: their bytes. iter_num: of the state that it holds whole, -1 for none.
     is_uploading: its state is on the way to storage, and must not be written over.
 
     Raises:
@@ -31,16 +32,14 @@ class SnapshotBuffer:
         self.layouts = layouts
         self._path.mkdir(mode=0o700)
         try:
-            self._maps = {file: mapped(self._path / file, layout.size_bytes) for file, layout in layouts.items()}
+            self.contents = {
+                file: memoryview(mapped(self._path / file, layout.size_bytes)) for file, layout in layouts.items()
+            }
         except OSError:
             self.delete()
             raise
-        for file, content in self._maps.items():
+        for file, content in self.contents.items():
             content[: len(layouts[file].header)] = layouts[file].header
-
-    def contents(self) -> dict[str, memoryview]:
-        """Return the bytes of every file."""
-        return {file: memoryview(content) for file, content in self._maps.items()}
 
     def open(self) -> dict[str, memoryview]:
         """Withdraw the state that was here, and return the memory for the bytes of each tensor, by key."""
@@ -48,9 +47,8 @@ class SnapshotBuffer:
         if self._path != self._begun:
             self._path.rename(self._begun)
             self._path = self._begun
-        contents = self.contents()
         return {
-            name: contents[file][start:end]
+            name: self.contents[file][start:end]
             for file, layout in self.layouts.items()
             for name, (start, end) in layout.spans.items()
         }
@@ -60,11 +58,11 @@ class SnapshotBuffer:
 
         state: the content of state.json, but for the records of the files.
         """
-        for file, content in self._maps.items():
+        for file, content in self.contents.items():
             self.records[file] = FileRecord(len(content), xxhash.xxh3_128(content).hexdigest())
-        records = {file: record.to_json() for file, record in self.records.items()}
+        records = {file: asdict(record) for file, record in self.records.items()}
         (self._path / "state.json").write_text(state_text({**state, "files": records}))
-        target = self._memory.share_path(name, share, shares)
+        target = share_path(self._memory.path, name, share, shares)
         delete_tree(target)  # of this attempt: the same state, before it was taken again
         self._path.rename(target)
         self._path, self.iter_num = target, int(state["iter_num"])

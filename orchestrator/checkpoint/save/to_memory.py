@@ -31,25 +31,15 @@ _ROOM_S = 30.0  # in which the copier ends its current call; to reserve a large 
 
 
 class SnapshotWriter:
-    """One rank's. pool: its buffers; cost: of its snapshots; gpu: its streams, None on a CPU."""
+    """One rank's. pool: its buffers; cost: of its snapshots; copier: its thread; gpu: its streams, None on a CPU."""
 
     def __init__(self, scaler: torch.amp.GradScaler, world: World, nodes: NodeTopology) -> None:
         self._scaler, self._world, self._nodes = scaler, world, nodes
         self.gpu = Gpu(world.device, scaler) if world.device.type == "cuda" else None
-        self._copier = BackgroundQueue("copy of the state", world.choose_device)
+        self.copier = BackgroundQueue("copy of the state", world.choose_device)
         self._copy: AsyncCopy | None = None
         self.pool = BufferPool(nodes, world)
         self.cost = SnapshotCost(world.device, nodes.shares)
-
-    @property
-    def is_busy(self) -> bool:
-        """Whether the previous snapshot is still being written."""
-        return self._copier.is_busy
-
-    @property
-    def last(self) -> Future[Any] | None:
-        """The newest call in the background."""
-        return self._copier.last
 
     def open(self, files: Files, keep: str) -> None:
         """Show that this process lives, forget the states of earlier attempts, reserve buffers in the background.
@@ -59,7 +49,8 @@ class SnapshotWriter:
         if memory := self._nodes.memory:
             memory.hold_liveness_lock(self._world.attempt, self._nodes.share)
             memory.forget_other_than(self._world.attempt, keep)
-            self._submit(partial(self.pool.reserve, self.layouts(files, self._nodes.share)))
+            layouts = self.layouts(files, self._nodes.share)
+            self.copier.submit(partial(self._run, self.pool.reserve, layouts))
 
     def begin(self, plan: SavePlan) -> tuple[SnapshotBuffer, Future[dict[str, Any]]]:
         """Begin a snapshot; return its buffer, and its state.json (but for the records) once it is published.
@@ -68,9 +59,9 @@ class SnapshotWriter:
         """
         buffer = self.pool.free_buffer()
         self._copy = AsyncCopy(plan.tensors_on(self._world.rank), ScalerValues(self._scaler), self.gpu)
-        published = self._submit(partial(self._write, self._copy, buffer, plan.without_tensors()))
+        published = self.copier.submit(partial(self._run, self._write, self._copy, buffer, plan.without_tensors()))
         if len(self.pool.buffers) < 2:
-            self._submit(partial(self.pool.replace_older_attempts, plan.name))
+            self.copier.submit(partial(self._run, self.pool.replace_older_attempts, plan.name))
         return buffer, published
 
     def join(self) -> float:
@@ -104,24 +95,21 @@ class SnapshotWriter:
         Raises:
             TimeoutError: it takes too long.
         """
-        if self._copier.last:
-            self._copier.last.exception(timeout=_ROOM_S)
+        if self.copier.last:
+            self.copier.last.exception(timeout=_ROOM_S)
 
     def close(self, is_finished: bool) -> None:
         """Release the buffers and leave node memory; if the run is finished, delete its states there."""
-        self._copier.submit(partial(self.pool.release, is_finished))
-        self._copier.close()
+        self.copier.submit(partial(self.pool.release, is_finished))
+        self.copier.close()
         with suppress(TimeoutError):  # it ends its current call first
             self.settle()
         if self._nodes.memory:
             self._nodes.memory.close(is_finished)
 
-    def _submit(self, call: Callable[[], Any]) -> Future[Any]:
-        return self._copier.submit(partial(self._run, call))
-
-    def _run(self, call: Callable[[], Any]) -> Any:
+    def _run(self, call: Callable[..., Any], *args: Any) -> Any:
         try:
-            return call()
+            return call(*args)
         except Exception as error:  # whatever a memory file system or CUDA fails with, training goes on without it
             self.pool.give_up(error)
             raise

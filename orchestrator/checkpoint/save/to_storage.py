@@ -31,7 +31,8 @@ _SILENCE_S = 600.0  # an upload that moves no byte for so long is given up at th
 class CheckpointWriter:
     """One rank's. All ranks upload the same checkpoints in the same order.
 
-    keep: the number of newest checkpoints that stay, besides the best.
+    keep: the number of newest checkpoints that stay, besides the best. uploader: its thread.
+    ended: the uploads that have ended on this rank, failed ones too.
     durable_iter: the iteration whose state is in storage, or on its way there; -1 for none.
     pause_s: how long training has waited for the newest checkpoint.
     """
@@ -39,41 +40,31 @@ class CheckpointWriter:
     def __init__(self, world: World, store: CheckpointStore, keep: int, durable_iter: int) -> None:
         self._world, self._side = world, world.side_group()
         self._store, self._keep = store, keep
-        self._uploader = BackgroundQueue("upload of a checkpoint", world.choose_device)
-        self._ended: list[Record] = []  # in the same order on all ranks; the uploader's thread adds to them
+        self.uploader = BackgroundQueue("upload of a checkpoint", world.choose_device)
+        self.ended: list[Record] = []  # in the same order on all ranks; the uploader's thread adds to them
         self._events: list[Record] = []
         self._told = 0  # how many of the ended ones are among the events
         self._moved_bytes, self._moved_at_s = 0, time.monotonic()
         self.durable_iter = durable_iter
         self.pause_s = 0.0
 
-    @property
-    def is_busy(self) -> bool:
-        """Whether the previous checkpoint is still being uploaded."""
-        return self._uploader.is_busy
-
-    @property
-    def ended(self) -> int:
-        """How many uploads have ended so far on this rank, failed ones too."""
-        return len(self._ended)
-
     def upload(self, plan: SavePlan, buffer: SnapshotBuffer, published: Future[dict[str, Any]]) -> None:
         """Upload a snapshot in the background, once it is published in its buffer. Hold the StateLock."""
         buffer.is_uploading = True
         self.durable_iter, self.pause_s = plan.iter_num, 0.0
-        self._uploader.submit(partial(self._upload, plan.without_tensors(), buffer, published))
+        self.uploader.submit(partial(self._upload, plan.without_tensors(), buffer, published))
 
     def write_now(self, plan: SavePlan) -> float:
         """Write a checkpoint from the live tensors, and wait for it; return how long that took in seconds."""
         began_s = time.perf_counter()
-        self.wait_for(self._uploader.last)  # so that uploads end in the same order on all ranks
+        self.wait_for(self.uploader.last)  # so that uploads end in the same order on all ranks
         mine = plan.files_of(self._world.rank)
         sources: dict[str, Pieces] = {file: partial(tensor_pieces, tensors) for file, tensors in mine.items()}
         part = upload(self._store, plan.name, sources, {}, self._note_moved)
         why_not = commit(self._world, self._store, plan.name, part, plan.description, self._keep)
         self.durable_iter, self.pause_s = plan.iter_num, time.perf_counter() - began_s
-        self._ended.append(_record(plan, self.pause_s, why_not))
-        self.note_ended(self.ended)
+        self.ended.append(_record(plan, self.pause_s, why_not))
+        self.note_ended(len(self.ended))
         return self.pause_s
 
     def wait(self) -> None:
@@ -82,7 +73,7 @@ class CheckpointWriter:
         Raises:
             StorageError: the upload does not move any more.
         """
-        if error := self.wait_for(self._uploader.last):
+        if error := self.wait_for(self.uploader.last):
             raise error
 
     def wait_for(self, future: Future[Any] | None) -> BaseException | None:
@@ -96,12 +87,18 @@ class CheckpointWriter:
             try:
                 return future.exception(timeout=_TELL_EVERY_S)
             except TimeoutError:
-                self._log_waiting()
+                silence_s, out_dir = time.monotonic() - self._moved_at_s, self._store.folder.out_dir
+                logger.info("waiting for the upload to %s: %.2f GB so far", out_dir, self._moved_bytes / 1e9)
+                if silence_s > _SILENCE_S:
+                    raise StorageError(
+                        f"out_dir={out_dir}: the upload has not moved for {silence_s:.0f} s; the state of this "
+                        "iteration is in node memory, and the same command goes on from there"
+                    ) from None
         return None
 
     def note_ended(self, count: int) -> None:
         """Turn the first `count` uploads, which have ended on all ranks, into events."""
-        for record in self._ended[self._told : count]:
+        for record in self.ended[self._told : count]:
             self._events.append({**record, "pause_s": self.pause_s})
             if record["kind"] == "checkpoint_failed" and record["iter"] == self.durable_iter:
                 self.durable_iter = -1
@@ -120,12 +117,12 @@ class CheckpointWriter:
 
     def failure(self) -> StorageError:
         """Return the error for a last state that could not be saved."""
-        why = next(record["why"] for record in reversed(self._ended) if "why" in record)
+        why = next(record["why"] for record in reversed(self.ended) if "why" in record)
         return StorageError(f"out_dir={self._store.folder.out_dir}: the last state could not be saved: {why}")
 
     def close(self) -> None:
         """End the thread after its current upload, without waiting for it."""
-        self._uploader.close()
+        self.uploader.close()
 
     def _upload(self, plan: SavePlan, buffer: SnapshotBuffer, published: Future[dict[str, Any]]) -> None:
         began_s = time.perf_counter()
@@ -134,25 +131,16 @@ class CheckpointWriter:
             part: dict[str, Any] = {"error": f"{type(error).__name__}: {error}"}
         else:
             description = published.result()
-            mine = {file: x for file, x in buffer.contents().items() if rank_of(file) == self._world.rank}
+            mine = {file: x for file, x in buffer.contents.items() if rank_of(file) == self._world.rank}
             sources: dict[str, Pieces] = {file: partial(pieces_of, content) for file, content in mine.items()}
             part = upload(self._store, plan.name, sources, buffer.records, self._note_moved)
         why_not = commit(self._side, self._store, plan.name, part, description, self._keep)
         buffer.is_uploading = False
-        self._ended.append(_record(plan, time.perf_counter() - began_s, why_not))
+        self.ended.append(_record(plan, time.perf_counter() - began_s, why_not))
 
     def _note_moved(self, size_bytes: int) -> None:
         self._moved_bytes += size_bytes
         self._moved_at_s = time.monotonic()
-
-    def _log_waiting(self) -> None:
-        silence_s = time.monotonic() - self._moved_at_s
-        logger.info("waiting for the upload to %s: %.2f GB so far", self._store.folder.out_dir, self._moved_bytes / 1e9)
-        if silence_s > _SILENCE_S:
-            raise StorageError(
-                f"out_dir={self._store.folder.out_dir}: the upload has not moved for {silence_s:.0f} s; the state of "
-                "this iteration is in node memory, and the same command goes on from there"
-            )
 
 
 def _record(plan: SavePlan, seconds: float, why_not: str | None) -> Record:

@@ -9,8 +9,8 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterable
 from contextlib import suppress
-from functools import partial
-from typing import Any, TypeVar
+from dataclasses import asdict
+from typing import Any
 
 from orchestrator.checkpoint.store import CheckpointStore
 from orchestrator.checkpoint.tensor_file import FileRecord, write_file
@@ -23,8 +23,6 @@ from orchestrator.storage.writable import PROBE_FILE
 
 logger = logging.getLogger(__name__)
 
-
-T = TypeVar("T")
 Pieces = Callable[[], Iterable[bytes | memoryview]]  # a file's bytes, from the first one on at every call
 
 
@@ -47,10 +45,10 @@ def upload(
     records = {}
     try:
         for file, pieces in files.items():
-            record = store.folder.with_retries(partial(_write, store.folder, name, file, pieces, written))
+            record = store.folder.with_retries(_write, store.folder, name, file, pieces, written)
             if record != expected.get(file, record):
                 raise DamagedSourceError(f"{file} changed in node memory after it was written there")
-            records[file] = record.to_json()
+            records[file] = asdict(record)
     except Exception as error:  # every storage has exceptions of its own, and the other ranks wait to hear of it
         return _failure(error)
     return {"files": records}
@@ -81,7 +79,10 @@ def commit(
         found = failures
         if not found:
             files = {file: record for part in parts for file, record in part["files"].items()}
-            found = _commit(store, name, {**state, "files": files}, world.attempt)
+            try:
+                found = store.folder.with_retries(_commit, store, name, {**state, "files": files}, world.attempt)
+            except CheckpointError as error:
+                found = [_failure(error)]
             if not found:
                 _prune(store, keep, world.attempt)
         if not all(failure.get("may_pass", True) for failure in found):
@@ -92,18 +93,11 @@ def commit(
 
 
 def _commit(store: CheckpointStore, name: str, state: dict[str, Any], attempt: str) -> list[dict[str, Any]]:
-    """Commit it; return why not, if so, as `upload` does."""
-
-    def commit() -> list[dict[str, Any]]:
-        if store.folder.is_fenced(attempt):
-            return [{"error": "a later attempt of this run writes here now, this one was given up"}]
-        store.commit(name, state)
-        return []
-
-    try:
-        return store.folder.with_retries(commit)
-    except CheckpointError as error:
-        return [_failure(error)]
+    """Commit it; return why not, as `upload` does, if a later attempt writes here."""
+    if store.folder.is_fenced(attempt):
+        return [{"error": "a later attempt of this run writes here now, this one was given up"}]
+    store.commit(name, state)
+    return []
 
 
 def _discard(folder: RunFolder, name: str) -> None:

@@ -15,7 +15,7 @@ from fsspec.implementations.local import LocalFileSystem
 
 from orchestrator.checkpoint.restore.init_from import scratch_args
 from orchestrator.checkpoint.save import rescue, to_storage
-from orchestrator.checkpoint.save.node_memory import NodeMemory, states_in
+from orchestrator.checkpoint.save.node_memory import NodeMemory, share_path, states_in
 from orchestrator.checkpoint.save.node_topology import NodeTopology
 from orchestrator.checkpoint.save.policy import SaveIntervals, SaveStatus
 from orchestrator.checkpoint.save.saver import Saver
@@ -103,11 +103,11 @@ def test_what_was_rescued_are_the_bits_of_the_state(start: Start) -> None:
     end(gone)
     survivor.rescue()
     assert survivor._memory._nodes.memory
-    expected = capture(survivor._rescuer._state)
+    expected = capture(survivor.rescuer._state)
     shares = states_in(survivor._memory._nodes.memory.path)[checkpoint_name(7, ATTEMPT)]
     found = {}
     for share, checkpoint in shares.items():
-        folder = str(survivor._memory._nodes.memory.share_path(checkpoint.name, share, 2))
+        folder = str(share_path(survivor._memory._nodes.memory.path, checkpoint.name, share, 2))
         for file, record in checkpoint.files.items():
             found |= read_tensors(LocalFileSystem(), f"{folder}/{file}", record)
     assert found.keys() == {**expected.model, **expected.optimizer}.keys()
@@ -126,7 +126,7 @@ def test_a_rescue_does_not_wait_for_shares_that_never_come(start: Start) -> None
     """The copier does, before it deletes the state that this attempt began with; a peer that is gone adds none."""
     survivor = start(0, 7)
     del survivor._memory.pool.buffers[1:]  # as where an older state is here still
-    waiting = survivor._memory._copier.submit(
+    waiting = survivor._memory.copier.submit(
         lambda: survivor._memory.pool.replace_older_attempts(checkpoint_name(6, ATTEMPT))
     )
     with pytest.raises(TimeoutError):
@@ -166,7 +166,7 @@ def test_an_upload_that_hangs_keeps_no_live_tensor(start: Start, monkeypatch: py
     rank = start(0, 100, 1)
     is_over = threading.Event()
     monkeypatch.setattr(to_storage, "commit", lambda *_: is_over.wait(20))
-    state = rank._rescuer._state
+    state = rank.rescuer._state
     assert state
     rank._agreed = SaveStatus(is_copying=False, is_uploading=False)
     rank.offer(state, None)

@@ -20,7 +20,7 @@ from fsspec.implementations.local import LocalFileSystem
 
 from model import GPT, GPTConfig
 from orchestrator.checkpoint.save.buffers import BufferPool
-from orchestrator.checkpoint.save.node_memory import NodeMemory
+from orchestrator.checkpoint.save.node_memory import NodeMemory, share_path, states_in
 from orchestrator.checkpoint.save.node_topology import NodeTopology
 from orchestrator.checkpoint.save.policy import SaveIntervals
 from orchestrator.checkpoint.save.saver import Saver
@@ -95,7 +95,7 @@ def race(tmp_path: Path) -> Race:
         loop = threading.Thread(target=iterate, args=(saver, state, is_over, errors), daemon=True)
         loop.start()
         while (
-            seed % 2 and loop.is_alive() and not saver._storage._uploader.last
+            seed % 2 and loop.is_alive() and not saver._storage.uploader.last
         ):  # every other time, an upload has begun
             time.sleep(0)
         time.sleep(random.Random(seed).uniform(0.0, 0.01))
@@ -106,7 +106,7 @@ def race(tmp_path: Path) -> Race:
             assert rescued in in_memory
             assert rescued == max(in_memory)
             for iter_num, (name, checkpoint) in in_memory.items():
-                assert values_in(str(memory.share_path(name, 0, 1)), checkpoint) == {iter_num}
+                assert values_in(str(share_path(memory.path, name, 0, 1)), checkpoint) == {iter_num}
         finally:
             if saver._lock._lock.locked():  # for good: let the thread end
                 saver._lock._lock.release()
@@ -125,7 +125,7 @@ def race(tmp_path: Path) -> Race:
 
 
 def shares_of(memory: NodeMemory) -> Iterator[tuple[str, Any]]:
-    for name, shares in memory.generations().items():
+    for name, shares in states_in(memory.path).items():
         yield name, shares.values()
 
 

@@ -176,22 +176,22 @@ def test_before_anything_is_known_a_state_is_taken(clock: Clock, monkeypatch: py
     assert pace.interval() == 1
     take_steps(pace, clock, 0.1)
     assert pace.interval() == 1
-    pace.begins()
-    pace.paused(9.0)
+    pace.pause_s = 0.0
+    pace.pause_s += 9.0
     assert pace.interval() == 1, "how long it takes is known when it is done"
 
 
 def test_the_pause_and_the_copy_count(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
     pace = paced(monkeypatch, cores=8, processes=2, device="cuda")
     take_steps(pace, clock, 0.1, 0.1, 0.1)
-    pace.begins()
-    pace.paused(0.002)
-    pace.paused(0.003)
+    pace.pause_s = 0.0
+    pace.pause_s += 0.002
+    pace.pause_s += 0.003
     pace.copied(busy_s=0.02, cpu_s=0.02)
     assert pace.interval() == 5
     pace.copied(busy_s=0.2, cpu_s=0.02)
     assert pace.interval() == 20
-    pace.begins()
+    pace.pause_s = 0.0
     pace.copied(busy_s=0.01, cpu_s=0.01)
     assert pace.interval() == 1, "the newest state counts alone"
 
@@ -212,7 +212,7 @@ def test_one_slow_step_does_not_count_but_a_lasting_change_does(clock: Clock, mo
     pace = paced(monkeypatch, cores=8, processes=2)
     pace.step_ended()  # that never began
     take_steps(pace, clock, 0.1, 0.1, 30.0, 0.1)
-    pace.paused(0.01)
+    pace.pause_s += 0.01
     pace.copied(busy_s=0.0, cpu_s=0.0)
     assert pace.interval() == 10
     take_steps(pace, clock, *[1.0] * 20)

@@ -7,7 +7,7 @@ import re
 import subprocess
 import sys
 import zipfile
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -41,7 +41,7 @@ def commit(store: CheckpointStore, snapshot: Snapshot) -> Checkpoint:
     for kind, tensors in (("model", snapshot.model), ("optimizer", snapshot.optimizer)):
         file = f"{kind}-00000-of-00001.safetensors"
         record = write_file(store.folder.fs, store.folder.path(name, file), tensor_pieces(tensors))
-        state["files"][file] = record.to_json()
+        state["files"][file] = asdict(record)
         for key, tensor in tensors.items():
             state["tensors"][key] = {"file": file, "shape": list(tensor.shape), "dtype": "float32"}
     return store.commit(name, state)

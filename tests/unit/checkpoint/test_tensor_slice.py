@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -76,9 +76,8 @@ def test_a_checkpoint_of_slices_is_read_as_whole_tensors(tmp_path: Path) -> None
     records = {}
     for rank in range(RANKS):
         for file, tensors in plan_of(rank).files_of(rank).items():
-            records[file] = write_file(
-                LocalFileSystem(), store.folder.path(plan.name, file), tensor_pieces(tensors)
-            ).to_json()
+            record = write_file(LocalFileSystem(), store.folder.path(plan.name, file), tensor_pieces(tensors))
+            records[file] = asdict(record)
     store.commit(plan.name, {**plan.description, "files": records})
     whole = capture(as_rank_sees_it(-1))
     assert tensors_equal(store.read(store.select()), whole)

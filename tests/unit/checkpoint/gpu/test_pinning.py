@@ -41,7 +41,7 @@ def test_no_copy_lies_in_two_registrations(start: Start, cuda: FakeCuda, monkeyp
     iterate(saver)
     monkeypatch.undo()
     whole = {
-        address_of(content): len(content) for slot in saver._memory.pool.buffers for content in slot.contents().values()
+        address_of(content): len(content) for slot in saver._memory.pool.buffers for content in slot.contents.values()
     }
     assert sum(pinned.values()) == sum(whole.values())
     assert len(pinned) > 2 * len(whole) > 0

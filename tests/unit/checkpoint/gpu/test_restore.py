@@ -25,7 +25,7 @@ from tests.support.runs import checkpoints_in
 
 def refill(saver: Saver, config: TrainConfig) -> TrainState:
     """Build another state and fill it with the newest in node memory."""
-    world, store = saver._rescuer._world, checkpoints_in(config.out_dir)
+    world, store = saver.rescuer._world, checkpoints_in(config.out_dir)
     ((_, places),) = restore._in_memory(world, saver._memory._nodes).items()
     state = build_state(replace(config, seed=2), scratch_args(config, 64), World())
     assert restore.fill_from(state, places, world, store, model_only=False)
@@ -41,7 +41,7 @@ def test_what_is_restored_goes_through_a_stream_of_its_own(
     monkeypatch.setattr(staging, "_PIECE_BYTES", piece_bytes)
     cuda.calls.clear()
     state = refill(saver, tiny)
-    assert tensors_equal(capture(state), capture(saver._rescuer._state))
+    assert tensors_equal(capture(state), capture(saver.rescuer._state))
     by_reader = [call for call in cuda.calls if call.thread.startswith("restore")]
     assert (by_reader[0].name, by_reader[0].what) == ("set_device", 1)
     (stream,) = {call.what for call in cuda.of("Stream")}

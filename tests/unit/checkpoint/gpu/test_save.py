@@ -64,8 +64,8 @@ def test_the_scale_of_float16_is_rescued_as_the_last_change_left_it(start: Start
     with saver.state_changing():
         scaler.scale(torch.ones(()))  # its values are on the device from here on
         scaler.update(2.0**7)
-        step(saver._rescuer._state)
-        saver._rescuer._state.iter_num = 8
+        step(saver.rescuer._state)
+        saver.rescuer._state.iter_num = 8
     cuda.current_stream(DEVICE).get_stuck()
     assert in_a_thread(saver.rescue) == [8]
     (checkpoint,) = states_in(saver._memory._nodes.memory.path)[checkpoint_name(8, "abc")].values()
@@ -83,7 +83,7 @@ def test_a_state_is_offered_without_a_wait_for_its_scale(start: Start, monkeypat
     expected = scaler.state_dict()
     monkeypatch.setattr(scaler, "state_dict", lambda: pytest.fail("it was read"))
     saver._agreed = SaveStatus(is_copying=False, is_uploading=False)
-    saver.offer(saver._rescuer._state, None)
+    saver.offer(saver.rescuer._state, None)
     with saver.state_changing():
         scaler.update(2.0**3)
     settle(saver)
@@ -147,7 +147,7 @@ def test_a_step_waits_on_the_host_for_the_copy_alone(start: Start, cuda: FakeCud
     """The loop has waited for the gradients already. And so the wait is seen, and counted."""
     saver = start()
     saver._agreed = SaveStatus(is_copying=False, is_uploading=False)
-    saver.offer(saver._rescuer._state, None)
+    saver.offer(saver.rescuer._state, None)
     settle(saver)
     saver._memory._copy._done.takes = lambda: time.sleep(0.03)
     cuda.set_device(0)  # whatever is current here, it is this state's device that counts
@@ -158,7 +158,7 @@ def test_a_step_waits_on_the_host_for_the_copy_alone(start: Start, cuda: FakeCud
     assert cuda.names() == ["Stream.query", "Event.synchronize", "Event.record"]
     assert [call.what.index for call in cuda.calls] == [1, 1, 1]
     assert saver.paused_s - paused_s >= 0.03
-    assert saver._memory.cost._pause_s >= 0.03
+    assert saver._memory.cost.pause_s >= 0.03
     cuda.calls.clear()
     with saver.state_changing():
         pass
@@ -168,7 +168,7 @@ def test_a_step_waits_on_the_host_for_the_copy_alone(start: Start, cuda: FakeCud
 def test_a_step_is_not_begun_while_gradients_are_on_their_way(start: Start, cuda: FakeCuda) -> None:
     saver = start()
     saver._agreed = SaveStatus(is_copying=False, is_uploading=False)
-    saver.offer(saver._rescuer._state, None)
+    saver.offer(saver.rescuer._state, None)
     settle(saver)
     cuda.current_stream(DEVICE).is_busy = True
     cuda.calls.clear()

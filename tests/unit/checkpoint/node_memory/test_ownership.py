@@ -42,14 +42,14 @@ def test_states_of_other_attempts_are_forgotten_but_for_one(folder: Path) -> Non
     earlier = NodeMemory(str(folder), "run")
     slots = [kept(earlier, 4, "a"), kept(earlier, 5, "a"), kept(earlier, 5, "b")]
     memory = NodeMemory(str(folder), "run")
-    assert memory.holds_other_than("c")
+    assert memory.shares_of_earlier("c")
     memory.forget_other_than("c", keep="checkpoint_00000005_a")
     assert names(memory) == ["checkpoint_00000005_a"]
-    assert memory.holds_other_than("c")
+    assert memory.shares_of_earlier("c")
     slots.append(kept(memory, 6, "c"))
     memory.forget_other_than("c")
     assert names(memory) == ["checkpoint_00000006_c"]
-    assert not memory.holds_other_than("c")
+    assert not memory.shares_of_earlier("c")
 
 
 def test_an_attempt_that_was_given_up_forgets_nothing_of_a_newer_one(folder: Path) -> None:

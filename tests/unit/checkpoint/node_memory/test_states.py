@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from orchestrator.checkpoint.save.node_memory import NodeMemory, run_path
+from orchestrator.checkpoint.save.node_memory import NodeMemory, run_path, share_path, states_in
 from orchestrator.checkpoint.save.snapshot_buffer import SnapshotBuffer
 from orchestrator.checkpoint.tensor_file import read_tensors
 from orchestrator.errors import CheckpointError
@@ -29,9 +29,9 @@ def test_a_state_is_visible_when_it_is_whole_and_not_before(folder: Path) -> Non
     seal(slot, 4)
     assert slot.iter_num == 4
     assert memory.is_whole("checkpoint_00000004_a", 1)
-    (checkpoint,) = memory.generations()["checkpoint_00000004_a"].values()
+    (checkpoint,) = states_in(memory.path)["checkpoint_00000004_a"].values()
     assert checkpoint.files == slot.records
-    path = memory.share_path("checkpoint_00000004_a", 0, 1)
+    path = share_path(memory.path, "checkpoint_00000004_a", 0, 1)
     assert sorted(file.name for file in path.iterdir()) == sorted([*FILES, "state.json"])
     fs = RunFolder(str(folder)).fs
     for file, record in checkpoint.files.items():
@@ -48,10 +48,10 @@ def test_two_generations_take_turns(folder: Path) -> None:
         assert names(memory) == [f"checkpoint_{iter_num - 1:08d}_a"] * (iter_num > 1), "one is withdrawn, one is here"
         seal(slot, iter_num)
     assert names(memory) == ["checkpoint_00000004_a", "checkpoint_00000005_a"]
-    inode = (memory.share_path("checkpoint_00000005_a", 0, 1) / FILES[0]).stat().st_ino
+    inode = (share_path(memory.path, "checkpoint_00000005_a", 0, 1) / FILES[0]).stat().st_ino
     fill(slots[1], 6)
     seal(slots[1], 6)
-    path = memory.share_path("checkpoint_00000006_a", 0, 1) / FILES[0]
+    path = share_path(memory.path, "checkpoint_00000006_a", 0, 1) / FILES[0]
     assert path.stat().st_ino == inode, "the same pages are written over"
 
 
@@ -60,7 +60,7 @@ def test_the_same_state_taken_again_replaces_the_one_before(folder: Path) -> Non
     kept(memory, 4)
     second = kept(memory, 4)
     assert names(memory) == ["checkpoint_00000004_a"]
-    assert memory.generations()["checkpoint_00000004_a"][0].files == second.records
+    assert states_in(memory.path)["checkpoint_00000004_a"][0].files == second.records
 
 
 def test_what_a_killed_process_has_half_written_is_cleaned_up(folder: Path) -> None:
@@ -79,7 +79,7 @@ def test_a_generation_without_one_of_its_shares_is_not_whole(folder: Path) -> No
     assert names(memory) == []
     assert not memory.is_whole("checkpoint_00000004_a", 3)
     kept(memory, 4, share=1, shares=3)
-    assert sorted(memory.generations()["checkpoint_00000004_a"]) == [0, 1, 2]
+    assert sorted(states_in(memory.path)["checkpoint_00000004_a"]) == [0, 1, 2]
     slots[0].open()
     assert names(memory) == []
 
@@ -92,7 +92,7 @@ def test_a_share_with_a_damaged_description_is_left_out(
     for iter_num in (4, 5):
         for share in (0, 1):
             kept(memory, iter_num, share=share, shares=2)
-    path = memory.share_path("checkpoint_00000005_a", 1, 2) / "state.json"
+    path = share_path(memory.path, "checkpoint_00000005_a", 1, 2) / "state.json"
     text = path.read_text()
     match damage:
         case "flip":
@@ -122,7 +122,7 @@ def test_what_else_lies_there_is_no_state(folder: Path) -> None:
 def test_only_this_user_can_look_inside(folder: Path) -> None:
     memory = NodeMemory(str(folder), "run")
     slot = kept(memory, 4)
-    for path in (memory.root, memory.path, memory.share_path("checkpoint_00000004_a", 0, 1)):
+    for path in (memory.root, memory.path, share_path(memory.path, "checkpoint_00000004_a", 0, 1)):
         assert path.stat().st_mode & 0o077 == 0
     assert all(file.stat().st_mode & 0o077 == 0 for file in memory.path.rglob("*.safetensors"))
     del slot
