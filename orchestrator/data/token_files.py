@@ -115,31 +115,27 @@ def open_token_files(data_dir: str | Path, name: str) -> TokenFiles:
     """
     folder = Path(data_dir) / name
     try:
-        return _open(folder)
+        if not folder.is_dir():
+            _raise_missing(folder.parent, folder.name)
+        paths = {split: folder / f"{split}.bin" for split in SPLITS}
+        meta = read_meta(folder)
+        if meta is not None:
+            tokenizer = _own_tokenizer(folder, meta)
+            vocab_size = None if isinstance(tokenizer, GPT2Tokenizer) else meta.vocab_size
+            dtype = np.dtype(meta.dtype).newbyteorder("<")
+            expected = {"train": meta.train_tokens, "val": meta.val_tokens}
+            splits = {split: _map(path, dtype, expected[split]) for split, path in paths.items()}
+            return TokenFiles(folder, splits, meta, vocab_size, tokenizer)
+        known = read_known(folder)
+        splits = {split: _map(path, known.dtype or _UINT16, None) for split, path in paths.items()}
+        if known.dtype is None:
+            for split, path in paths.items():
+                check_words(path, splits[split])
+        if known.why_no_tokenizer:
+            logger.info("%s: %s, so samples cannot be shown as text", folder, known.why_no_tokenizer)
+        return TokenFiles(folder, splits, None, known.vocab_size, known.tokenizer)
     except OSError as error:  # no permission, a loop of links, a disk that fails
         raise DataError(f"{error.filename or folder} cannot be read: {error.strerror}") from None
-
-
-def _open(folder: Path) -> TokenFiles:
-    if not folder.is_dir():
-        _raise_missing(folder.parent, folder.name)
-    paths = {split: folder / f"{split}.bin" for split in SPLITS}
-    meta = read_meta(folder)
-    if meta is not None:
-        tokenizer = _own_tokenizer(folder, meta)
-        vocab_size = None if isinstance(tokenizer, GPT2Tokenizer) else meta.vocab_size
-        dtype = np.dtype(meta.dtype).newbyteorder("<")
-        expected = {"train": meta.train_tokens, "val": meta.val_tokens}
-        splits = {split: _map(path, dtype, expected[split]) for split, path in paths.items()}
-        return TokenFiles(folder, splits, meta, vocab_size, tokenizer)
-    known = read_known(folder)
-    splits = {split: _map(path, known.dtype or _UINT16, None) for split, path in paths.items()}
-    if known.dtype is None:
-        for split, path in paths.items():
-            check_words(path, splits[split])
-    if known.why_no_tokenizer:
-        logger.info("%s: %s, so samples cannot be shown as text", folder, known.why_no_tokenizer)
-    return TokenFiles(folder, splits, None, known.vocab_size, known.tokenizer)
 
 
 def read_tokenizer(data_dir: str | Path, name: str) -> Tokenizer:
