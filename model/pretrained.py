@@ -186,7 +186,8 @@ def _check_fits(stored: dict[str, Stored], shapes: Shapes, source: str) -> None:
     Raises:
         PretrainedError: naming the tensors that are missing, unexpected or of another shape.
     """
-    expected = {name: _in_file(name, shape) for name, shape in shapes.items()}
+    meta = {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
+    expected = {name: tuple(transpose_if_linear(name, weight).shape) for name, weight in meta.items()}
     found = {name: each.shape for name, each in stored.items()}
     if faults := differences({**expected, **({HEAD: expected[EMBEDDING]} if HEAD in found else {})}, found):
         raise PretrainedError(f"{source}: tensors do not fit its config.json: {faults}")
@@ -194,7 +195,3 @@ def _check_fits(stored: dict[str, Stored], shapes: Shapes, source: str) -> None:
         if not each.dtype.is_floating_point:
             kind = str(each.dtype).removeprefix("torch.")
             raise PretrainedError(f"{source}: {name} is {kind}, no floating-point numbers: is the model quantized?")
-
-
-def _in_file(name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
-    return tuple(transpose_if_linear(name, torch.empty(shape, device="meta")).shape)

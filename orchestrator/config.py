@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Annotated, Any, Literal, TypeVar
 
 from orchestrator.errors import ConfigError, nearest
@@ -148,36 +148,37 @@ def check(config: TrainConfig) -> TrainConfig:
     """
     for key, bound in bounds_of(TrainConfig).items():
         bound.check(key, getattr(config, key))
-    for problem in _contradictions(config):
-        raise ConfigError(problem)
-    return config
-
-
-def _contradictions(config: TrainConfig) -> Iterator[str]:
     for key in ("out_dir", "init_from"):
         if re.search(r"://[^/]*:[^/]*@", getattr(config, key)):  # it would lie in run.json and in logs
-            yield f"{key} holds a password: leave it out of the URL, storage takes it from the environment or a profile"
+            raise ConfigError(
+                f"{key} holds a password: leave it out of the URL, storage takes it from the environment or a profile"
+            )
     if config.n_embd % config.n_head:
-        yield f"n_embd={config.n_embd} is not divisible by n_head={config.n_head}: every head needs the same width"
+        raise ConfigError(
+            f"n_embd={config.n_embd} is not divisible by n_head={config.n_head}: every head needs the same width"
+        )
     if config.max_workers > config.gradient_accumulation_steps:
-        yield (
+        raise ConfigError(
             f"num_workers={config.num_workers} is more than gradient_accumulation_steps="
             f"{config.gradient_accumulation_steps}: each worker needs a micro-step of its own. "
             f"Give --gradient_accumulation_steps={config.max_workers} or more (it is the global batch over all workers)"
         )
     starts = ("scratch", "resume", *GPT2_NAMES)
     if not (config.init_from in starts or "://" in config.init_from or os.path.lexists(config.init_from)):
-        yield (
+        raise ConfigError(
             f"init_from={config.init_from!r} is neither {', '.join(starts)} nor an existing ckpt.pt, Hugging Face "
             f"folder or run{nearest(config.init_from, starts)}"
         )
     if config.init_weights_only and config.init_from == "scratch":
-        yield "init_weights_only=True takes the weights of init_from, and init_from=scratch has none: give --init_from"
+        raise ConfigError(
+            "init_weights_only=True takes the weights of init_from, and init_from=scratch has none: give --init_from"
+        )
     if config.init_checkpoint != "auto" and config.init_from in ("scratch", "resume"):
-        yield (
+        raise ConfigError(
             f"init_checkpoint={config.init_checkpoint} chooses a checkpoint of another run: give --init_from=RUN too "
             "(a run that goes on, goes on from its newest)"
         )
+    return config
 
 
 C = TypeVar("C")

@@ -39,8 +39,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from model import GPT, GPTConfig
-from orchestrator.data.dataset import Dataset, open_dataset
+from orchestrator.data.dataset import Dataset
 from orchestrator.data.order import BatchOrder, offsets
+from orchestrator.data.token_files import open_token_files
 
 VOCAB_SIZE = 65  # tiny shakespeare's characters
 LEARNING_RATE, BETAS, WEIGHT_DECAY, GRAD_CLIP = 1e-3, (0.9, 0.99), 0.1, 1.0
@@ -155,7 +156,7 @@ def write_dataset(folder: Path, size: Size) -> Dataset:
     (folder / "tokens").mkdir()
     for split in ("train", "val"):
         tokens.tofile(folder / "tokens" / f"{split}.bin")
-    return open_dataset(folder, "tokens", BatchOrder(1337, size.batch_size, size.block_size, 1))
+    return Dataset(open_token_files(folder, "tokens"), BatchOrder(1337, size.batch_size, size.block_size, 1))
 
 
 def our_loop(model: GPT, data: Dataset) -> Step:

@@ -16,7 +16,8 @@ from ray.train.torch import TorchTrainer
 
 from model import GPT, GPTConfig
 from orchestrator.config import TrainConfig
-from orchestrator.data.dataset import open_dataset
+from orchestrator.data.dataset import Dataset
+from orchestrator.data.token_files import open_token_files
 from orchestrator.data.vocabulary import PADDED_GPT2_VOCAB_SIZE
 from orchestrator.training.attempt import batch_order
 
@@ -26,10 +27,10 @@ def train_func(job: dict[str, Any]) -> None:
     config, fault = TrainConfig(**job["config"]), job["fault"]
     torch.set_num_threads(1)
     rank, size = ray.train.get_context().get_world_rank(), ray.train.get_context().get_world_size()
-    data = open_dataset(config.data_dir, config.dataset, batch_order(config))
+    data = Dataset(open_token_files(config.data_dir, config.dataset), batch_order(config))
     torch.manual_seed(config.seed)
     shape = {key: getattr(config, key) for key in ("n_layer", "n_head", "n_embd", "block_size", "dropout", "bias")}
-    raw = GPT(GPTConfig(**shape, vocab_size=data.vocab_size or PADDED_GPT2_VOCAB_SIZE))
+    raw = GPT(GPTConfig(**shape, vocab_size=data.files.vocab_size or PADDED_GPT2_VOCAB_SIZE))
     optimizer = torch.optim.AdamW(raw.parameters(), lr=config.learning_rate)
     start = 0
     if checkpoint := ray.train.get_checkpoint():

@@ -59,9 +59,11 @@ def offsets(
         raise ValueError(f"{n_tokens} tokens are fewer than block_size + 1 = {sampling.block_size + 1}")
     if iter_num < 0 or micro_step < 0:
         raise ValueError(f"iter_num={iter_num}, micro_step={micro_step}: neither may be negative")
-    if stream == "eval" or sampling.mode == "random":
-        return _random_offsets(sampling, n_tokens, split, iter_num, micro_step, stream)
-    return _epoch_offsets(sampling, n_tokens, split, iter_num, micro_step)
+    if stream == "train" and sampling.mode == "epoch":
+        return _epoch_offsets(sampling, n_tokens, split, iter_num, micro_step)
+    raw = _philox(sampling.seed, split, stream, iter_num, micro_step).random_raw(sampling.batch_size)
+    # 64 random bits modulo the range: the bias, below range / 2**64, is far under what any run could observe.
+    return (raw % np.uint64(n_tokens - sampling.block_size)).astype(np.int64)
 
 
 def sequences_before(sampling: BatchOrder, iter_num: int) -> int:
@@ -123,14 +125,6 @@ def permute(index: NDArray[Any], size: int, seed: int, split: Split, epoch: NDAr
     while (outside := value >= np.uint64(size)).any():
         value[outside] = _feistel(value[outside], keys[:, outside], columns, rows)
     return value
-
-
-def _random_offsets(
-    sampling: BatchOrder, n_tokens: int, split: Split, iter_num: int, micro_step: int, stream: Stream
-) -> NDArray[np.int64]:
-    raw = _philox(sampling.seed, split, stream, iter_num, micro_step).random_raw(sampling.batch_size)
-    # 64 random bits modulo the range: the bias, below range / 2**64, is far under what any run could observe.
-    return (raw % np.uint64(n_tokens - sampling.block_size)).astype(np.int64)
 
 
 def _epoch_offsets(

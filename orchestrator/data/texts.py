@@ -14,7 +14,6 @@ import urllib.request
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from orchestrator.data.file_kinds import HEAD_BYTES, kind_of
 from orchestrator.errors import CheckpointError, DataError
@@ -171,7 +170,10 @@ def _read(pattern: str) -> Iterator[tuple[str, bytes]]:
         filesystem, path = locate(pattern)
         # A file may have a bracket in its name, so a pattern that names one is no glob.
         is_glob = any(sign in path for sign in "*?[") and not filesystem.exists(path)
-        paths = _files_of(filesystem, path) if is_glob else [path]
+        paths = [path]
+        if is_glob:
+            found = filesystem.glob(path, detail=True)
+            paths = sorted(one for one, entry in found.items() if entry["type"] != "directory")
         if not paths:
             raise DataError(f"--text {pattern} matches no file")
         for one in paths:
@@ -182,11 +184,6 @@ def _read(pattern: str) -> Iterator[tuple[str, bytes]]:
         raise DataError(f"cannot read the text {error}") from error
     except (OSError, ValueError) as error:
         raise DataError(f"cannot read the text {pattern}: {error}") from error
-
-
-def _files_of(filesystem: Any, pattern: str) -> list[str]:
-    found = filesystem.glob(pattern, detail=True)
-    return sorted(path for path, entry in found.items() if entry["type"] != "directory")
 
 
 def _decode(path: str, content: bytes) -> str:

@@ -115,28 +115,27 @@ def open_token_files(data_dir: str | Path, name: str) -> TokenFiles:
     """
     folder = Path(data_dir) / name
     try:
-        return _open(folder)
+        if not folder.is_dir():
+            _raise_missing(folder.parent, folder.name)
+        paths = {split: folder / f"{split}.bin" for split in SPLITS}
+        meta = read_meta(folder)
+        if meta is not None:
+            tokenizer = _own_tokenizer(folder, meta)
+            vocab_size = None if isinstance(tokenizer, GPT2Tokenizer) else meta.vocab_size
+            dtype = np.dtype(meta.dtype).newbyteorder("<")
+            expected = {"train": meta.train_tokens, "val": meta.val_tokens}
+            splits = {split: _map(path, dtype, expected[split]) for split, path in paths.items()}
+            return TokenFiles(folder, splits, meta, vocab_size, tokenizer)
+        known = read_known(folder)
+        splits = {split: _map(path, known.dtype or _UINT16, None) for split, path in paths.items()}
+        if known.dtype is None:
+            for split, path in paths.items():
+                check_words(path, splits[split])
+        if known.why_no_tokenizer:
+            logger.info("%s: %s, so samples cannot be shown as text", folder, known.why_no_tokenizer)
+        return TokenFiles(folder, splits, None, known.vocab_size, known.tokenizer)
     except OSError as error:  # no permission, a loop of links, a disk that fails
         raise DataError(f"{error.filename or folder} cannot be read: {error.strerror}") from None
-
-
-def _open(folder: Path) -> TokenFiles:
-    if not folder.is_dir():
-        _raise_missing(folder.parent, folder.name)
-    meta = read_meta(folder)
-    if meta is not None:
-        tokenizer = _own_tokenizer(folder, meta)
-        vocab_size = None if isinstance(tokenizer, GPT2Tokenizer) else meta.vocab_size
-        return TokenFiles(folder, _map_splits(folder, meta), meta, vocab_size, tokenizer)
-    known = read_known(folder)
-    paths = {split: folder / f"{split}.bin" for split in SPLITS}
-    splits = {split: _map(path, known.dtype or _UINT16, None) for split, path in paths.items()}
-    if known.dtype is None:
-        for split, path in paths.items():
-            check_words(path, splits[split])
-    if known.why_no_tokenizer:
-        logger.info("%s: %s, so samples cannot be shown as text", folder, known.why_no_tokenizer)
-    return TokenFiles(folder, splits, None, known.vocab_size, known.tokenizer)
 
 
 def read_tokenizer(data_dir: str | Path, name: str) -> Tokenizer:
@@ -165,8 +164,11 @@ def read_meta(folder: Path) -> Meta | None:
     path = folder / "meta.json"
     if not path.exists():
         return None
-    value = _own_json(path)
-    if "format_version" not in value:
+    try:
+        value = read_json(path)
+    except DataError as error:
+        raise DataError(f"{error}; {_remedy(folder.parent, folder.name)}") from None
+    if not isinstance(value, dict) or "format_version" not in value:
         return None
     try:
         version, is_complete = value["format_version"], value.get("is_complete", True)
@@ -183,14 +185,6 @@ def read_meta(folder: Path) -> Meta | None:
     return meta
 
 
-def _own_json(path: Path) -> dict[str, Any]:
-    try:
-        value = read_json(path)
-    except DataError as error:
-        raise DataError(f"{error}; {_remedy(path.parent.parent, path.parent.name)}") from None
-    return value if isinstance(value, dict) else {}
-
-
 def _own_tokenizer(folder: Path, meta: Meta) -> Tokenizer:
     def read(name: str) -> str:
         try:
@@ -203,12 +197,6 @@ def _own_tokenizer(folder: Path, meta: Meta) -> Tokenizer:
         return tokenizer_from_json(meta.tokenizer, read)
     except DataError as error:
         raise DataError(f"{folder}: its tokenizer: {error}; {_remedy(folder.parent, folder.name)}") from None
-
-
-def _map_splits(folder: Path, meta: Meta) -> dict[str, NDArray[Any]]:
-    dtype = np.dtype(meta.dtype).newbyteorder("<")
-    expected = {"train": meta.train_tokens, "val": meta.val_tokens}
-    return {split: _map(folder / f"{split}.bin", dtype, expected[split]) for split in SPLITS}
 
 
 def _map(path: Path, dtype: np.dtype[Any], expected_tokens: int | None) -> NDArray[Any]:

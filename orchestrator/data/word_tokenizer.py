@@ -59,9 +59,10 @@ class WordTokenizer:
         for length in self._lengths:
             if (word := text[position : position + length]) in self._id_of:
                 return word
+        examples = [word for word in self.words if word][:8]
         raise DataError(
             f"no entry of the vocabulary fits {text[position : position + 20]!r} at position {position}; its "
-            f"{self.vocab_size} entries are such as {', '.join(map(repr, self._examples))}, and are written one after "
+            f"{self.vocab_size} entries are such as {', '.join(map(repr, examples))}, and are written one after "
             f"the other, as samples print them"
         )
 
@@ -104,7 +105,3 @@ class WordTokenizer:
     @cached_property
     def _lengths(self) -> list[int]:
         return sorted({len(word) for word in self._id_of if word}, reverse=True)
-
-    @cached_property
-    def _examples(self) -> list[str]:
-        return [word for word in self.words if word][:8]

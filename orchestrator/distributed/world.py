@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
-from typing import Any, TypeVar, cast
+from typing import Any, ParamSpec, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -20,22 +20,24 @@ from torch import Tensor
 from orchestrator import errors
 from orchestrator.errors import UserError
 
+P = ParamSpec("P")
 T = TypeVar("T")
 _BUCKET_BYTES = 32 * 2**20
 _LARGE_BYTES = 2**20
 
 
+@dataclass(frozen=True, eq=False)
 class Agreement:
     """An all-reduce on its way: the highest answer of all ranks to each of several questions."""
 
-    def __init__(self, answers: Tensor, work: dist.Work | None) -> None:
-        self._answers, self._work = answers, work
+    answers: Tensor
+    work: dist.Work | None
 
     def result(self) -> list[int]:
         """Wait for all ranks' answers and return the highest of each: the same on all ranks."""
-        if self._work:
-            self._work.wait()
-        return [int(answer) for answer in self._answers.tolist()]
+        if self.work:
+            self.work.wait()
+        return [int(answer) for answer in self.answers.tolist()]
 
 
 @dataclass(frozen=True)
@@ -113,14 +115,14 @@ class World:
         dist.all_gather(parts, padded, group=self.group)
         return [json.loads(bytes(part[:size].numpy())) for part, size in zip(parts, sizes, strict=True)]
 
-    def collectively(self, call: Callable[[], T]) -> T:
+    def collectively(self, call: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
         """Run `call` on every rank. If any rank raises a UserError, raise the first one on all ranks.
 
         Otherwise a rank would wait in the next collective for one that has left.
         """
         value, mine = None, None
         try:
-            value = call()
+            value = call(*args, **kwargs)
         except UserError as error:
             mine = [type(error).__name__, str(error)]
         for rank, found in enumerate(self.gather_json(mine)):
@@ -129,20 +131,19 @@ class World:
                 raise getattr(errors, name)(text if rank == 0 else f"rank {rank}: {text}")
         return cast(T, value)
 
-    def on_main(self, call: Callable[[], T]) -> T:
+    def on_main(self, call: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
         """Run `call` on rank 0 only, and return its value on every rank: one that JSON knows.
 
         Raises:
             UserError: rank 0's, on all ranks.
         """
-
-        def answer() -> list[Any]:
+        mine: list[Any] = [None, None, ""]
+        if self.is_main:
             try:
-                return [call(), None, ""]
+                mine[0] = call(*args, **kwargs)
             except UserError as error:
-                return [None, type(error).__name__, str(error)]
-
-        value, name, text = self.gather_json(answer() if self.is_main else None)[0]
+                mine = [None, type(error).__name__, str(error)]
+        value, name, text = self.gather_json(mine)[0]
         if name:
             raise getattr(errors, name)(text)
         return cast(T, value)

@@ -13,11 +13,10 @@ from pathlib import Path
 from orchestrator.checkpoint.restore.init_from import StartingPoint, Vocabulary, check_start
 from orchestrator.checkpoint.store import CheckpointStore
 from orchestrator.config import TrainConfig, check
-from orchestrator.data.dataset import Dataset, open_dataset
+from orchestrator.data.token_files import TokenFiles, open_token_files
 from orchestrator.errors import ConfigError, DataError, UserError
 from orchestrator.storage.run_folder import RunFolder, open_run_folder
 from orchestrator.storage.writable import check_writable
-from orchestrator.training.attempt import batch_order
 from orchestrator.training.lr_schedule import tell_doubts
 
 _JOB_FILES = "working_dir_files"  # where Ray unpacks the --working-dir of a job
@@ -68,7 +67,7 @@ class Preflight:
     def __init__(self, config: TrainConfig) -> None:
         self.config = config
         self.folder: RunFolder | None = None
-        self.data: Dataset | None = None
+        self.data: TokenFiles | None = None
         self.no_data: DataError | None = None
         self.start: StartingPoint | None = None
 
@@ -124,7 +123,7 @@ class Preflight:
         """Open the dataset, if this machine has it."""
         config = self.config
         try:
-            self.data = open_dataset(config.data_dir, config.dataset, batch_order(config))
+            self.data = open_token_files(config.data_dir, config.dataset)
         except DataError as error:
             self.no_data = error
             remedy = "the path at which every node has the dataset"
@@ -137,7 +136,7 @@ class Preflight:
     def _check_vocabulary(self) -> None:
         assert self.data
         assert self.start
-        self.data.check_fits(self.start.model_args["vocab_size"])
+        self.data.check_fits(self.config.block_size, self.start.model_args["vocab_size"])
 
     def _check_writable(self) -> None:
         assert self.folder
@@ -157,7 +156,7 @@ def _refuse_job_files(setting: str, path: str, remedy: str) -> None:
         )
 
 
-def _vocabulary_of(data: Dataset | None) -> Vocabulary | None:
+def _vocabulary_of(data: TokenFiles | None) -> Vocabulary | None:
     """Return the dataset's vocabulary, None if the dataset is elsewhere."""
     if not data:
         return None

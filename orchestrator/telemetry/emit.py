@@ -27,7 +27,7 @@ def open_telemetry(
     Raises:
         ConfigError: on all ranks, if W&B or TensorBoard is asked for and not installed.
     """
-    sinks = world.collectively(lambda: _open(config, world, folder) if world.is_main else Sinks([]))
+    sinks = world.collectively(_open, config, world, folder)
 
     def emit(record: Record) -> None:
         stamped = {**to_json(record), "attempt": world.attempt, "time": time.time()}
@@ -41,6 +41,8 @@ def open_telemetry(
 
 
 def _open(config: TrainConfig, world: World, folder: RunFolder) -> Sinks:
+    if not world.is_main:
+        return Sinks([])
     return open_sinks(
         folder,
         world.attempt,

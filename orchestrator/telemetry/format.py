@@ -11,7 +11,6 @@ from orchestrator.telemetry.records import (
     CheckpointSkipped,
     Evaluation,
     Note,
-    Record,
     RollingBack,
     Step,
     StepSkipped,
@@ -21,8 +20,26 @@ from orchestrator.telemetry.records import (
 
 def line_of(value: dict[str, Any]) -> str | None:
     """Return the line of a record, given as JSON, None for one that is for machines only."""
-    record = from_json(value)
-    return _line(record) if record else None
+    match from_json(value):
+        case Step() as step:
+            return _step(step)
+        case Evaluation() as evaluation:
+            return _evaluation(evaluation)
+        case Begin() as begin:
+            return _begin(begin)
+        case CheckpointSaved(name=name, seconds=seconds, pause_s=pause_s):
+            return f"saved {name} in {seconds:.2f} s, training paused for {pause_s * 1000:.0f} ms"
+        case CheckpointSkipped(name=name, why=why):
+            return f"skipped {name}: {why}"
+        case CheckpointFailed(name=name, why=why):
+            return f"{name} was not saved: {why}"
+        case StepSkipped(iter=it, why=why, in_a_row=in_a_row, skipped=skipped):
+            return f"iter {it}: step skipped, {why} ({in_a_row} in a row, {skipped} in all)"
+        case RollingBack(to_iter=to_iter, skipped_iters=skipped, why=why):
+            return f"going back to iteration {to_iter}, skipping the data of {skipped}: {why}"
+        case Note(text=text):
+            return text
+    return None
 
 
 def stopped_line(iter_num: int, max_iters: int, out_dir: str, *, eval_only: bool) -> str:
@@ -38,29 +55,6 @@ def print_record(value: dict[str, Any]) -> None:
     """Print the line of a record, given as JSON, to stdout."""
     if line := line_of(value):
         print(line, flush=True)
-
-
-def _line(record: Record) -> str | None:
-    match record:
-        case Step():
-            return _step(record)
-        case Evaluation():
-            return _evaluation(record)
-        case Begin():
-            return _begin(record)
-        case CheckpointSaved(name=name, seconds=seconds, pause_s=pause_s):
-            return f"saved {name} in {seconds:.2f} s, training paused for {pause_s * 1000:.0f} ms"
-        case CheckpointSkipped(name=name, why=why):
-            return f"skipped {name}: {why}"
-        case CheckpointFailed(name=name, why=why):
-            return f"{name} was not saved: {why}"
-        case StepSkipped(iter=it, why=why, in_a_row=in_a_row, skipped=skipped):
-            return f"iter {it}: step skipped, {why} ({in_a_row} in a row, {skipped} in all)"
-        case RollingBack(to_iter=to_iter, skipped_iters=skipped, why=why):
-            return f"going back to iteration {to_iter}, skipping the data of {skipped}: {why}"
-        case Note(text=text):
-            return text
-    return None
 
 
 def _step(r: Step) -> str:

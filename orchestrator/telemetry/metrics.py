@@ -17,6 +17,7 @@ import re
 import threading
 import time
 from collections.abc import Callable, Iterator
+from itertools import chain, count
 from typing import Any
 
 from orchestrator.errors import CheckpointError
@@ -115,15 +116,14 @@ class MetricsLog:
     def _put(self, lines: list[tuple[int, str]]) -> None:
         """Put the newest part again with these lines added, or begin another where it is large."""
         if not self._part_names or len(self._part) >= _PART_BYTES:
-            self._part_name, self._part = self._new_name(lines[0][0]), ""
+            begin = f"{self._stem}-{lines[0][0]:08d}-{self._attempt}"
+            # after a rollback an attempt begins parts at the same iteration: a number tells them apart
+            names = chain([f"{begin}.jsonl"], (f"{begin}-{n}.jsonl" for n in count(2)))
+            self._part_name, self._part = next(name for name in names if name not in self._part_names), ""
         part = self._part + "".join(line for _, line in lines)
         self._folder.write(self._part_name, part.encode())
         self._part = part
         self._part_names.add(self._part_name)
-
-    def _new_name(self, iter_num: int) -> str:
-        names = (f"{self._stem}-{iter_num:08d}-{self._attempt}{suffix}.jsonl" for suffix in _suffixes())
-        return next(name for name in names if name not in self._part_names)
 
     def _keep_for_later(self, error: CheckpointError) -> None:
         if not self._is_failing:
@@ -193,12 +193,3 @@ def to_line(record: Record) -> str:
     """Return a record as one line of standard JSON: numbers that JSON does not have (NaN, infinity) become null."""
     finite = {key: None if isinstance(x, float) and not math.isfinite(x) else x for key, x in record.items()}
     return json.dumps(finite, allow_nan=False) + "\n"
-
-
-def _suffixes() -> Iterator[str]:
-    """Yield what tells parts of one attempt apart that begin at the same iteration, after a rollback."""
-    yield ""
-    n = 2
-    while True:
-        yield f"-{n}"
-        n += 1

@@ -8,8 +8,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable
-from functools import partial
-from typing import Any, Protocol
+from typing import Any, ParamSpec, Protocol
 
 from orchestrator.errors import ConfigError
 from orchestrator.storage.reasons import reason_of
@@ -17,6 +16,8 @@ from orchestrator.storage.run_folder import RunFolder
 from orchestrator.telemetry.metrics import MetricsLog, Record
 
 logger = logging.getLogger(__name__)
+
+P = ParamSpec("P")
 
 # Source: nanoGPT, train.py, the keys of wandb.log
 _NANOGPT_KEYS = {"train_loss": "train/loss", "val_loss": "val/loss", "lr": "lr", "mfu": "mfu"}
@@ -44,19 +45,17 @@ class Sinks:
 
     def write(self, record: Record) -> None:
         """Pass a record to every sink."""
-        self._each(lambda sink: sink.write(record))
+        self._sinks = [sink for sink in self._sinks if _succeeds(type(sink).__name__, sink.write, record)]
 
     def flush(self) -> None:
         """Flush every sink."""
-        self._each(lambda sink: sink.flush())
+        self._sinks = [sink for sink in self._sinks if _succeeds(type(sink).__name__, sink.flush)]
 
     def close(self) -> None:
         """Close every sink; later records go nowhere."""
-        self._each(lambda sink: sink.close())
+        for sink in self._sinks:
+            _succeeds(type(sink).__name__, sink.close)
         self._sinks = []
-
-    def _each(self, act: Callable[[Sink], None]) -> None:
-        self._sinks = [sink for sink in self._sinks if _succeeds(type(sink).__name__, partial(act, sink))]
 
 
 class TensorBoardSink:
@@ -143,25 +142,23 @@ def open_sinks(
     Raises:
         ConfigError: a sink is asked for whose package is not installed.
     """
-    openers: list[Callable[[], Sink]] = [lambda: MetricsLog(folder, attempt)]
-    if tensorboard_log:
-        openers.append(lambda: TensorBoardSink(folder.out_dir))
-    if wandb_log:
-        openers.append(lambda: WandbSink(folder, wandb_project, wandb_run_name, config or {}))
     sinks: list[Sink] = []
-    for opener in openers:
-        _succeeds("a sink", lambda opener=opener: sinks.append(opener()))  # type: ignore[misc]
+    _succeeds("a sink", lambda: sinks.append(MetricsLog(folder, attempt)))
+    if tensorboard_log:
+        _succeeds("a sink", lambda: sinks.append(TensorBoardSink(folder.out_dir)))
+    if wandb_log:
+        _succeeds("a sink", lambda: sinks.append(WandbSink(folder, wandb_project, wandb_run_name, config or {})))
     return Sinks(sinks)
 
 
-def _succeeds(name: str, act: Callable[[], None]) -> bool:
+def _succeeds(name: str, call: Callable[P, None], *args: P.args, **kwargs: P.kwargs) -> bool:
     """Return whether it succeeds; if not, say that the sink is left out.
 
     Raises:
         ConfigError: its package is not installed.
     """
     try:
-        act()
+        call(*args, **kwargs)
     except ConfigError:
         raise
     except Exception as error:  # no network, no account, a full disk, a bug of a library: training goes on

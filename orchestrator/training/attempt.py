@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from enum import IntEnum
 from itertools import count
-from typing import Any, NoReturn, Protocol
+from typing import NoReturn, Protocol
 
 from torch import Tensor, nn
 
@@ -25,8 +25,9 @@ from orchestrator.checkpoint.save.saver import Saver
 from orchestrator.checkpoint.state import TrainState
 from orchestrator.checkpoint.store import CheckpointStore
 from orchestrator.config import TrainConfig
-from orchestrator.data.dataset import Dataset, open_dataset
+from orchestrator.data.dataset import Dataset
 from orchestrator.data.order import BatchOrder
+from orchestrator.data.token_files import open_token_files
 from orchestrator.distributed.device import to_device
 from orchestrator.distributed.numerics import NumericsFingerprint, make_deterministic
 from orchestrator.distributed.world import World
@@ -217,7 +218,7 @@ class Attempt:
             RolledBackError: always, on all ranks alike.
         """
         self.emit(RollingBack(iter=self.state.iter_num, **asdict(rollback)))
-        self.world.on_main(lambda: write_rollbacks(self.store.folder, [*self.rollbacks, rollback]))
+        self.world.on_main(write_rollbacks, self.store.folder, [*self.rollbacks, rollback])
         self.saver.close(is_finished=False)
         raise RolledBackError(rollback.why)
 
@@ -239,23 +240,28 @@ def open_attempt(config: TrainConfig, world: World, folder: RunFolder, hooks: Ho
         UserError: on all ranks alike, if data or checkpoints do not fit.
     """
     make_deterministic(config)
-    data = world.collectively(lambda: open_dataset(config.data_dir, config.dataset, batch_order(config)))
+    files = world.collectively(open_token_files, config.data_dir, config.dataset)
     store = CheckpointStore(folder)
 
     # the state: the newest that is whole in a node's memory or in storage, or what init_from names
     rollbacks = read_rollbacks(folder, world)
     nodes = join_run(config, world, store, rollbacks)
-    tokenizer = data.tokenizer.to_json() if data.tokenizer else None
-    scratch = scratch_args(config, data.vocab_size)
+    tokenizer = files.tokenizer.to_json() if files.tokenizer else None
+    scratch = scratch_args(config, files.vocab_size)
     state = restore_or_initialize(config, world, store, nodes, scratch, rollbacks, tokenizer)
-    world.collectively(lambda: data.check_fits(state.model.config.vocab_size))
-    data = continue_order(data, state.config, data_iter(state.iter_num, rollbacks), world)
-    state.config = redacted(config) | _described(data)
+    world.collectively(files.check_fits, config.block_size, state.model.config.vocab_size)
+    order = continue_order(batch_order(config), state.config, data_iter(state.iter_num, rollbacks), world)
+    state.config = redacted(config)
+    if order.began != (0, 0):
+        state.config["epoch_began"] = list(order.began)
+    if tokenizer:
+        state.config["tokenizer"] = tokenizer
 
-    lengths = {f"{split}_tokens": len(tokens) for split, tokens in data.files.splits.items()}
-    fingerprint = NumericsFingerprint.of_this_rank(config, world, data.fingerprint(), **lengths)
-    world.collectively(lambda: warn_if_numerics_changed(fingerprint, world, state))
-    world.on_main(lambda: _keep_tokenizer(data, config, folder))
+    lengths = {f"{split}_tokens": len(tokens) for split, tokens in files.splits.items()}
+    fingerprint = NumericsFingerprint.of_this_rank(config, world, files.fingerprint(), **lengths)
+    world.collectively(warn_if_numerics_changed, fingerprint, world, state)
+    if not config.eval_only:  # so that the run can be sampled wherever it is
+        world.on_main(folder.with_retries, lambda: keep_tokenizer(folder, files.tokenizer))
     if world.is_main:
         hooks.record(_begin(config, world, state))
         if state.resumed_from:
@@ -266,7 +272,7 @@ def open_attempt(config: TrainConfig, world: World, folder: RunFolder, hooks: Ho
     saver = Saver(state, world, store, nodes, fingerprint.to_json(), intervals)
     hooks.ready(saver)
     guard = Guard(config, world, state, rollbacks)
-    return Attempt(config, world, hooks, data, store, rollbacks, state, saver, guard)
+    return Attempt(config, world, hooks, Dataset(files, order), store, rollbacks, state, saver, guard)
 
 
 def join_run(
@@ -282,7 +288,7 @@ def join_run(
         delete_undone(store, rollbacks)
         return store.folder.run_id()
 
-    run_id = world.on_main(lambda: store.folder.with_retries(join))
+    run_id = world.on_main(store.folder.with_retries, join)
     return open_node_memory(world, config.memory_dir, run_id)
 
 
@@ -296,18 +302,6 @@ def batch_order(config: TrainConfig) -> BatchOrder:
 def tokens_per_iter(config: TrainConfig) -> int:
     """Return the tokens of the global batch."""
     return config.gradient_accumulation_steps * config.batch_size * config.block_size
-
-
-def _described(data: Dataset) -> dict[str, Any]:
-    """Return the data's part of a state's config, besides the settings."""
-    began = {} if data.sampling.began == (0, 0) else {"epoch_began": list(data.sampling.began)}
-    return began | ({"tokenizer": data.tokenizer.to_json()} if data.tokenizer else {})
-
-
-def _keep_tokenizer(data: Dataset, config: TrainConfig, folder: RunFolder) -> None:
-    """Put the tokenizer's file into out_dir, so that the run can be sampled wherever it is."""
-    if not config.eval_only:
-        folder.with_retries(lambda: keep_tokenizer(folder, data.tokenizer))
 
 
 def _begin(config: TrainConfig, world: World, state: TrainState) -> Begin:

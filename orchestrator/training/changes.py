@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import logging
 import platform
-from dataclasses import replace
 from typing import Any
 
 from orchestrator.checkpoint.state import TrainState
-from orchestrator.data.dataset import Dataset
-from orchestrator.data.order import going_on
+from orchestrator.data.order import BatchOrder, going_on
 from orchestrator.distributed.numerics import NumericsFingerprint
 from orchestrator.distributed.world import World
 from orchestrator.errors import DataError
@@ -37,7 +35,7 @@ def warn_if_numerics_changed(now: NumericsFingerprint, world: World, state: Trai
     Raises:
         DataError: this rank has other data than rank 0.
     """
-    if world.on_main(lambda: now.data) != now.data:
+    if world.gather_json(now.data)[0] != now.data:
         raise DataError(f"{platform.node()} has another dataset than rank 0: prepare the same one on every node")
     if not (world.is_main and state.resumed_from):
         return
@@ -50,11 +48,12 @@ def warn_if_numerics_changed(now: NumericsFingerprint, world: World, state: Trai
         logger.warning("the last bits may differ from an undisturbed run's: %s", ", ".join(changes))
 
 
-def continue_order(data: Dataset, before: dict[str, Any], iter_num: int, world: World) -> Dataset:
-    """Return the data from where a run with the settings `before` has left it, though this one's may be others."""
-    order, warning = going_on(data.sampling, before, iter_num)
-    if world.is_main and order.began != data.sampling.began and order.began[0] == iter_num:
+def continue_order(order: BatchOrder, before: dict[str, Any], iter_num: int, world: World) -> BatchOrder:
+    """Return the order from where a run with the settings `before` has left it, though this one's may be others."""
+    began = order.began
+    order, warning = going_on(order, before, iter_num)
+    if world.is_main and order.began != began and order.began[0] == iter_num:
         logger.info("sampling=epoch goes on at block %d of its order, with another global batch", order.began[1])
     if world.is_main and warning:
         logger.warning("%s", warning)
-    return replace(data, sampling=order)
+    return order

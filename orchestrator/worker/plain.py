@@ -82,8 +82,8 @@ def _show(record: dict[str, Any]) -> None:
 
 def _train(config: TrainConfig) -> Outcome:
     world = plain_world(config)
-    folder = world.collectively(lambda: open_run_folder(config))
-    if finished := world.on_main(lambda: told_finished(config, CheckpointStore(folder))):
+    folder = world.collectively(open_run_folder, config)
+    if finished := world.on_main(told_finished, config, CheckpointStore(folder)):
         raise FinishedRunError(finished)
     be_outlasted()
     with (

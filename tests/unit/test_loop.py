@@ -23,7 +23,7 @@ from orchestrator.checkpoint.snapshot import tensors_equal
 from orchestrator.checkpoint.state import TrainState, capture
 from orchestrator.config import TrainConfig
 from orchestrator.data import dataset
-from orchestrator.data.dataset import open_dataset
+from orchestrator.data.token_files import open_token_files
 from orchestrator.distributed.device import resolve
 from orchestrator.distributed.world import World
 from orchestrator.errors import CheckpointError, ConfigError, StorageError
@@ -114,8 +114,7 @@ def test_epochs_go_on_with_another_batch(
     assert "goes on at block" not in caplog.text
     assert last_state(config).config["epoch_began"] == [5, 80]
     seen = [start for (iter_num, _), starts in sorted(drawn.items()) if iter_num < 10 for start in starts]
-    data = open_dataset(config.data_dir, config.dataset, batch_order(config))
-    n_tokens = len(data.files.splits["train"])
+    n_tokens = len(open_token_files(config.data_dir, config.dataset).splits["train"])
     one = replace(batch_order(config), batch_size=1, gradient_accumulation_steps=1)
     assert seen == [int(real(one, n_tokens, "train", i, 0)[0]) for i in range(5 * 16 + 5 * 6)]
 
@@ -262,10 +261,10 @@ def test_an_evaluation_has_no_moments_and_reads_none(tiny: TrainConfig, monkeypa
 def test_an_evaluation_tells_perplexity_and_bits_per_byte(tiny: TrainConfig) -> None:
     run(replace(tiny, max_iters=8))
     _, (_, record) = run(replace(tiny, eval_only=True), attempt="b")
-    data = open_dataset(tiny.data_dir, tiny.dataset, batch_order(tiny))
-    assert data.tokenizer
-    tokens = data.files.splits["val"]
-    text_bytes = len(data.tokenizer.decode(tokens).encode())
+    files = open_token_files(tiny.data_dir, tiny.dataset)
+    assert files.tokenizer
+    tokens = files.splits["val"]
+    text_bytes = len(files.tokenizer.decode(tokens).encode())
     assert record["perplexity"] == pytest.approx(math.exp(record["val_loss"]))
     assert record["bits_per_byte"] == pytest.approx(record["val_loss"] / math.log(2) * len(tokens) / text_bytes)
     line = line_of(record)

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from orchestrator.data import token_files
-from orchestrator.data.dataset import open_dataset
+from orchestrator.data.dataset import Dataset
 from orchestrator.data.nanogpt_meta import read_nanogpt_meta
 from orchestrator.data.order import BatchOrder, offsets
 from orchestrator.data.prepare import PrepareConfig, prepare
@@ -43,7 +43,7 @@ def nanogpt_folder(folder: Path, meta: object = None, n_tokens: int = 200) -> Pa
 @pytest.mark.parametrize("evaluation", [False, True])
 def test_batch_holds_the_blocks_and_their_shifted_targets(data_dir, mode, evaluation):
     sampling = BatchOrder(seed=3, batch_size=5, block_size=16, gradient_accumulation_steps=4, mode=mode)
-    dataset = open_dataset(data_dir, "tiny", sampling)
+    dataset = Dataset(open_token_files(data_dir, "tiny"), sampling)
     x, y = dataset.batch("train", 9, 2, evaluation=evaluation)
     assert (x.shape, y.shape, x.dtype, y.dtype) == ((5, 16), (5, 16), torch.int64, torch.int64)
     assert x.is_contiguous()
@@ -58,19 +58,19 @@ def test_batch_holds_the_blocks_and_their_shifted_targets(data_dir, mode, evalua
 def test_batch_is_the_same_from_another_instance_and_leaves_global_random_state_alone(data_dir):
     sampling = BatchOrder(batch_size=3, block_size=8)
     torch_state, numpy_state = torch.get_rng_state(), np.random.get_state()[1].tolist()
-    first = open_dataset(data_dir, "tiny", sampling).batch("val", 4, 1)
-    second = open_dataset(data_dir, "tiny", sampling).batch("val", 4, 1)
+    first = Dataset(open_token_files(data_dir, "tiny"), sampling).batch("val", 4, 1)
+    second = Dataset(open_token_files(data_dir, "tiny"), sampling).batch("val", 4, 1)
     assert torch.equal(first[0], second[0])
     assert torch.equal(torch.get_rng_state(), torch_state)
     assert np.random.get_state()[1].tolist() == numpy_state
 
 
 def test_own_dataset_tells_vocabulary_and_tokenizer(data_dir):
-    dataset = open_dataset(data_dir, "tiny", BatchOrder(block_size=8))
-    dataset.check_fits(vocab_size=len(set(TEXT)))
-    assert dataset.vocab_size == len(set(TEXT))
-    assert dataset.tokenizer is not None
-    assert dataset.tokenizer.decode(dataset.files.splits["train"]) == TEXT[: int(len(TEXT) * 0.9)]
+    files = open_token_files(data_dir, "tiny")
+    files.check_fits(block_size=8, vocab_size=len(set(TEXT)))
+    assert files.vocab_size == len(set(TEXT))
+    assert files.tokenizer is not None
+    assert files.tokenizer.decode(files.splits["train"]) == TEXT[: int(len(TEXT) * 0.9)]
 
 
 def test_splits_cannot_be_written(data_dir):
@@ -260,7 +260,7 @@ def test_scan_of_a_long_file_is_bounded_and_reaches_both_ends(monkeypatch, data_
 
 def test_fingerprint_tells_datasets_apart(data_dir, tmp_path):
     fingerprint = open_token_files(data_dir, "tiny").fingerprint()
-    assert open_dataset(data_dir, "tiny", BatchOrder()).fingerprint() == fingerprint
+    assert open_token_files(data_dir, "tiny").fingerprint() == fingerprint
     nanogpt_folder(tmp_path / "other")
     assert open_token_files(tmp_path, "other").fingerprint() != fingerprint
     tokens = np.memmap(data_dir / "tiny/val.bin", dtype="<u2", mode="r+")
