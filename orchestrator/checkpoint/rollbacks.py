@@ -12,7 +12,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from functools import partial
 from typing import Any
 
 from orchestrator.checkpoint.store import CheckpointStore
@@ -39,7 +38,7 @@ def read_rollbacks(folder: RunFolder, world: World) -> list[Rollback]:
     Raises:
         CheckpointError: on all ranks alike, the storage does not answer.
     """
-    found = world.on_main(partial(folder.read_with_retries, folder.read_json, _FILE))
+    found = world.on_main(folder.read_with_retries, folder.read_json, _FILE)
     return [Rollback(**entry) for entry in found.get("rollbacks", [])]
 
 

@@ -261,7 +261,7 @@ def open_attempt(config: TrainConfig, world: World, folder: RunFolder, hooks: Ho
     fingerprint = NumericsFingerprint.of_this_rank(config, world, files.fingerprint(), **lengths)
     world.collectively(warn_if_numerics_changed, fingerprint, world, state)
     if not config.eval_only:  # so that the run can be sampled wherever it is
-        world.on_main(folder.with_retries, lambda: keep_tokenizer(folder, files.tokenizer))
+        world.on_main(folder.with_retries, keep_tokenizer, folder, files.tokenizer)
     if world.is_main:
         hooks.record(_begin(config, world, state))
         if state.resumed_from:

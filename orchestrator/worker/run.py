@@ -64,7 +64,7 @@ def run_worker(job: Job) -> dict[str, Any]:
     watcher: Watcher | None = None
     try:
         watcher = world.collectively(_watch_cloud)
-        worker.folder = folder = world.collectively(lambda: _shared_folder(config, job))
+        worker.folder = folder = world.collectively(_shared_folder, config, job)
         with open_telemetry(config, world, folder, worker.mailbox.post) as emit:
             hooks = Callbacks(
                 emit, _register, partial(_stop_request, worker, watchdog), partial(_ready, worker, config, world)
@@ -96,7 +96,7 @@ def _ready(worker: RunningWorker, config: TrainConfig, world: World, saver: Save
     worker.saver = saver
     logging.getLogger("model").setLevel(logging.WARNING)  # the model is described; after a rollback it is the same
     first = worker.mailbox.first("surroundings", saver.environment)
-    world.collectively(lambda: _check_same_data(config, first, saver.environment))
+    world.collectively(_check_same_data, config, first, saver.environment)
 
 
 def _stop_request(worker: RunningWorker, watchdog: Watchdog) -> int:

@@ -44,7 +44,7 @@ def import_state(config: TrainConfig, world: World, data: Vocabulary, folder: Ru
     description, names = outlines[first][0], list(outlines[first][1])
     alike = [rank for rank, outline in enumerate(outlines) if outline == outlines[first]]
     saved = undescribe(description, {}, {})
-    world.on_main(lambda: check_fits(config, config.init_from, saved, data))
+    world.on_main(check_fits, config, config.init_from, saved, data)
     state = build_state(config, {**saved.model_args, "dropout": config.dropout}, world, is_empty=True)
     tensors = tensors_to_fill(state, set(names), world.size)
 

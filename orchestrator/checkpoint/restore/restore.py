@@ -13,7 +13,6 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Iterator, Sequence
-from functools import partial
 from typing import Any
 
 import torch
@@ -63,7 +62,7 @@ def restore_or_initialize(
         saved = sources[0].checkpoint
         if is_undone(saved.state, rollbacks):
             continue
-        world.collectively(lambda saved=saved: check_same_run(config, saved.state, data))  # type: ignore[misc]
+        world.collectively(check_same_run, config, saved.state, data)
         state = build_state(config, {**saved.state["model_args"], "dropout": config.dropout}, world, is_empty=True)
         if resumed := fill_from(state, sources, world, store, model_only=config.eval_only):
             state.resumed_from = resumed
@@ -77,10 +76,10 @@ def restore_or_initialize(
 def candidates(world: World, store: CheckpointStore, nodes: NodeTopology) -> Iterator[list[Source]]:
     """Yield the sources of every state, newest state first, nearest source first: the same on all ranks."""
     in_memory = _in_memory(world, nodes)
-    in_storage = world.on_main(partial(_names, store, bool(in_memory)))
+    in_storage = world.on_main(_names, store, bool(in_memory))
     for name in newest_name_first({*in_memory, *in_storage}):
         sources = in_memory.get(name, [])
-        if name in in_storage and (found := world.on_main(partial(_load, store, name))):
+        if name in in_storage and (found := world.on_main(_load, store, name)):
             checkpoint = Checkpoint(name, found)
             folders = dict.fromkeys(checkpoint.files, store.folder.path(name))
             sources = [*sources, Source("storage", tuple(range(world.size)), checkpoint, folders, is_storage=True)]
