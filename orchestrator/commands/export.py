@@ -11,7 +11,7 @@ from pathlib import Path
 from orchestrator.checkpoint.formats.huggingface import write_huggingface
 from orchestrator.checkpoint.formats.nanogpt import write_nanogpt
 from orchestrator.checkpoint.formats.run_tokenizer import whole_json
-from orchestrator.checkpoint.formats.sources import Kind, Source, find_source, refuse_missing
+from orchestrator.checkpoint.formats.sources import Kind, ModelSource, find_source, refuse_missing
 from orchestrator.checkpoint.formats.weights import Weights, tokenizer_of, using
 from orchestrator.checkpoint.snapshot import Snapshot
 from orchestrator.data.tokenizers import Tokenizer
@@ -68,7 +68,7 @@ def export(config: ExportConfig) -> str:
     return f"wrote {name} to {config.to}"
 
 
-def _refuse_its_own(config: ExportConfig, source: Source) -> None:
+def _refuse_its_own(config: ExportConfig, source: ModelSource) -> None:
     """Check that what is written does not replace what it is made from.
 
     Raises:
@@ -81,7 +81,7 @@ def _refuse_its_own(config: ExportConfig, source: Source) -> None:
         raise ConfigError(f"--to={config.to} lies in what is exported, {source.where}: give a place of its own")
 
 
-def _writer(config: ExportConfig, source: Source) -> Callable[[Weights], str]:
+def _writer(config: ExportConfig, source: ModelSource) -> Callable[[Weights], str]:
     """Return what writes weights a tensor at a time: the state may be larger than this machine's memory."""
     options = storage_options_of(config, config.to)
 
@@ -104,7 +104,7 @@ def _writer(config: ExportConfig, source: Source) -> Callable[[Weights], str]:
     return write_nanogpts if config.format == "nanogpt" else write_huggingfaces
 
 
-def _tokenizer(source: Source, snapshot: Snapshot, data_dir: str) -> Tokenizer | None:
+def _tokenizer(source: ModelSource, snapshot: Snapshot, data_dir: str) -> Tokenizer | None:
     try:
         return tokenizer_of(source, snapshot, data_dir)
     except DataError as error:  # the weights are what was asked for
@@ -112,7 +112,7 @@ def _tokenizer(source: Source, snapshot: Snapshot, data_dir: str) -> Tokenizer |
         return None
 
 
-def _tokenizer_files(source: Source) -> dict[str, bytes]:
+def _tokenizer_files(source: ModelSource) -> dict[str, bytes]:
     """Return a Hugging Face folder's own files of the tokenizer, as they are."""
     assert source.folder
     found: dict[str, bytes] = {}

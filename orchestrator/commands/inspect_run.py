@@ -11,7 +11,7 @@ from fsspec.implementations.local import LocalFileSystem
 
 from orchestrator.checkpoint.finite import count_not_finite
 from orchestrator.checkpoint.formats.nanogpt import NO_LOSS
-from orchestrator.checkpoint.formats.sources import Kind, Source, find_source, refuse_missing
+from orchestrator.checkpoint.formats.sources import Kind, ModelSource, find_source, refuse_missing
 from orchestrator.checkpoint.formats.weights import Weights, tokenizer_json, using
 from orchestrator.checkpoint.save.node_memory import run_path, share_path, states_in
 from orchestrator.checkpoint.store import Checkpoint, CheckpointStore, best, newest_name_first
@@ -46,7 +46,7 @@ def inspect(config: InspectConfig) -> str:
     return _table(config, source) if source.kind is Kind.RUN else describe_model(source, config.data_dir, config.verify)
 
 
-def _table(config: InspectConfig, source: Source) -> str:
+def _table(config: InspectConfig, source: ModelSource) -> str:
     store = source.store()
     folder = store.folder
     names = [name for name in store.names() if folder.fs.find(folder.path(name))]  # some servers keep empty folders
@@ -123,7 +123,7 @@ def _verify(fs: Any, path: str, record: FileRecord) -> str:
 # a model from elsewhere
 
 
-def describe_model(source: Source, data_dir: str, verify: bool) -> str:
+def describe_model(source: ModelSource, data_dir: str, verify: bool) -> str:
     """Return lines about a ckpt.pt or pretrained weights.
 
     Raises:

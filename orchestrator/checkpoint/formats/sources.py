@@ -44,7 +44,7 @@ class SourceSettings(StorageSettings, Protocol):
 
 
 @dataclass(frozen=True)
-class Source:
+class ModelSource:
     """A model that is there.
 
     where: its path, URL or name. which: the checkpoint, of a run.
@@ -70,7 +70,7 @@ class Source:
 
 def find_source(
     config: SourceSettings, which: str = "auto", key: str = "checkpoint", folder: RunFolder | None = None
-) -> Source:
+) -> ModelSource:
     """Return the source that init_from names, or the one in out_dir with init_from=resume.
 
     which: the checkpoint that is chosen of a run; key: the setting that says so. folder: out_dir, if it is open.
@@ -87,21 +87,21 @@ def find_source(
         options = storage_options_of(config)
         folder = folder or RunFolder(config.out_dir, options)
         found = _in_folder(folder, which, options)
-        return _chosen(found or Source(Kind.RUN, config.out_dir, which, options, folder), which, key)
+        return _chosen(found or ModelSource(Kind.RUN, config.out_dir, which, options, folder), which, key)
     where = config.init_from
     if where in GPT2_NAMES:
-        return _chosen(Source(Kind.HUB, where), which, key)
+        return _chosen(ModelSource(Kind.HUB, where), which, key)
     options = storage_options_of(config, where)
     title = f"init_from={where}"
     refuse_weight_file(where, title)
     last = where.rstrip("/").rsplit("/", 1)[-1]
     if Path(where).is_file() or (where.endswith(_NANOGPT_ENDS) and not Path(where).is_dir()):
-        return _chosen(Source(Kind.NANOGPT, where, options=options), which, key)
+        return _chosen(ModelSource(Kind.NANOGPT, where, options=options), which, key)
     if _CHECKPOINT.fullmatch(last):
         if which not in ("auto", last):
             raise ConfigError(f"{title} is one checkpoint, but {key}={which} asks for another: leave one of them out")
         run = where.rstrip("/").rpartition("/")[0] or "."
-        return Source(Kind.RUN, run, last, options, RunFolder(run, options, "init_from"))
+        return ModelSource(Kind.RUN, run, last, options, RunFolder(run, options, "init_from"))
     found = _in_folder(RunFolder(where, options, "init_from"), which, options)
     if not found:
         raise CheckpointError(
@@ -140,17 +140,17 @@ def refuse_weight_file(where: str, title: str) -> None:
         raise CheckpointError(f"{title}: that is a file of a checkpoint: give its folder, {folder}")
 
 
-def _chosen(source: Source, which: str, key: str) -> Source:
+def _chosen(source: ModelSource, which: str, key: str) -> ModelSource:
     """Return the source, unless it has no checkpoints to choose from."""
     if source.kind is not Kind.RUN and which != "auto":
         raise ConfigError(f"{key}={which} chooses among a run's checkpoints, but {source.where} is {source.kind.value}")
     return source
 
 
-def _in_folder(folder: RunFolder, which: str, options: dict[str, Any] | None) -> Source | None:
+def _in_folder(folder: RunFolder, which: str, options: dict[str, Any] | None) -> ModelSource | None:
     """Return the source in a folder: a run first of all; in an out_dir then nanoGPT's ckpt.pt, else GPT-2 weights."""
     where = folder.out_dir
-    huggingface = Source(Kind.HUGGINGFACE, where, options=options, folder=folder)
+    huggingface = ModelSource(Kind.HUGGINGFACE, where, options=options, folder=folder)
 
     def is_huggingface() -> bool:
         return any(folder.exists(name) for name in _FOLDER_FILES)
@@ -158,7 +158,7 @@ def _in_folder(folder: RunFolder, which: str, options: dict[str, Any] | None) ->
     store = CheckpointStore(folder)
     try:
         if next(store.newest_first(), None) or store.damaged:
-            return Source(Kind.RUN, where, which, options, folder)
+            return ModelSource(Kind.RUN, where, which, options, folder)
     except StorageUnavailableError as error:
         with suppress(CheckpointError):  # who may read its files need not be allowed to list them
             if is_huggingface():
@@ -167,4 +167,4 @@ def _in_folder(folder: RunFolder, which: str, options: dict[str, Any] | None) ->
     has_ckpt = folder.exists("ckpt.pt")
     if not (has_ckpt and folder.key == "out_dir") and is_huggingface():
         return huggingface
-    return Source(Kind.NANOGPT, f"{where.rstrip('/')}/ckpt.pt", options=options) if has_ckpt else None
+    return ModelSource(Kind.NANOGPT, f"{where.rstrip('/')}/ckpt.pt", options=options) if has_ckpt else None

@@ -18,7 +18,7 @@ from model.pretrained import Pretrained
 from orchestrator.checkpoint.finite import all_finite
 from orchestrator.checkpoint.formats.nanogpt import NO_LOSS, read_nanogpt
 from orchestrator.checkpoint.formats.run_tokenizer import saved_tokenizer
-from orchestrator.checkpoint.formats.sources import Kind, Source
+from orchestrator.checkpoint.formats.sources import Kind, ModelSource
 from orchestrator.checkpoint.formats.stream import first_whole, mapped, outline, stream
 from orchestrator.checkpoint.snapshot import Snapshot
 from orchestrator.checkpoint.store import CheckpointStore
@@ -49,7 +49,7 @@ class Weights:
     tensors: Iterator[tuple[str, Tensor]]
 
 
-def using(source: Source, use: Callable[[Weights], T], *, model_only: bool = True) -> T:
+def using(source: ModelSource, use: Callable[[Weights], T], *, model_only: bool = True) -> T:
     """Call `use` with a source's weights, and return its value. If a run's checkpoint is damaged, use an older one.
 
     Raises:
@@ -71,7 +71,7 @@ def using(source: Source, use: Callable[[Weights], T], *, model_only: bool = Tru
         return use(replace(weights, tensors=all_finite(_translated(found.tensors()), source.where)))
 
 
-def read_source(source: Source, *, model_only: bool = False) -> Snapshot:
+def read_source(source: ModelSource, *, model_only: bool = False) -> Snapshot:
     """Return a source's state with tensors that are mapped from its files where they can be, in the file's type.
 
     Raises:
@@ -88,7 +88,7 @@ def read_source(source: Source, *, model_only: bool = False) -> Snapshot:
         return replace(_outline(source, found), model=named)
 
 
-def look_at(source: Source, model_only: bool = False) -> Snapshot:
+def look_at(source: ModelSource, model_only: bool = False) -> Snapshot:
     """Return a source's state without the content of its tensors, and find faults as far as that is cheap.
 
     A ckpt.pt or a folder on this machine is read through once. Of a folder elsewhere only the headers are read, of a
@@ -132,7 +132,7 @@ def tokenizer_json(snapshot: Snapshot, data_dir: str) -> dict[str, Any] | None:
     return assumed(int(snapshot.model_args["vocab_size"]))
 
 
-def tokenizer_of(source: Source, snapshot: Snapshot, data_dir: str) -> Tokenizer | None:
+def tokenizer_of(source: ModelSource, snapshot: Snapshot, data_dir: str) -> Tokenizer | None:
     """Return the tokenizer of a source's state, None where it is not known.
 
     Raises:
@@ -155,7 +155,7 @@ def _of_run(store: CheckpointStore, checkpoint: Any, model_only: bool) -> Weight
     return Weights(name, snapshot, dtypes, all_finite(stream(store, checkpoint, model_only), title))
 
 
-def _outline(source: Source, found: Pretrained) -> Snapshot:
+def _outline(source: ModelSource, found: Pretrained) -> Snapshot:
     """Return the state of pretrained weights whose headers alone have been read."""
     if found.left_out:
         logger.warning(
@@ -170,7 +170,7 @@ def _outline(source: Source, found: Pretrained) -> Snapshot:
     return Snapshot(model, {}, (), {"dropout": 0.0, **found.args}, 0, NO_LOSS, config=_config_of(source))
 
 
-def _config_of(source: Source) -> dict[str, Any]:
+def _config_of(source: ModelSource) -> dict[str, Any]:
     if source.kind is Kind.HUB:
         return {"tokenizer": GPT2}
     try:
@@ -191,7 +191,7 @@ def _empty(snapshot: Snapshot) -> Snapshot:
 
 
 @contextmanager
-def _pretrained(source: Source) -> Iterator[Pretrained]:
+def _pretrained(source: ModelSource) -> Iterator[Pretrained]:
     """Open pretrained weights; `model/` knows none of our errors."""
     with ExitStack() as stack:
         fs = source.folder.fs if source.folder else None

@@ -14,7 +14,7 @@ from fsspec.implementations.local import LocalFileSystem
 from torch import Tensor
 
 from orchestrator.checkpoint.formats.nanogpt import NO_LOSS
-from orchestrator.checkpoint.formats.sources import Kind, Source, find_source
+from orchestrator.checkpoint.formats.sources import Kind, ModelSource, find_source
 from orchestrator.checkpoint.formats.weights import look_at, read_source, tokenizer_json
 from orchestrator.checkpoint.snapshot import Snapshot
 from orchestrator.checkpoint.store import CheckpointStore
@@ -200,7 +200,7 @@ def _check_tokens(config: TrainConfig, where: str, found: Snapshot, data: Vocabu
         )
 
 
-def source_of(config: TrainConfig, folder: RunFolder | None = None) -> Source:
+def source_of(config: TrainConfig, folder: RunFolder | None = None) -> ModelSource:
     """Return what a run without checkpoints of its own starts from.
 
     Raises:
@@ -246,7 +246,7 @@ def _as_begun(config: TrainConfig, found: Snapshot) -> Snapshot:
     return Snapshot(found.model, {}, (), found.model_args, 0, NO_LOSS, config=found.config)
 
 
-def _told(source: Source) -> str:
+def _told(source: ModelSource) -> str:
     is_chosen = source.kind is Kind.RUN and source.which != "auto"
     return f"{source.where} (checkpoint={source.which})" if is_chosen else source.where
 
