@@ -18,7 +18,7 @@ from orchestrator.checkpoint.save.rescue import Rescuer
 from orchestrator.checkpoint.snapshot import tensors_equal
 from orchestrator.config import TrainConfig
 from orchestrator.controller.gpu_check import GpuCheck
-from orchestrator.driver import launch as launching
+from orchestrator.driver import trainer
 from orchestrator.driver.launch import RunFailedError, launch
 from orchestrator.worker.job import Job
 from tests.conftest import Undisturbed, final_state
@@ -175,7 +175,7 @@ def test_a_node_that_turns_out_to_be_unfit_later_is_left_and_the_run_goes_on(
     )
     actor = occupant.remote()
     ray.get(actor.__ray_ready__.remote())
-    monkeypatch.setattr(launching, "GpuCheck", lambda monitor: GpuCheck(monitor, ask=why_unfit))
+    monkeypatch.setattr(trainer, "GpuCheck", lambda monitor: GpuCheck(monitor, ask=why_unfit))
     config = replace(settings(tiny), device="cuda", backend="gloo")
     fault = GpuBrokenAndAnotherFree("forward", 33, 1, tmp_path / "fired")
     launch(config, noting_places(tmp_path / "places", fault))
