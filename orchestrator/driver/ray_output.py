@@ -26,7 +26,8 @@ from orchestrator.telemetry.display import until_nobody_reads
 LOG_FILE = "ray.log"
 _HOLD_S = 5.0  # in which the controller has noticed a lost worker, and the driver knows of it
 _LATE_S = 10.0  # Ray holds repeated lines back for 5 s, so some come after the next attempt has begun
-_KEPT = 1000  # pieces of output, to be shown after all if the run is given up
+_KEPT = 1000  # pieces of output, to be shown after all if the run is given up,
+_RECENT_S = 600.0  # as far as they are not older: losses in a row are why a run is given up
 
 Batch = dict[str, Any]
 
@@ -44,7 +45,7 @@ class RayOutput:
         self._show, self._clock = show, clock
         self._lock = threading.Lock()  # Ray prints from threads of its own
         self._held: deque[_Piece] = deque()
-        self._logged: deque[_Piece] = deque(maxlen=_KEPT)  # of this loss
+        self._logged: deque[_Piece] = deque(maxlen=_KEPT)
         self._quiet_until_s = -math.inf
         self._path: Path | None = None
         self._has_logged = self._has_told = self._is_closed = False
@@ -71,7 +72,6 @@ class RayOutput:
         if self._quiet_until_s == math.inf:
             self.pass_on()
             self._quiet_until_s = self._clock() + _LATE_S
-            self._logged.clear()
 
     def pass_on(self, hold_s: float = _HOLD_S) -> None:
         """Show or log what was held back for long enough."""
@@ -83,13 +83,13 @@ class RayOutput:
                 due.append(self._held.popleft())
         if is_quiet:
             self._log(due)
-            return
-        self._logged.clear()
-        self._show_all(due)
+        else:
+            self._show_all(due)
 
     def show_everything(self) -> None:
-        """Show what was said about the last loss, too: nobody expects what comes now."""
-        logged = list(self._logged)
+        """Show also what was said about the last losses: nobody expects what comes now."""
+        logged = [piece for piece in self._logged if self._clock() - piece.came_s <= _RECENT_S]
+        self._logged.clear()
         self._quiet_until_s = -math.inf
         self._show_all(logged)
         self.pass_on(hold_s=0.0)

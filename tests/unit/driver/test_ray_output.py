@@ -86,6 +86,20 @@ def test_all_is_shown_after_all_where_nobody_expected_the_end(screen: Screen) ->
     assert screen.after(6.0) == ["Traceback", "more of it", "the rest"]
 
 
+def test_where_losses_in_a_row_end_the_run_the_recent_ones_are_shown(screen: Screen) -> None:
+    for line in ("long ago", "the first of a row"):
+        screen.output.expect_loss()
+        screen.prints(line)
+        screen.after(1.0)
+        screen.output.end_loss()
+        screen.after(400.0)
+    assert screen.lines == []
+    screen.output.show_everything()
+    assert screen.lines == ["the first of a row"], "Ray's words about the last loss may come after the end"
+    screen.output.show_everything()
+    assert len(screen.lines) == 1, "once is enough"
+
+
 def test_a_log_that_cannot_be_written_ends_nothing(tmp_path: Path) -> None:
     screen = Screen(tmp_path / "missing" / "ray.log")
     screen.output.expect_loss()
