@@ -23,6 +23,7 @@ from dataclasses import asdict
 
 from orchestrator.driver.holder import MISSED_BEATS, Holder, parse, this_driver
 from orchestrator.errors import CheckpointError, ConfigError, UndeletableError
+from orchestrator.host.signals import STOP_SIGNALS
 from orchestrator.storage.run_folder import RUN_FILE, RunFolder
 from orchestrator.storage.transfer import removing_new_folders
 
@@ -138,7 +139,7 @@ class Lease:
 
     def _keep_beating(self) -> None:
         # Signals are for the main thread, which holds them back while Ray starts: in between, Ray would abort for one.
-        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM, signal.SIGHUP})
+        signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
         while not self.successor and not self._ending.wait(self._me.beat_interval_s):
             self.beat()
 
