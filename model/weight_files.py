@@ -41,8 +41,8 @@ _DTYPES = {
 _LARGEST_HEADER_BYTES = 100_000_000  # as the safetensors library has it
 _BLOCK_BYTES = 2**18  # that is read ahead from storage: a header is smaller, and some would read 50 MB
 _LFS_POINTER = b"version https://git-lfs"
-# What a damaged file makes of torch.load
-_DAMAGE = (
+# What a damaged file makes of torch.load, besides pickle.PickleError
+DAMAGE = (
     *(ArithmeticError, AssertionError, AttributeError, EOFError, ImportError, LookupError, MemoryError, OSError),
     *(RuntimeError, TypeError, ValueError, struct.error, zipfile.BadZipFile, zlib.error),
 )
@@ -216,7 +216,7 @@ def _load(file: Path | BinaryIO, name: str, **options: Any) -> dict[str, Tensor]
         content = torch.load(file, weights_only=True, **{"map_location": "cpu", **options})
     except pickle.UnpicklingError:  # PyTorch's own message advises to switch the protection off
         raise ValueError("it holds more than tensors, or is no PyTorch file; convert it to safetensors") from None
-    except _DAMAGE as error:
+    except DAMAGE as error:
         reason = str(error).partition("\n")[0]
         raise ValueError(f"it is cut off, damaged or no PyTorch file ({type(error).__name__}: {reason})") from None
     if not isinstance(content, dict) or not all(isinstance(x, Tensor) for x in content.values()):

@@ -8,9 +8,7 @@ from __future__ import annotations
 
 import pickle
 import re
-import struct
 import zipfile
-import zlib
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -20,6 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from model.weight_files import DAMAGE
 from orchestrator.checkpoint.formats.progress import Progress
 from orchestrator.errors import CheckpointError
 from orchestrator.storage.reasons import reason_of
@@ -29,10 +28,7 @@ _NUMBER = re.compile(r"[biuf]\d{1,2}|U\d{1,4}")  # the types of numpy whose byte
 _GLOBAL = re.compile(r"GLOBAL (\S+)")  # in what PyTorch says of what it does not load
 _LFS_POINTER = b"version https://git-lfs"
 # raised by Python's and PyTorch's parsers when they read a damaged file, or one of another kind
-_PARSER_ERRORS = (
-    *(ArithmeticError, AssertionError, AttributeError, EOFError, ImportError, LookupError, MemoryError, OSError),
-    *(RuntimeError, TypeError, ValueError, pickle.PickleError, struct.error, zipfile.BadZipFile, zlib.error),
-)
+_PARSER_ERRORS = (*DAMAGE, pickle.PickleError)
 
 
 def load_torch_file(path: Path, source: str) -> dict[str, Any]:
