@@ -95,6 +95,7 @@ class TrainConfig:
     min_lr: NonNegativeFloat = 6e-5  # the lowest learning rate, about learning_rate / 10
     # cluster
     num_workers: WorkerCount = 1  # DDP workers, one per GPU; 2-8: as many as there is room for, fewer when machines go
+    lanes: NonNegativeInt = 0  # in which gradients are summed: same bits on 1 to so many workers; 0 = we choose
     cpus_per_worker: PositiveFloat = 1.0  # CPUs reserved for each worker, and its number of threads
     gpus_per_worker: GpuShare = None  # GPUs reserved for each worker; None: 1 where the cluster has or can get any
     backend: Literal["nccl", "gloo"] = "nccl"  # between GPUs; without a GPU always gloo
@@ -163,6 +164,8 @@ def check(config: TrainConfig) -> TrainConfig:
             f"{config.gradient_accumulation_steps}: each worker needs a micro-step of its own. "
             f"Give --gradient_accumulation_steps={config.max_workers} or more (it is the global batch over all workers)"
         )
+    if config.lanes:
+        _check_lanes(config)
     starts = ("scratch", "resume", *GPT2_NAMES)
     if not (config.init_from in starts or "://" in config.init_from or os.path.lexists(config.init_from)):
         raise ConfigError(
@@ -179,6 +182,20 @@ def check(config: TrainConfig) -> TrainConfig:
             "(a run that goes on, goes on from its newest)"
         )
     return config
+
+
+def _check_lanes(config: TrainConfig) -> None:
+    if not config.deterministic:
+        raise ConfigError(f"lanes={config.lanes} fixes the order of summation, and deterministic=False does not")
+    if config.lanes < config.max_workers:
+        raise ConfigError(
+            f"lanes={config.lanes} is less than num_workers={config.num_workers}: each worker needs a lane of its own"
+        )
+    if config.lanes > config.gradient_accumulation_steps:
+        raise ConfigError(
+            f"lanes={config.lanes} is more than gradient_accumulation_steps={config.gradient_accumulation_steps}: each "
+            "lane needs a micro-step of its own"
+        )
 
 
 C = TypeVar("C")

@@ -17,14 +17,15 @@ import torch
 
 from orchestrator.config import TrainConfig
 from orchestrator.distributed.device import agree_on_dtype, autocast
-from orchestrator.distributed.gradients import Parallelism, ReplicatedTraining, compiled
+from orchestrator.distributed.gradients import compiled
 from orchestrator.distributed.join import new_attempt
 from orchestrator.distributed.numerics import agree_to_compile, free_memory
+from orchestrator.distributed.parallelism import Parallelism, parallelize
 from orchestrator.distributed.world import World
 from orchestrator.errors import RolledBackError
 from orchestrator.storage.run_folder import RunFolder, open_run_folder
 from orchestrator.training.attempt import NO_HOOKS, Attempt, Hooks, Outcome, open_attempt
-from orchestrator.training.step import seed_dropout, set_learning_rate
+from orchestrator.training.step import mean_over_ranks, seed_dropout, set_learning_rate
 
 
 def train(config: TrainConfig, world: World, hooks: Hooks = NO_HOOKS, folder: RunFolder | None = None) -> Outcome:
@@ -60,7 +61,7 @@ def train_on(config: TrainConfig, world: World, folder: RunFolder, hooks: Hooks)
         RolledBackError: on all ranks alike; the next call begins before that stretch, with other data.
     """
     run = open_attempt(config, world, folder, hooks)
-    model = ReplicatedTraining(run.state.model, config, world)
+    model = parallelize(run.state.model, config, world, run.lanes)
     with run.saver.rescuer.rescue_on_failure():
         return iterate(run, model)
 
@@ -90,26 +91,27 @@ def iterate(run: Attempt, model: Parallelism) -> Outcome:
         if is_last:
             return run.finish(stop)
 
-        # forward and backward this rank's micro-steps; gradients are averaged over ranks in the last one
+        # forward and backward this rank's micro-steps; in the last one the gradients become the mean over all ranks
         t0 = time.perf_counter()
         agreement = world.agree([run.hooks.stop_request(), *saver.request()])  # answered while the step runs
         lr = set_learning_rate(state.optimizer, config, state.iter_num)
-        loss_sum = torch.zeros((), device=world.device)
+        losses = []
         for micro_step in model.micro_steps:
             seed_dropout(state.model.config.dropout, config.seed, state.iter_num, micro_step)
             with model.accumulate(micro_step):
                 with autocast(config):
                     _, loss = model(X, Y)
-                loss_sum += loss.detach()
+                losses.append(loss.detach())
                 state.scaler.scale(loss * model.weight).backward()  # type: ignore[no-untyped-call]
             X, Y = next(batches)  # drawn and sent while the GPU is still at the backward pass
 
         # clip; the numbers that decide about the step come from the GPU in one message, and we wait for no other: once
         # it is here, the gradients are there, and what comes after it runs behind the next iteration
         norm = model.clip(state.optimizer, state.scaler, config.grad_clip)
-        loss_scale = state.scaler.scale(torch.ones_like(loss_sum))  # 1, but for float16
-        numbers = torch.stack((norm, loss_sum, loss_scale)).tolist()
-        verdict = guard.judge(*numbers)
+        scale = state.scaler.scale(torch.ones_like(norm))  # 1, but for float16
+        numbers = torch.stack((norm, scale, *losses)).tolist()
+        mean_loss = mean_over_ranks(numbers[2:], model.micro_steps, config, world)
+        verdict = guard.judge(numbers[0], mean_loss, numbers[1])
 
         # step, unless the numbers are bad: then all ranks skip it alike
         with saver.state_changing():  # once the state that was offered is copied
@@ -121,7 +123,7 @@ def iterate(run: Attempt, model: Parallelism) -> Outcome:
         model.zero_grad(state.optimizer)
 
         # timing and logging; too many bad steps in a row end the attempt
-        run.record_step(verdict, lr, numbers[1], len(model.micro_steps), t0)
+        run.record_step(verdict, lr, mean_loss, len(model.micro_steps), t0)
 
 
 if __name__ == "__main__":

@@ -71,7 +71,7 @@ def measure(case: str, dtype: str) -> dict[str, float]:
     from torch.nn.parallel import DistributedDataParallel
 
     from model import GPT, GPTConfig
-    from orchestrator.distributed.gradients import wrap
+    from orchestrator.distributed.ddp import wrap
     from orchestrator.distributed.world import World
 
     empty_bytes = _peak_bytes()

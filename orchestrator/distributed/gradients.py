@@ -1,102 +1,13 @@
-"""How ranks share the work of one model: DDP, with one set of gradients. Knows neither Ray, checkpoints nor the loop.
+"""What is done with a model's gradients once they are there, and how a model is called. Knows no ranks."""
 
-The loop asks a `Parallelism`; `ReplicatedTraining` is the one that there is. Gradients are averaged where they lie, in
-DDP's buckets, and exist nowhere else: every micro-step adds to the buckets, as long as nobody sets a gradient to None.
-Annotations are read when this is imported: DDP compares those of a hook with its own types.
-"""
-
-from contextlib import AbstractContextManager, nullcontext
-from typing import Protocol
+from __future__ import annotations
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
-from torch.futures import Future
-from torch.nn.parallel import DistributedDataParallel
 
 from orchestrator.config import TrainConfig
-from orchestrator.distributed.device import autocast
-from orchestrator.distributed.world import World
 
-
-class Parallelism(Protocol):
-    """A model as the loop trains it on all ranks.
-
-    net: the model for forward passes without gradients, compiled if config.compile.
-    micro_steps: those of an iteration that this rank computes, numbered over all ranks.
-    weight: the factor of a micro-step's loss with which the gradients come to the mean over all micro-steps.
-    is_replicated: whether every rank holds all weights, so that ranks can compare theirs.
-    """
-
-    net: nn.Module
-    micro_steps: range
-    weight: float
-    is_replicated: bool
-
-    def __call__(self, idx: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the logits and the loss of (B, T) token ids and targets."""
-
-    def accumulate(self, micro_step: int) -> AbstractContextManager[None]:
-        """Return the context of a micro-step's forward and backward; in the last one, gradients are averaged."""
-
-    def clip(self, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler, grad_clip: float) -> Tensor:
-        """Scale the gradient down to the norm grad_clip, unless that is 0; return the norm that it had."""
-
-    def zero_grad(self, optimizer: torch.optim.Optimizer) -> None:
-        """Flush the gradients."""
-
-
-class ReplicatedTraining:
-    """A whole replica on every rank; DDP averages the gradients. A single rank needs no DDP."""
-
-    is_replicated = True
-
-    def __init__(self, model: nn.Module, config: TrainConfig, world: World) -> None:
-        self._model, self._config, self._device = model, config, world.device
-        self.net = compiled(model, config)
-        self.micro_steps = range(world.rank, config.gradient_accumulation_steps, world.size)
-        self.weight = world.size / config.gradient_accumulation_steps  # DDP divides by world.size
-        self._ddp = wrap(self.net, world) if world.size > 1 else None
-        if self._ddp:
-            self.warm_up(self._ddp)
-
-    def __call__(self, idx: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the logits and the loss of (B, T) token ids and targets."""
-        logits, loss = (self._ddp or self.net)(idx, targets)
-        return logits, loss
-
-    def accumulate(self, micro_step: int) -> AbstractContextManager[None]:
-        """Return the context of a micro-step's forward and backward; in the last one, DDP averages."""
-        is_last = micro_step == self.micro_steps[-1]
-        return self._ddp.no_sync() if self._ddp and not is_last else nullcontext()
-
-    def clip(self, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler, grad_clip: float) -> Tensor:
-        """Scale the gradient down to the norm grad_clip, unless that is 0; return the norm that it had."""
-        parameters = list(self._model.parameters())
-        if grad_clip == 0.0:
-            return torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
-        scaler.unscale_(optimizer)
-        return torch.nn.utils.clip_grad_norm_(parameters, grad_clip)
-
-    def zero_grad(self, optimizer: torch.optim.Optimizer) -> None:
-        """Flush the gradients; those in DDP's buckets stay there as zeros, or they would exist twice."""
-        optimizer.zero_grad(set_to_none=self._ddp is None)
-
-    def warm_up(self, ddp: DistributedDataParallel) -> None:
-        """Run one throw-away forward and backward, so that every attempt sums gradients in the same order.
-
-        After its first backward DDP rebuilds its buckets in the order in which gradients became ready, and with that
-        the order of summation over three or more ranks. Without this, a resumed run's first step would be summed in
-        the first order where the undisturbed run's was summed in the second, and the bits would differ. The gradients
-        stay, as zeros, for DDP to move into the new buckets.
-        """
-        rows = self._config.batch_size if self._config.compile else 1  # another shape would be compiled anew
-        shape = (rows, self._config.block_size)
-        X, Y = (torch.zeros(shape, dtype=torch.int64, device=self._device) for _ in range(2))  # any tokens show it
-        with autocast(self._config):
-            _, loss = ddp(X, Y)
-        loss.backward()
-        ddp.zero_grad(set_to_none=False)
+NORM_BLOCK = 2**20  # elements
 
 
 def compiled(model: nn.Module, config: TrainConfig) -> nn.Module:
@@ -104,25 +15,25 @@ def compiled(model: nn.Module, config: TrainConfig) -> nn.Module:
     return torch.compile(model) if config.compile else model  # type: ignore[return-value]
 
 
-def wrap(net: nn.Module, world: World) -> DistributedDataParallel:
-    """Average gradients over ranks; the weights are equal already, so nothing is broadcast."""
-    device_ids = [world.device.index] if world.device.type == "cuda" else None
-    ddp = DistributedDataParallel(net, device_ids=device_ids, gradient_as_bucket_view=True, init_sync=False)
-    ddp.register_comm_hook(world, average)
-    return ddp
+def clip_gradients(
+    model: nn.Module, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler, grad_clip: float
+) -> Tensor:
+    """Scale the gradient down to the norm grad_clip, unless that is 0; return the norm that it had."""
+    parameters = list(model.parameters())
+    if grad_clip == 0.0:
+        return norm_of(parameters)
+    scaler.unscale_(optimizer)
+    norm = norm_of(parameters)
+    torch.nn.utils.clip_grads_with_norm_(parameters, grad_clip, norm)
+    return norm
 
 
-def average(world: World, bucket: dist.GradBucket) -> Future[Tensor]:  # type: ignore[name-defined]
-    """Begin to average a bucket over all ranks, with one and the same arithmetic wherever its gradients come from.
+def norm_of(parameters: list[nn.Parameter]) -> Tensor:
+    """Return the norm of the gradient: of blocks of 2**20 elements each, and then of the blocks' norms.
 
-    DDP itself multiplies by 1/size what it copies into a bucket, and divides by size what lies there already: for three
-    ranks these differ in the last bit. This multiplies.
+    A block's norm has the same bits wherever its elements lie and whoever computes it. So ranks that each hold a part
+    of the gradient, cut between blocks, can come to the same number as one that holds all of it.
     """
-    gradients = bucket.buffer().mul_(1.0 / world.size)
-
-    def added_up(reduced: Future[list[Tensor]]) -> Tensor:
-        reduced.value()  # raises what has become of it: a step must not go on with what this rank alone has computed
-        return gradients  # type: ignore[no-any-return]
-
-    future: Future[list[Tensor]] = dist.all_reduce(gradients, group=world.group, async_op=True).get_future()
-    return future.then(added_up)
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    blocks = [block for gradient in gradients for block in torch.split(gradient.view(-1), NORM_BLOCK)]
+    return torch.nn.utils.get_total_norm(blocks)

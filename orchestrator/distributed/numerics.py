@@ -22,7 +22,8 @@ from orchestrator.host.compile_cache import keep_compiled
 logger = logging.getLogger(__name__)
 
 _CUBLAS, _CUBLAS_DETERMINISTIC = "CUBLAS_WORKSPACE_CONFIG", (":4096:8", ":16:8")
-_OF_THE_DATA = ("data", "train_tokens", "val_tokens")
+_OF_THE_DATA = {"data", "train_tokens", "val_tokens"}
+_OF_REDUCTION = {"world_size", "nccl", "nodes"}  # in lanes, none of them decides about bits
 
 
 def agree_to_compile(config: TrainConfig, world: World) -> TrainConfig:
@@ -95,6 +96,7 @@ class NumericsFingerprint:
     """Everything besides the state that decides the bits of the next one; stored with every checkpoint.
 
     data: the dataset's fingerprint; train_tokens, val_tokens: the lengths of its splits. nodes: which ranks share one.
+    lanes: in which gradients are summed, 0 for DDP's order; another number is an event of its own.
     None: not of this machine, or of a version of this program that did not note it.
     """
 
@@ -112,6 +114,7 @@ class NumericsFingerprint:
     nccl: str | None = None
     triton: str | None = None
     nodes: str | None = None
+    lanes: int | None = None
 
     @classmethod
     def of_this_rank(
@@ -121,6 +124,7 @@ class NumericsFingerprint:
         data: str,
         train_tokens: int | None = None,
         val_tokens: int | None = None,
+        lanes: int = 0,
     ) -> NumericsFingerprint:
         """Return this rank's. Call it on all ranks."""
         on_gpu = world.device.type == "cuda"
@@ -134,6 +138,7 @@ class NumericsFingerprint:
             dtype=config.dtype,
             compile=config.compile,
             threads=torch.get_num_threads(),
+            lanes=lanes,
             nodes=_nodes(world) if on_gpu and config.backend == "nccl" and world.size > 2 else None,
             **(_gpu_libraries() if on_gpu else {}),
         )
@@ -150,7 +155,8 @@ class NumericsFingerprint:
     def changes(self, before: NumericsFingerprint) -> list[str]:
         """Return what is other than before, the dataset apart; what either does not know is no change."""
         was = before.to_json()
-        now = {name: value for name, value in self.to_json().items() if name not in _OF_THE_DATA}
+        told_elsewhere = _OF_THE_DATA | {"lanes"} | (_OF_REDUCTION if self.lanes else set())
+        now = {name: value for name, value in self.to_json().items() if name not in told_elsewhere}
         return [f"{name} {was[name]} -> {value}" for name, value in now.items() if was.get(name, value) != value]
 
     def change_of_data(self, before: NumericsFingerprint) -> str:

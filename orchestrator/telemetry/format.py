@@ -10,6 +10,7 @@ from orchestrator.telemetry.records import (
     CheckpointSaved,
     CheckpointSkipped,
     Evaluation,
+    LanesChanged,
     Note,
     RollingBack,
     Step,
@@ -33,6 +34,10 @@ def line_of(value: dict[str, Any]) -> str | None:
             return f"skipped {name}: {why}"
         case CheckpointFailed(name=name, why=why):
             return f"{name} was not saved: {why}"
+        case LanesChanged(iter=it, lanes=lanes, before=before):
+            order = f"in {lanes} lanes" if lanes else "in DDP's order"
+            was = f"in {before}" if before else "in DDP's order"
+            return f"iter {it}: gradients are summed {order} instead of {was}: from here on the run has other bits"
         case StepSkipped(iter=it, why=why, in_a_row=in_a_row, skipped=skipped):
             return f"iter {it}: step skipped, {why} ({in_a_row} in a row, {skipped} in all)"
         case RollingBack(to_iter=to_iter, skipped_iters=skipped, why=why):

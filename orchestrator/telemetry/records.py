@@ -18,7 +18,10 @@ from typing import Any, ClassVar, get_args
 
 @dataclass(frozen=True, kw_only=True)
 class Begin:
-    """An attempt begins, with the state `from_` (None: a new one). The fields with defaults tell how that was read."""
+    """An attempt begins, with the state `from_` (None: a new one); the fields behind it tell how that was read.
+
+    lanes: in which gradients are summed, 0 for DDP's order.
+    """
 
     kind: ClassVar = "begin"
     iter: int
@@ -32,6 +35,17 @@ class Begin:
     world_size: int
     device: str
     dtype: str
+    lanes: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class LanesChanged:
+    """From this iteration on gradients are summed in another order; lanes, before: their numbers, 0 for DDP's order."""
+
+    kind: ClassVar = "lanes_changed"
+    iter: int
+    lanes: int
+    before: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -228,6 +242,7 @@ class Failure:
 
 Record = (
     Begin
+    | LanesChanged
     | Step
     | StepWindow
     | StepSkipped

@@ -40,6 +40,7 @@ from orchestrator.telemetry.records import (
     Begin,
     CheckpointSaved,
     Evaluation,
+    LanesChanged,
     Record,
     RollingBack,
     Step,
@@ -49,6 +50,7 @@ from orchestrator.telemetry.records import (
 )
 from orchestrator.telemetry.stopwatch import Stopwatch
 from orchestrator.training.changes import continue_order, log_changed_settings, warn_if_numerics_changed
+from orchestrator.training.choose_lanes import choose_lanes, saved_lanes
 from orchestrator.training.evaluation import evaluate, perplexity
 from orchestrator.training.guard import Guard, Verdict
 from orchestrator.training.lr_schedule import learning_rate
@@ -117,6 +119,7 @@ class Attempt:
     state: TrainState
     saver: Saver
     guard: Guard
+    lanes: int  # 0: DDP's order of summation
 
     def __post_init__(self) -> None:
         self._began_at = self.state.iter_num
@@ -180,8 +183,8 @@ class Attempt:
             if isinstance(record, CheckpointSaved):
                 self.hooks.committed(record)
 
-    def record_step(self, verdict: Verdict, lr: float, loss_sum: float, n_micro_steps: int, t0: float) -> None:
-        """Record the iteration that has just ended; loss_sum: over this rank's micro-steps; t0: when it began.
+    def record_step(self, verdict: Verdict, lr: float, loss: float, n_micro_steps: int, t0: float) -> None:
+        """Record the iteration that has just ended; loss: the global batch's; t0: when it began.
 
         Raises:
             RolledBackError: on all ranks alike, after too many bad steps.
@@ -202,7 +205,7 @@ class Attempt:
         self.emit(
             Step(
                 iter=iter_num,
-                loss=loss_sum / n_micro_steps,
+                loss=loss,
                 lr=lr,
                 dt_s=dt_s,
                 mfu=self._flops.mfu,
@@ -257,13 +260,17 @@ def open_attempt(config: TrainConfig, world: World, folder: RunFolder, hooks: Ho
     if tokenizer:
         state.config["tokenizer"] = tokenizer
 
+    state.config["lanes"] = lanes = choose_lanes(config, world, state)
+
     lengths = {f"{split}_tokens": len(tokens) for split, tokens in files.splits.items()}
-    fingerprint = NumericsFingerprint.of_this_rank(config, world, files.fingerprint(), **lengths)
+    fingerprint = NumericsFingerprint.of_this_rank(config, world, files.fingerprint(), lanes=lanes, **lengths)
     world.collectively(warn_if_numerics_changed, fingerprint, world, state)
     if not config.eval_only:  # so that the run can be sampled wherever it is
         world.on_main(folder.with_retries, keep_tokenizer, folder, files.tokenizer)
     if world.is_main:
-        hooks.record(_begin(config, world, state))
+        hooks.record(_begin(config, world, state, lanes))
+        if (before := saved_lanes(state)) not in (None, lanes):
+            hooks.record(LanesChanged(iter=state.iter_num, lanes=lanes, before=before))
         if state.resumed_from:
             log_changed_settings(state.config, state.resumed_from.checkpoint.state["config"])
 
@@ -272,7 +279,7 @@ def open_attempt(config: TrainConfig, world: World, folder: RunFolder, hooks: Ho
     saver = Saver(state, world, store, nodes, fingerprint.to_json(), intervals)
     hooks.ready(saver)
     guard = Guard(config, world, state, rollbacks)
-    return Attempt(config, world, hooks, Dataset(files, order), store, rollbacks, state, saver, guard)
+    return Attempt(config, world, hooks, Dataset(files, order), store, rollbacks, state, saver, guard, lanes)
 
 
 def join_run(
@@ -304,7 +311,7 @@ def tokens_per_iter(config: TrainConfig) -> int:
     return config.gradient_accumulation_steps * config.batch_size * config.block_size
 
 
-def _begin(config: TrainConfig, world: World, state: TrainState) -> Begin:
+def _begin(config: TrainConfig, world: World, state: TrainState, lanes: int) -> Begin:
     resumed = state.resumed_from
     return Begin(
         iter=state.iter_num,
@@ -318,4 +325,5 @@ def _begin(config: TrainConfig, world: World, state: TrainState) -> Begin:
         world_size=world.size,
         device=str(world.device),
         dtype=config.dtype,
+        lanes=lanes,
     )

@@ -59,10 +59,10 @@ class Guard:
         saved = {"skipped": 0, "in_a_row": 0, "losses": [], **state.guard}
         self.memory = state.guard = {**saved, "rollbacks": len(rollbacks)}
 
-    def judge(self, norm: float, loss_sum: float, loss_scale: float) -> Verdict:
+    def judge(self, norm: float, loss: float, loss_scale: float) -> Verdict:
         """Look at a step's numbers before it is taken; they are on this machine already.
 
-        norm: the gradient's. loss_sum: over this rank's micro-steps. loss_scale: float16's, else 1.
+        norm: the gradient's. loss: the global batch's. loss_scale: float16's, else 1.
         """
         if loss_scale > 1.0:
             return Verdict()  # float16: the scaler skips steps by itself, while it looks for its scale
@@ -70,8 +70,6 @@ class Guard:
             return Verdict(why=f"the norm of the gradient is {norm}")
         if not self._config.loss_spike_z:
             return Verdict()
-        total = self._world.sum(torch.tensor(loss_sum, dtype=torch.float64)).item()
-        loss = total / self._config.gradient_accumulation_steps
         z = spike_of(loss, self.memory["losses"])
         return Verdict(loss, f"the loss is {loss:.4f}, z={z:.1f}" if z > self._config.loss_spike_z else "")
 

@@ -1,11 +1,14 @@
-"""The parts of a training step that depend on its iteration alone: the learning rate and the seeds of dropout."""
+"""Small parts of a training step: the learning rate, the seeds of dropout, the loss of the global batch."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import numpy as np
 import torch
 
 from orchestrator.config import TrainConfig
+from orchestrator.distributed.world import World
 from orchestrator.training.lr_schedule import learning_rate
 
 
@@ -26,3 +29,13 @@ def seed_dropout(dropout: float, seed: int, iter_num: int, micro_step: int) -> N
 def dropout_seed(seed: int, iter_num: int, micro_step: int) -> int:
     """Return the seed of a micro-step's dropout: no random state has to be saved, whoever computes it."""
     return int(np.random.SeedSequence((seed, iter_num, micro_step)).generate_state(1, np.uint64)[0])
+
+
+def mean_over_ranks(losses: Sequence[float], micro_steps: range, config: TrainConfig, world: World) -> float:
+    """Return the mean loss of the global batch; losses: of this rank's micro-steps.
+
+    Each loss has its own place in the sum over ranks, so that the mean has the same bits on any number of ranks.
+    """
+    of_all = torch.zeros(config.gradient_accumulation_steps, dtype=torch.float64)
+    of_all[list(micro_steps)] = torch.tensor(losses, dtype=torch.float64)
+    return world.sum(of_all).mean().item()

@@ -104,7 +104,8 @@ def arm(fault: Fault) -> None:
     from orchestrator.checkpoint.save.snapshot_buffer import SnapshotBuffer
     from orchestrator.checkpoint.save.to_memory import SnapshotWriter
     from orchestrator.checkpoint.store import CheckpointStore
-    from orchestrator.distributed import gradients
+    from orchestrator.distributed import ddp
+    from orchestrator.distributed.exchange import Exchange
     from orchestrator.distributed.world import World
     from orchestrator.training import attempt
 
@@ -154,8 +155,10 @@ def arm(fault: Fault) -> None:
     optim.register_optimizer_step_post_hook(lambda *_: reached("after_optimizer", step["iter_num"], is_exact=True))
     wrap(durable, "_write", lambda _store, name, *_: _iter_of(name), before="upload", after="write")
     wrap(CheckpointStore, "commit", lambda _store, name, *_: _iter_of(name), before="commit", after="committed")
-    wrap(gradients, "average", lambda *_: step["iter_num"], after="reduce")
-    wrap(gradients.ReplicatedTraining, "warm_up", lambda *_: fault.iter_num, before="warm_up")
+    wrap(ddp, "average", lambda *_: step["iter_num"], after="reduce")
+    wrap(Exchange, "_exchange", lambda *_: step["iter_num"], after="reduce")
+    wrap(Exchange, "finish", lambda *_: step["iter_num"], after="exchanged")
+    wrap(ddp.DDPTraining, "warm_up", lambda *_: fault.iter_num, before="warm_up")
     wrap(World, "agree", lambda *_: step["iter_num"] + 1, after="all_reduce")
     wrap(reading, "stream_tensors", lambda *_: fault.iter_num, before="restore")
     wrap(SnapshotBuffer, "publish", lambda _slot, name, *_: _iter_of(name), before="seal", after="sealed")
