@@ -86,7 +86,8 @@ class Exchange:
             chunk = gradient.numel() // self._world.size
             mine = gradient[self._world.rank * chunk :][:chunk]
             mine.copy_(added_up(parts, self._tree))
-            dist.all_gather_into_tensor(gradient, mine, group=self._group)
+            gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # its older name
+            gather(gradient, mine, group=self._group)
 
     def _received_parts(self, roots: Sequence[Tensor]) -> list[Tensor]:
         """Send every rank its chunk of this rank's roots; return this rank's chunk of all, in the lanes' order."""

@@ -73,12 +73,9 @@ class LaneTraining:
         """Add the sums of earlier lanes as far as the tree goes, let the sum wait, and begin the next lane at zero."""
         gradient = self._gradient.flat
         for _ in range(joins):
-            earlier = self._waiting.pop()
-            gradient.add_(earlier.to(gradient.device, non_blocking=True))
-            self._free.append(earlier)
-        waiting = self._free.pop()
-        waiting.copy_(gradient, non_blocking=True)
-        self._waiting.append(waiting)
+            self._free.append(self._waiting.pop())
+            gradient.add_(self._free[-1].to(gradient.device, non_blocking=True))
+        self._waiting.append(self._free.pop().copy_(gradient, non_blocking=True))
         gradient.zero_()
 
     def clip(self, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler, grad_clip: float) -> Tensor:

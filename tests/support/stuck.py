@@ -22,6 +22,7 @@ NAMES = (
     "broadcast",
     "all_gather",
     "all_gather_into_tensor",
+    "all_gather_single",
     "all_to_all",
     "all_to_all_single",
     "reduce_scatter",
@@ -59,8 +60,8 @@ class Stuck:
     def __init__(self) -> None:
         self._pending: list[StuckWork] = []
         self._is_ending = False
-        self._originals = {name: getattr(dist, name) for name in NAMES}
-        for name in NAMES:
+        self._originals = {name: getattr(dist, name) for name in NAMES if hasattr(dist, name)}
+        for name in self._originals:
             setattr(dist, name, self._stuck(name))
         self._destroy = dist.destroy_process_group
         dist.destroy_process_group = self.destroy_process_group

@@ -2,29 +2,217 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+import os
+import signal
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
+from torch import Tensor, nn
 
 from orchestrator.checkpoint.snapshot import Snapshot, tensors_equal
 from orchestrator.config import TrainConfig
+from orchestrator.distributed.flat_gradient import FlatGradient
+from orchestrator.distributed.lane_training import LaneTraining
+from orchestrator.distributed.lanes import Lanes
+from orchestrator.distributed.world import World
+from orchestrator.worker.failure import Cause, classify
 from tests.conftest import final_state
 from tests.support import ranks
+from tests.support.faults import Fault
+from tests.support.runs import metrics_in
+
+SETTINGS: dict[str, Mapping[str, Any]] = {
+    "bfloat16": {"dtype": "bfloat16"},
+    "float16": {"dtype": "float16"},
+    "activation_checkpointing": {"activation_checkpointing": True, "loss_chunk": 16},
+    "epoch": {"sampling": "epoch", "grad_clip": 0.0},
+}
 
 
-def trained(config: TrainConfig, size: int, folder: Path) -> Snapshot:
-    config = replace(config, out_dir=str(folder / f"run-{size}"))
-    ended = ranks.train(config, size, folder / f"{size}.log")
+@dataclass(frozen=True)
+class SmallPieces:
+    """Send gradients in many pieces, though the model is tiny."""
+
+    size_bytes: int = 4096
+
+    def __call__(self, _rank: int) -> None:
+        from orchestrator.distributed import flat_gradient
+
+        flat_gradient.PIECE_BYTES = self.size_bytes
+
+
+def train(
+    config: TrainConfig, size: int, folder: Path, name: str = "", prepare: Callable[[int], None] | None = None
+) -> Snapshot:
+    """Train on so many ranks, in pieces of 4 kB, and return the end of it."""
+    name = name or f"run-{size}"
+    config = replace(config, out_dir=str(folder / name))
+    ended = ranks.train(config, size, folder / f"{name}-{size}.log", prepare=prepare or SmallPieces())
     assert ended.is_done, ended.said
     return final_state(config.out_dir)
 
 
-@pytest.mark.parametrize("micro_steps", [8, 12])
-def test_any_number_of_ranks_ends_with_the_same_bits(tiny: TrainConfig, tmp_path: Path, micro_steps: int) -> None:
-    config = replace(tiny, gradient_accumulation_steps=micro_steps, lanes=8)
-    alone, *others = [trained(config, size, tmp_path) for size in (1, 2, 3, 4)]
-    for other in others:
-        assert tensors_equal(other, alone)
-        assert other.best_val_loss == alone.best_val_loss
+def same(one: Snapshot, other: Snapshot) -> bool:
+    return tensors_equal(one, other) and one.best_val_loss == other.best_val_loss
+
+
+@pytest.fixture
+def lanes(tiny: TrainConfig) -> TrainConfig:
+    return replace(tiny, gradient_accumulation_steps=12, lanes=8, max_iters=8, lr_decay_iters=8)
+
+
+@pytest.mark.parametrize("micro_steps", [12, pytest.param(8, marks=pytest.mark.slow)])
+def test_any_number_of_ranks_ends_with_the_same_bits(lanes: TrainConfig, tmp_path: Path, micro_steps: int) -> None:
+    config = replace(lanes, gradient_accumulation_steps=micro_steps)
+    alone = train(config, 1, tmp_path)
+    assert all(same(train(config, size, tmp_path), alone) for size in (2, 3, 4))
+    losses = [[r["loss"] for r in metrics_in(str(tmp_path / f"run-{n}")) if r["kind"] == "step"] for n in (1, 2, 3, 4)]
+    assert losses == [losses[0]] * 4  # what is logged is the global batch's
+    assert len(losses[0]) == 8
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("micro_steps", [8, 12, 40])
+def test_many_ranks_end_with_the_same_bits(lanes: TrainConfig, tmp_path: Path, micro_steps: int) -> None:
+    config = replace(lanes, gradient_accumulation_steps=micro_steps)
+    alone = train(config, 1, tmp_path)
+    assert all(same(train(config, size, tmp_path), alone) for size in (5, 6, 7, 8))
+
+
+def test_ddp_ends_with_other_bits(lanes: TrainConfig, tmp_path: Path) -> None:
+    """What the tests above compare can differ."""
+    config = replace(lanes, lanes=0, deterministic=False)
+    assert not tensors_equal(train(config, 3, tmp_path), train(config, 1, tmp_path))
+
+
+@pytest.mark.parametrize("name", [*SETTINGS])
+def test_with_every_setting(lanes: TrainConfig, tmp_path: Path, name: str) -> None:
+    config = replace(lanes, max_iters=4, **SETTINGS[name])
+    assert same(train(config, 3, tmp_path), train(config, 1, tmp_path))
+
+
+@pytest.mark.slow
+def test_compiled(lanes: TrainConfig, tmp_path: Path) -> None:
+    config = replace(lanes, max_iters=4, compile=True)
+    assert same(train(config, 3, tmp_path), train(config, 1, tmp_path))
+
+
+def test_a_run_goes_on_with_its_lanes_on_other_numbers_of_ranks(lanes: TrainConfig, tmp_path: Path) -> None:
+    whole = train(replace(lanes, max_iters=12, eval_interval=4), 2, tmp_path)
+    for until, size in ((4, 4), (8, 1), (12, 3)):
+        given = lanes.lanes if until == 4 else 0  # once is enough: the state remembers it
+        config = replace(lanes, lanes=given, max_iters=until, eval_interval=4)
+        parts = train(config, size, tmp_path, "parts")
+    assert same(parts, whole)
+    said = "".join((tmp_path / f"parts-{size}.log").read_text() for size in (1, 3))
+    assert "last bits" not in said
+    assert "instead of" not in said
+
+
+@pytest.mark.parametrize("given", [0, 4])
+def test_more_lanes_than_a_run_had_are_told(lanes: TrainConfig, tmp_path: Path, given: int) -> None:
+    """More workers than lanes, and the user's own number: from there on the bits are others."""
+    train(replace(lanes, lanes=2, max_iters=4), 2, tmp_path, "run")
+    train(replace(lanes, lanes=given), 3, tmp_path, "run")
+    (changed,) = [record for record in metrics_in(str(tmp_path / "run")) if record["kind"] == "lanes_changed"]
+    assert (changed["iter"], changed["before"], changed["lanes"]) == (4, 2, given or 3)
+    assert f"iter 4: gradients are summed in {given or 3} lanes instead of in 2" in (tmp_path / "run-3.log").read_text()
+
+
+def test_fewer_lanes_than_ranks_are_refused(lanes: TrainConfig, tmp_path: Path) -> None:
+    ended = ranks.train(replace(lanes, lanes=2), 3, tmp_path / "log")
+    assert not ended.is_done
+    assert "lanes=2 are too few for 3 workers" in ended.said
+
+
+@dataclass(frozen=True)
+class BadNumbers:
+    """Make the loss of one micro-step not finite, on whichever rank computes it."""
+
+    iter_num: int
+    micro_step: int
+
+    def __call__(self, rank: int) -> None:
+        from orchestrator import loop
+        from orchestrator.distributed.lane_training import LaneTraining
+
+        SmallPieces()(rank)
+        at, bad = dict[str, Any](), (self.iter_num, self.micro_step)
+        original_seed, original_call = loop.seed_dropout, LaneTraining.__call__
+
+        def seed_dropout(dropout: float, seed: int, iter_num: int, micro_step: int) -> None:
+            at["position"] = (iter_num, micro_step)
+            original_seed(dropout, seed, iter_num, micro_step)
+
+        def call(self: LaneTraining, idx: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+            logits, loss = original_call(self, idx, targets)
+            return logits, loss * float("nan") if at["position"] == bad else loss
+
+        loop.seed_dropout = seed_dropout
+        LaneTraining.__call__ = call  # type: ignore[method-assign]
+
+
+def test_a_step_that_is_bad_on_one_rank_is_skipped_alike(lanes: TrainConfig, tmp_path: Path) -> None:
+    bad = BadNumbers(3, 7)
+    alone = train(lanes, 1, tmp_path, prepare=bad)
+    assert same(train(lanes, 3, tmp_path, prepare=bad), alone)
+    for size in (1, 3):
+        skipped = [r["iter"] for r in metrics_in(str(tmp_path / f"run-{size}")) if r["kind"] == "step_skipped"]
+        assert skipped == [3]
+
+
+def test_a_rank_is_killed_between_the_exchange_and_the_step(lanes: TrainConfig, tmp_path: Path) -> None:
+    whole = train(lanes, 2, tmp_path)
+    config = replace(lanes, out_dir=str(tmp_path / "killed"))
+    fault = Fault("exchanged", 5, 1, tmp_path / "fired")
+    ended = ranks.train(config, 3, tmp_path / "log", [fault])
+    assert fault.marker.exists()
+    assert ended.codes[1] == -signal.SIGKILL
+    assert same(train(config, 4, tmp_path, "killed"), whole)
+
+
+def lose_a_peer(rank: int, world_size: int, folder: Path) -> None:
+    dist.init_process_group("gloo", init_method=(folder / "meeting").as_uri(), rank=rank, world_size=world_size)
+    config = TrainConfig(device="cpu", compile=False, gradient_accumulation_steps=3, backend="gloo")
+    linear = nn.Linear(500, 500)
+    model = LaneTraining(linear, config, World(rank, world_size), Lanes(3, 3))
+    model.net = lambda idx, _: (idx, linear(idx).sum())  # type: ignore[assignment]
+    x = torch.ones(1, 500)
+    with model.accumulate(rank):
+        model(x, x)[1].backward()
+    if rank == 1:
+        os._exit(0)
+    try:
+        with model.accumulate(rank):
+            model(x, x)[1].backward()
+    except Exception as error:
+        kept = classify(error, rank, None).cause
+    else:
+        kept = "went on with half a gradient"
+    (folder / f"ending-{rank}").write_text(kept)
+    os._exit(0)  # a group that has lost a member is not left in order
+
+
+def test_an_exchange_that_a_peer_has_left_is_a_lost_peer(tmp_path: Path) -> None:
+    processes = [ranks._START.Process(target=lose_a_peer, args=(r, 3, tmp_path), daemon=True) for r in range(3)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(60)
+    assert {(tmp_path / f"ending-{rank}").read_text() for rank in (0, 2)} == {Cause.PEER_LOST}
+
+
+def test_gradients_exist_once() -> None:
+    model = nn.Sequential(nn.Linear(40, 30), nn.Linear(30, 20))
+    gradient = FlatGradient(model, multiple_of=3)
+    model(torch.randn(5, 40)).square().sum().backward()
+    storages = {p.grad.untyped_storage().data_ptr() for p in model.parameters() if p.grad is not None}
+    assert storages == {gradient.flat.untyped_storage().data_ptr()}
+    assert sum(p.numel() for p in model.parameters()) <= len(gradient.flat) < 64 * 5 + 30 * 41 + 20 * 31
+    assert [piece.stop - piece.start for piece in gradient.pieces] == [len(gradient.flat)]
+    assert len(gradient.flat) % 3 == 0
