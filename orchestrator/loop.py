@@ -17,9 +17,8 @@ import torch
 
 from orchestrator.config import TrainConfig
 from orchestrator.distributed.device import agree_on_dtype, autocast
-from orchestrator.distributed.gradients import compiled
 from orchestrator.distributed.join import new_attempt
-from orchestrator.distributed.numerics import agree_to_compile, free_memory
+from orchestrator.distributed.numerics import agree_to_compile, compiled, free_memory
 from orchestrator.distributed.parallelism import Parallelism, parallelize
 from orchestrator.distributed.world import World
 from orchestrator.errors import RolledBackError

@@ -79,10 +79,11 @@ Undisturbed = Callable[[TrainConfig, int], Snapshot]
 @pytest.fixture(scope="session")
 def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Undisturbed:
     """The final state of a tiny run that nothing happens to, with torchrun instead of Ray, for any world size."""
-    known: dict[tuple[int, int], Snapshot] = {}
+    known: dict[tuple[int, ...], Snapshot] = {}
 
     def final(config: TrainConfig, world_size: int) -> Snapshot:
-        key = (world_size, config.max_iters)
+        lanes = (config.lanes, config.gradient_accumulation_steps, config.deterministic)
+        key = (world_size, config.max_iters, *lanes)
         if key not in known:
             out_dir = str(tmp_path_factory.mktemp("undisturbed") / "run")
             train_with_torchrun(replace(config, out_dir=out_dir), world_size)

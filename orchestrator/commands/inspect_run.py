@@ -60,7 +60,9 @@ def _table(config: InspectConfig, source: ModelSource) -> str:
     rows += [_row(store, name, found, top, config.verify) for name in names]
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
-    return "\n".join([f"{source.where}: {len(found)} checkpoint(s)", *lines])
+    lanes = found[0].state["config"].get("lanes") if found else 0
+    in_lanes = f", gradients summed in {lanes} lanes" if lanes else ""
+    return "\n".join([f"{source.where}: {len(found)} checkpoint(s){in_lanes}", *lines])
 
 
 def _row(

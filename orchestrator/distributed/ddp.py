@@ -15,7 +15,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from orchestrator.config import TrainConfig
 from orchestrator.distributed.device import autocast
-from orchestrator.distributed.gradients import clip_gradients, compiled
+from orchestrator.distributed.gradients import clip_gradients
+from orchestrator.distributed.numerics import compiled
 from orchestrator.distributed.world import World
 
 

@@ -1,18 +1,11 @@
-"""What is done with a model's gradients once they are there, and how a model is called. Knows no ranks."""
+"""What is done with a model's gradients once they are there. Knows no ranks."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
 
-from orchestrator.config import TrainConfig
-
 NORM_BLOCK = 2**20  # elements
-
-
-def compiled(model: nn.Module, config: TrainConfig) -> nn.Module:
-    """Return the model as it is called: through the compiler, if config.compile."""
-    return torch.compile(model) if config.compile else model  # type: ignore[return-value]
 
 
 def clip_gradients(

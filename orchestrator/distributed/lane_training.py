@@ -18,8 +18,9 @@ from torch import Tensor, nn
 from orchestrator.config import TrainConfig
 from orchestrator.distributed.exchange import Exchange
 from orchestrator.distributed.flat_gradient import FlatGradient
-from orchestrator.distributed.gradients import clip_gradients, compiled
+from orchestrator.distributed.gradients import clip_gradients
 from orchestrator.distributed.lanes import Lanes
+from orchestrator.distributed.numerics import compiled
 from orchestrator.distributed.world import World
 
 _LARGEST_PART = 0.25  # of the device's free memory, for sums that wait; else they wait in host memory

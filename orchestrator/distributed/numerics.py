@@ -39,6 +39,11 @@ def agree_to_compile(config: TrainConfig, world: World) -> TrainConfig:
     return replace(config, compile=found is None)
 
 
+def compiled(model: torch.nn.Module, config: TrainConfig) -> torch.nn.Module:
+    """Return the model as it is called: through the compiler, if config.compile."""
+    return torch.compile(model) if config.compile else model  # type: ignore[return-value]
+
+
 def compiler_fault(device: torch.device) -> str | None:
     """Compile a small function for a device; return why that fails, None where it works.
 

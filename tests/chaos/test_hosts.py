@@ -121,7 +121,8 @@ def test_a_host_that_is_gone_is_done_without(
     assert [incident.steps_repeated for incident in ledger.incidents] == [0] * len(ledger.incidents)
     final, expected = final_state(config.out_dir), undisturbed(replace(config, memory_dir=tiny.memory_dir), 2)
     assert final.iter_num == config.max_iters
-    assert abs(final.best_val_loss - expected.best_val_loss) < 0.02
+    assert tensors_equal(final, expected)
+    assert final.best_val_loss == expected.best_val_loss
 
 
 def test_all_nodes_lost_at_once_are_waited_for(

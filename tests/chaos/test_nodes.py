@@ -9,7 +9,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -37,7 +37,7 @@ pytestmark = [
 @pytest.fixture
 def clouds() -> Iterator[list[Metadata]]:
     """A cloud's metadata service for each node."""
-    services = [Metadata() for _ in range(3)]
+    services = [Metadata() for _ in range(4)]
     yield services
     for service in services:
         service.close()
@@ -218,7 +218,55 @@ def test_fewer_machines_go_on_at_once_and_more_are_used_when_they_come(
     check_teardown(ledger.incidents)
     final, expected = final_state(config.out_dir), undisturbed(config, most)
     assert final.iter_num == expected.iter_num == config.max_iters
-    assert abs(final.best_val_loss - expected.best_val_loss) < 0.02
+    assert tensors_equal(final, expected)
+    assert final.best_val_loss == expected.best_val_loss
+
+
+@dataclass(frozen=True)
+class KilledWhenThere(Fault):
+    """SIGKILL for this rank, once there are so many nodes for workers: the next attempt is to be on all of them."""
+
+    room: int = 0
+
+    def fire(self) -> None:
+        if self.marker.exists():
+            return
+        while sum(node["Alive"] and "CPU" in node["Resources"] for node in ray.nodes()) < self.room:
+            time.sleep(0.1)
+        super().fire()
+
+
+@STUCK
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("cluster", [4], indirect=True)
+def test_the_same_bits_whatever_machines_came_and_went(
+    cluster: Cluster, tiny: TrainConfig, tmp_path: Path, undisturbed: Undisturbed, gets_stuck: bool
+) -> None:
+    """4 workers, 3, 1, 2 and 4: no number of them shows in the end."""
+    config = replace(settings(tiny), num_workers="1-4", lanes=8, gradient_accumulation_steps=12, max_iters=300)
+    nodes, room = tmp_path / "nodes", tmp_path / "room"
+    faults = [
+        NodeKilled("forward", 60, 3, tmp_path / "node"),
+        NodeKilled("forward", 120, 1, tmp_path / "other"),
+        NodeKilled("forward", 120, 2, nodes),
+        KilledWhenThere("forward", 180, 0, room, room=2),
+        KilledWhenThere("forward", 240, 1, tmp_path / "more", room=4),
+    ]
+    trained = threading.Thread(target=launch, args=(config, worker_with(*faults, gets_stuck=gets_stuck)))
+    trained.start()
+    for marker, count in ((nodes, 1), (room, 2)):
+        while not marker.exists() and trained.is_alive():
+            time.sleep(0.1)
+        for _ in range(count):
+            cluster.add_node(num_cpus=1, object_store_memory=80 * 2**20)  # only the main thread may
+    trained.join(timeout=400)
+    assert [fault.marker.exists() for fault in faults] == [True] * len(faults), "a fault did not fire"
+    begins = [record["world_size"] for record in metrics_in(config.out_dir) if record["kind"] == "begin"]
+    assert begins == [4, 3, 1, 2, 4]
+    assert steps_repeated(config.out_dir) == 0
+    final, expected = final_state(config.out_dir), undisturbed(replace(config, num_workers=2), 2)
+    assert tensors_equal(final, expected)
+    assert final.best_val_loss == expected.best_val_loss
 
 
 def kinds_after(out_dir: str, marker: Path) -> list[str]:

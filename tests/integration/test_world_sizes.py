@@ -1,4 +1,7 @@
-"""One, two and three processes train the same model on the same data, also where micro-steps do not divide evenly."""
+"""One, two and three processes train the same model on the same data, also where micro-steps do not divide evenly.
+
+As each number of workers has its own number of lanes here, they add up in another order each.
+"""
 
 from __future__ import annotations
 

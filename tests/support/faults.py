@@ -24,8 +24,9 @@ class Fault:
     """Kill a process at a point.
 
     point: of a training step: forward | all_reduce (right after one of all ranks' votes has begun) | optimizer |
-        after_optimizer | evaluate | reduce (right after this rank has begun the first reduction of gradients);
-        of an attempt: warm_up (before its throw-away step; iter_num is not looked at);
+        after_optimizer | evaluate | reduce (right after this rank has exchanged the first gradients) | exchanged (right
+        after it has exchanged the last);
+        of an attempt: warm_up (before DDP's throw-away step; iter_num is not looked at);
         of a restore: restore (before a file is read; iter_num is not looked at);
         of a state on its way to node memory: copy (half of its tensors are there) | seal (before it is renamed) |
         sealed (right after);

@@ -175,7 +175,7 @@ def test_what_decides_bits_on_gpus_is_kept_with_the_state(tiny: TrainConfig) -> 
     assert "nodes" not in fingerprint(tiny, ("node-a", "node-b"), backend="gloo")
     assert fingerprint(tiny, ("node-a", "node-b"))["nodes"] == "node-a x2, node-b x1"
     on_cpu = NumericsFingerprint.of_this_rank(tiny, World(size=3), "d").to_json()
-    assert on_cpu.keys() == {"world_size", "data", "torch", "device_name", "dtype", "compile", "threads"}
+    assert on_cpu.keys() == {"world_size", "data", "torch", "device_name", "dtype", "compile", "threads", "lanes"}
 
 
 @pytest.mark.usefixtures("gpu")
