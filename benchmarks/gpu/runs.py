@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 import xxhash
+from safetensors.torch import load_file
 
 from benchmarks.gpu.child import LONG_S, Child, Found, Report, Setting, cache_in
 from benchmarks.gpu.watch import in_steps
@@ -34,7 +35,8 @@ from orchestrator.telemetry.records import Begin, Record, Step
 from orchestrator.training.attempt import Callbacks
 
 TRAIN = "benchmarks.gpu.runs:train_here"
-KILL_AT, MAX_ITERS = 6, 12
+KILL_AT, MAX_ITERS, LANES = 6, 12, 4
+IN_LANES = {"lanes": LANES, "gradient_accumulation_steps": LANES}
 TINY_VOCAB_SIZE = 64
 _TINY = {"n_layer": 1, "n_head": 2, "n_embd": 32, "block_size": 32, "batch_size": 2}
 _CONTEXT_BYTES = 100_000_000  # a context on a GPU takes hundreds of MB
@@ -107,7 +109,7 @@ def _only_warning(set_mode: Callable[..., None], mode: bool, **_: Any) -> None:
 
 
 def checksums(out_dir: Path) -> dict[str, str]:
-    """Return a checksum of every file with tensors of a run's last checkpoint: equal states are equal files.
+    """Return a checksum of every tensor of a run's last checkpoint, whichever of its files it lies in.
 
     Raises:
         RuntimeError: there is none.
@@ -115,8 +117,11 @@ def checksums(out_dir: Path) -> dict[str, str]:
     store = CheckpointStore(RunFolder(str(out_dir)))
     if not (last := next(store.newest_first(), None)):
         raise RuntimeError(f"{out_dir} has no checkpoint")
-    files = sorted(Path(store.folder.path(last.name)).glob("*.safetensors"))
-    return {file.name: xxhash.xxh3_128(file.read_bytes()).hexdigest() for file in files}
+    found = {}
+    for file in sorted(Path(store.folder.path(last.name)).glob("*.safetensors")):
+        for name, tensor in load_file(file).items():
+            found[f"{file.name.partition('-')[0]} {name}"] = xxhash.xxh3_128(tensor.numpy().tobytes()).hexdigest()
+    return found
 
 
 def resume_eager(setting: Setting, report: Report) -> None:
@@ -173,7 +178,10 @@ def _need(*parts: Found) -> None:
 
 
 def two_ranks(setting: Setting, report: Report) -> None:
-    """Two ranks share the GPU over gloo: one is killed, the other rescues the state, both go on; the same bits."""
+    """Two ranks share the GPU over gloo: one is killed, the other rescues the state, both go on; the same bits.
+
+    One process that computes all lanes by itself ends with them, too.
+    """
     whole = _both(setting, "undisturbed", "whole")
     _need(*whole)
     survivor, lost = _both(setting, "killed", "killed", KILL_AT)
@@ -184,6 +192,10 @@ def two_ranks(setting: Setting, report: Report) -> None:
     report.claim("both go on at the iteration that the first had rescued", at == KILL_AT, f"{at} of {KILL_AT}")
     sums = [checksums(setting.folder / root / "out") for root in ("undisturbed", "killed")]
     report.claim("two ranks end with the bits of an undisturbed run", sums[0] == sums[1])
+    alone = setting.folder / "alone" / "out"
+    settings(setting, alone, IN_LANES)
+    _need(setting.call(TRAIN, "alone", LONG_S, out_dir=str(alone), changes=IN_LANES))
+    report.claim(f"one process ends with the bits of two ranks, in {LANES} lanes", checksums(alone) == sums[0])
     report.figure("survivor_s", survivor.seconds)
     report.figure("peak_gb", whole[0].figures.get("peak_gb"))
 
@@ -194,8 +206,8 @@ def _both(setting: Setting, root: str, name: str, kill_at: int = -1) -> list[Fou
         port = free.getsockname()[1]
     world = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     out_dir = setting.folder / root / "out"
-    settings(setting, out_dir, {})  # its dataset: both would write it
-    more = {"out_dir": str(out_dir), "changes": {}, "kill_at": kill_at}
+    settings(setting, out_dir, IN_LANES)  # its dataset: both would write it
+    more = {"out_dir": str(out_dir), "changes": IN_LANES, "kill_at": kill_at}
     loopback = {"GLOO_SOCKET_IFNAME": os.environ.get("GLOO_SOCKET_IFNAME", "lo")}
     children = [
         setting.start(
