@@ -45,7 +45,6 @@ from orchestrator.telemetry.records import (
     Step,
     StepSkipped,
     StepWindow,
-    from_json,
 )
 from orchestrator.telemetry.stopwatch import Stopwatch
 from orchestrator.training.changes import continue_order, log_changed_settings, warn_if_numerics_changed
@@ -173,9 +172,7 @@ class Attempt:
 
     def record_checkpoints(self) -> None:
         """Record what has become of checkpoints since the last call."""
-        for event in self.saver.take_events():
-            record = from_json({"iter": self.state.iter_num, **event})
-            assert record
+        for record in self.saver.take_events():
             self.emit(record)
             if isinstance(record, CheckpointSaved):
                 self.hooks.committed(record)
