@@ -31,11 +31,6 @@ class GroupRescue:
     seconds: float
     deaths: dict[int, Exception]
 
-    def to_event(self) -> dict[str, Any]:
-        """Return what the event of the failure says of the rescue."""
-        reached = {} if self.iter_num is None else {"reached_iter": self.iter_num, "reached_at_s": self.reached_at_s}
-        return {"rescue_s": self.seconds, "ranks_rescued": self.ranks_rescued, **reached}
-
 
 def rescue_group(workers: list[Any], lost: set[int], failures: Iterable[WorkerFailure]) -> GroupRescue:
     """Have the workers of a group rescue their state, and wait for them.

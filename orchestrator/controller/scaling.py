@@ -27,6 +27,7 @@ from orchestrator.cluster.mailbox import MailboxWriter
 from orchestrator.cluster.reachability import unreachable_nodes
 from orchestrator.cluster.room import Resources, used_by_others, workers_that_fit
 from orchestrator.controller.cordon import CORDON
+from orchestrator.telemetry.records import AttemptWaiting
 
 _ASK_AGAIN_S = 0.25  # while there are too few machines
 _TELL_EVERY_S = 30.0
@@ -114,7 +115,7 @@ class LiveNodesPolicy(ElasticScalingPolicy):  # type: ignore[misc]
         if now_s - self._told_s >= _TELL_EVERY_S:
             self._told_s = now_s
             least = self.scaling_config.min_workers
-            self._writer.emit("attempt_waiting", room=room, least=least)
+            self._writer.emit(AttemptWaiting(room=room, least=least))
             self._writer.note(f"waiting for machines: there is room for {room} of at least {least} workers")
 
 

@@ -17,7 +17,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Any
 
 from orchestrator.telemetry.records import (
     AttemptEnded,
@@ -32,9 +31,9 @@ from orchestrator.telemetry.records import (
     Evaluation,
     Failure,
     RollingBack,
+    Stamped,
     Step,
     StepWindow,
-    from_json,
 )
 
 ENTRIES = ("productive", "pause", "start_up", "detection", "recovery", "waiting", "lost")
@@ -86,9 +85,9 @@ class Ledger:
         """Return the productive part of the time, 0 before any passed."""
         return self.seconds["productive"] / self.wall_s if self.wall_s else 0.0
 
-    def add(self, value: dict[str, Any]) -> None:
-        """Take a record, given as JSON; those of kinds that say nothing about time are welcome too."""
-        record, time_s = from_json(value), float(value["time"])
+    def add(self, stamped: Stamped) -> None:
+        """Take a record; those of kinds that say nothing about time are welcome too."""
+        record, time_s = stamped.record, stamped.time_s
         match record:
             case DriverStarted():
                 self._driver_started(time_s)
@@ -209,11 +208,11 @@ class Ledger:
         self._mark_s = reached_s
 
 
-def account(records: Iterable[dict[str, Any]]) -> Ledger:
-    """Return the ledger of a run's events and metrics, given as JSON in whatever order."""
+def account(records: Iterable[Stamped]) -> Ledger:
+    """Return the ledger of a run's events and metrics, given in whatever order."""
     ledger = Ledger()
-    for record in sorted(records, key=lambda record: float(record["time"])):
-        ledger.add(record)
+    for stamped in sorted(records, key=lambda stamped: stamped.time_s):
+        ledger.add(stamped)
     return ledger
 
 

@@ -1,11 +1,13 @@
 """The records of a run: one frozen dataclass for each kind, and their JSON form.
 
-The loop emits the kinds of the first part, the driver and the controller those of the second. metrics.jsonl,
-events.jsonl and the mailbox hold JSON; a reader turns it into a type with `from_json`. In JSON a record has besides
-its own keys the `attempt` that computed it and its `time` (seconds since 1970): `emit.py` and `journal.py` stamp them.
+    loop                 -> LoopRecord   on the screen, in metrics.jsonl, TensorBoard and W&B
+    driver, controller   -> Event        in events.jsonl
+    anybody              -> Note         on the screen alone
+    controller           -> LossSeen     to the driver alone
 
-A field without a default is always written. A field with one is left out while it has that value.
-Must not know who writes or shows a record.
+Whoever makes a record makes its type, and whoever reads one asks for its type. Only the two files and the mailbox hold
+JSON: `to_json` and `from_json` are theirs. A field without a default is always written. A field with one is left out
+while it has that value. Must not know who writes or shows a record.
 """
 
 from __future__ import annotations
@@ -13,7 +15,7 @@ from __future__ import annotations
 from dataclasses import MISSING, dataclass, fields
 from typing import Any, ClassVar, get_args
 
-# ---- what the loop emits; iter: the iteration that the record belongs to
+# ---- the loop's; iter: the iteration that the record belongs to
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -134,16 +136,19 @@ class RollingBack:
     why: str
 
 
-# ---- what the driver and the controller emit; number: of the attempt
+LoopRecord = (
+    Begin
+    | Step
+    | StepWindow
+    | StepSkipped
+    | Evaluation
+    | CheckpointSaved
+    | CheckpointSkipped
+    | CheckpointFailed
+    | RollingBack
+)
 
-
-@dataclass(frozen=True, kw_only=True)
-class Note:
-    """A line for people; level: logging's name, "" for a plain one."""
-
-    kind: ClassVar = "note"
-    level: str = ""
-    text: str
+# ---- the driver's and the controller's; number: of the attempt
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -217,8 +222,8 @@ class Failure:
     number: int | None = None
     cause: str
     ranks: list[int] | None = None
-    node: str | None = None
     text: str
+    node: str | None = None
     traceback: str | None = None
     rescue_s: float | None = None
     ranks_rescued: int | None = None
@@ -226,18 +231,8 @@ class Failure:
     reached_at_s: float | None = None
 
 
-Record = (
-    Begin
-    | Step
-    | StepWindow
-    | StepSkipped
-    | Evaluation
-    | CheckpointSaved
-    | CheckpointSkipped
-    | CheckpointFailed
-    | RollingBack
-    | Note
-    | DriverStarted
+Event = (
+    DriverStarted
     | DriverEnded
     | AttemptStarting
     | AttemptWaiting
@@ -246,6 +241,51 @@ Record = (
     | AttemptEnded
     | Failure
 )
+
+# ---- what no file keeps
+
+
+@dataclass(frozen=True, kw_only=True)
+class Note:
+    """A line for people; level: logging's name, "" for a plain one."""
+
+    kind: ClassVar = "note"
+    level: str = ""
+    text: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class LossSeen:
+    """The controller has seen an expected loss: Ray's own words about it are on their way to the driver."""
+
+    kind: ClassVar = "loss_is_seen"
+
+
+Record = LoopRecord | Event | Note | LossSeen
+
+
+@dataclass(frozen=True)
+class Stamped:
+    """A record on its way and in a file: with its time (seconds since 1970), and the attempt that it is of.
+
+    attempt: of an event the driver's start_id, which the driver's journal puts in; "" where there is none.
+    """
+
+    record: Record
+    time_s: float
+    attempt: str = ""
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the record's JSON values behind the stamp's."""
+        return {"attempt": self.attempt, "time": self.time_s, **to_json(self.record)}
+
+    @classmethod
+    def from_json(cls, value: dict[str, Any]) -> Stamped | None:
+        """Return the record of JSON values, None for a kind that this version does not know."""
+        record = from_json(value)
+        return cls(record, float(value["time"]), value["attempt"]) if record else None
+
+
 _TYPES: dict[str, type[Record]] = {each.kind: each for each in get_args(Record)}
 
 
