@@ -8,7 +8,7 @@ import pytest
 
 from orchestrator.__main__ import main
 from orchestrator.telemetry.goodput import Ledger, account, duration, summary_of
-from orchestrator.telemetry.records import Event, Stamped
+from orchestrator.telemetry.records import Event, Stamped, StepWindow
 from orchestrator.telemetry.stopwatch import Stopwatch
 
 
@@ -140,12 +140,12 @@ def test_words() -> None:
 def test_windows_of_the_stopwatch() -> None:
     times = iter([0.0, 3.0, 4.0, 6.0, 7.0, 15.0])
     watch = Stopwatch(clock=lambda: next(times))
-    first = watch.stepped(paused_s=0.5)
+    first = watch.stepped(1, paused_s=0.5)
     assert first
-    assert (first["count"], first["step_s"], first["pause_s"]) == (1, 3.0, 0.5)
-    assert watch.stepped(0.5) is None
+    assert (first.count, first.step_s, first.pause_s) == (1, 3.0, 0.5)
+    assert watch.stepped(2, 0.5) is None
     watch.evaluated()
-    assert watch.stepped(0.5) is None
-    window = watch.stepped(0.75)
+    assert watch.stepped(3, 0.5) is None
+    window = watch.stepped(4, 0.75)
     expected = {"count": 3, "step_s": 10.0, "median_s": 1.0, "longest_s": 8.0, "eval_s": 2.0, "pause_s": 0.25}
-    assert window == expected
+    assert window == StepWindow(iter=4, **expected)
