@@ -12,6 +12,7 @@ from orchestrator.telemetry.records import (
     Begin,
     Evaluation,
     Failure,
+    LossSeen,
     Note,
     Record,
     Stamped,
@@ -38,6 +39,8 @@ PLACE: dict[str, Any] = {"world_size": 1, "device": "cpu", "dtype": "float32"}
             | PLACE,
         ),
         (Note(text="a line"), {"kind": "note", "text": "a line"}),
+        (Note(level="WARNING", text="a line"), {"kind": "note", "level": "WARNING", "text": "a line"}),
+        (LossSeen(), {"kind": "loss_is_seen"}),
         (AttemptWaiting(), {"kind": "attempt_waiting"}),
         (
             Failure(number=2, cause="hang", ranks=[1], text="no progress", reached_iter=0),
@@ -50,6 +53,9 @@ def test_a_record_and_its_json(record: Record, value: dict[str, Any]) -> None:
     assert to_json(record) == value
     assert from_json(value) == record
     assert from_json({**value, "attempt": "a", "time": 1.5, "of a newer version": 1}) == record
+    stamped = Stamped(record, 1.5, "a")
+    assert stamped.to_json() == {**value, "attempt": "a", "time": 1.5}
+    assert Stamped.from_json(stamped.to_json()) == stamped
 
 
 def test_every_kind_has_a_name_of_its_own() -> None:
