@@ -19,10 +19,10 @@ _RESCUE_S = 60.0  # in which it is done
 
 @dataclass(frozen=True)
 class GroupRescue:
-    """What came of it.
+    """The outcome of a rescue.
 
-    iter_num: the iteration that is safe, reached_at_s: when it was completed (seconds since 1970); None where none is.
-    deaths: by rank, the errors of workers that turned out not to live.
+    iter_num: the iteration that is safe; reached_at_s: when it was completed (seconds since 1970); None if none is.
+    deaths: by rank, the errors of workers that had died before we asked them.
     """
 
     iter_num: int | None

@@ -1,4 +1,4 @@
-"""Attempt report: the monitor tells the driver of each attempt, in events for its journal and lines for the user."""
+"""AttemptReport: how the monitor reports attempts to the driver, in events for its journal and lines for the user."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from orchestrator.worker.failure import WorkerFailure
 
 
 class AttemptReport:
-    """Of all attempts of a driver, which it counts; number: of the present one."""
+    """One for all attempts of a driver. It counts them; number: of the present one."""
 
     def __init__(self, mailbox: Any) -> None:
         self._writer = MailboxWriter(mailbox)

@@ -1,9 +1,10 @@
-"""Elastic: how many workers can run now, counted on the nodes that live. For `num_workers=2-8`.
+"""Scaling policies: how many workers can run now, counted on the nodes that live. For `num_workers=2-8`.
 
-Ray Train asks a policy before it starts a group and while one runs. Its own counts what the autoscaler has reserved for
-the run, which knows of a lost node 20 s late, and counts nodes that are about to be taken away. This one counts nodes
-that live and stay, less what other programs use on them. The class that it extends is not public: it stands here
-alone, a test pins what is relied on, and where the trainer (`trainer.py`) has changed, Ray's own policy is used.
+Ray Train asks a policy before it starts a group and while one runs. Ray's own policy counts the resources that the
+autoscaler has reserved for the run. The autoscaler learns of a lost node 20 s late, and counts nodes that the cloud is
+about to take away. Ours counts nodes that live and stay, less what other programs use on them. Ray's classes are not
+public: we extend them here alone, and a test pins what we rely on. If Ray changes its trainer (`trainer.py`), Ray's own
+policy runs.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ _AT_LEAST_S = 10.0
 
 
 class WithoutAutoscaler:
-    """Of a policy that asks no autoscaler for machines: before Ray's in the order of its classes."""
+    """Makes a policy ask no autoscaler for machines. Name it before Ray's class among the bases."""
 
     def _send_resource_request(self) -> None:
         pass
@@ -45,7 +46,7 @@ class WithoutAutoscaler:
 
 
 class FixedPolicy(WithoutAutoscaler, FixedScalingPolicy):  # type: ignore[misc]
-    """Always as many; what asks an autoscaler for them is the group's own request for places."""
+    """Always as many workers. The group's own request for places asks an autoscaler for them."""
 
 
 class LiveNodesPolicy(ElasticScalingPolicy):  # type: ignore[misc]
@@ -120,4 +121,4 @@ class LiveNodesPolicy(ElasticScalingPolicy):  # type: ignore[misc]
 
 
 class UnscaledLiveNodesPolicy(WithoutAutoscaler, LiveNodesPolicy):
-    """The same where there is no autoscaler to hear."""
+    """The same on a cluster without an autoscaler."""

@@ -1,4 +1,4 @@
-"""Ray's fit, in a thread, while this process shows what the workers post and passes on that they should stop."""
+"""Fit: runs Ray's trainer in a thread. Meanwhile this process shows the workers' records, and tells them to stop."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""Journal: the events of a driver's attempts, kept in events.jsonl in the run's folder and summed up.
+"""Journal: keeps the events of a driver's attempts in events.jsonl in the run's folder, and adds up their time.
 
-On an object store rank 0 uploads metrics now and then, so an attempt's last ones may be gone with it. The driver has
-received them too, and stores them when the next attempt begins. Records that are there already are the same, line by
-line.
+On an object store rank 0 uploads metrics now and then, so a killed rank 0 takes an attempt's last ones with it. The
+driver has received them too, and stores them when the next attempt begins. Those that rank 0 had uploaded come twice
+then, as equal lines, and readers take each once.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ _RECENT = 10_000  # records
 
 
 class Journal:
-    """Of one driver; without a log (an evaluation writes nothing) the events are only summed up.
+    """One driver's. start_id: its own, for the stamps of events.
 
-    start_id: the driver's, with which it stamps events.
-    metrics: stores the last metrics of an attempt that has ended, where it may not have done so itself.
+    log: takes the events; None for an evaluation, which writes nothing.
+    metrics: takes an ended attempt's last metrics; None on a disk, where they are written at once.
     """
 
     def __init__(self, start_id: str, log: MetricsLog | None, metrics: MetricsLog | None = None) -> None:
@@ -60,7 +60,7 @@ class Journal:
             self._waiting.append(event)
 
     def observe(self, stamped: Stamped) -> None:
-        """Sum up a worker's record. The worker stores its metrics itself."""
+        """Add a worker's record to the ledger. The worker stores its metrics itself."""
         if not isinstance(stamped.record, LoopRecord):  # a line for people
             return
         self.ledger.add(stamped)
@@ -91,7 +91,7 @@ class Journal:
 
 @contextmanager
 def open_journal(lease: Lease | None) -> Iterator[Journal]:
-    """Lend a driver its events, from its start to its end, and say then where the time went."""
+    """Lend a driver its journal, from its start to its end, and log then where the time went."""
     if lease is None:
         yield Journal("", None)
         return

@@ -266,9 +266,9 @@ Record = LoopRecord | Event | Note | LossSeen
 
 @dataclass(frozen=True)
 class Stamped:
-    """A record on its way and in a file: with its time (seconds since 1970), and the attempt that it is of.
+    """A record with its time (seconds since 1970) and its attempt, as it travels and as the files keep it.
 
-    attempt: of an event the driver's start_id, which the driver's journal puts in; "" where there is none.
+    attempt: of an event, the driver's start_id, which the journal fills in. "" for a record that no file keeps.
     """
 
     record: Record
@@ -276,7 +276,7 @@ class Stamped:
     attempt: str = ""
 
     def to_json(self) -> dict[str, Any]:
-        """Return the record's JSON values behind the stamp's."""
+        """Return JSON values, the stamp's first."""
         return {"attempt": self.attempt, "time": self.time_s, **to_json(self.record)}
 
     @classmethod
@@ -292,14 +292,14 @@ _TYPES: dict[str, type[Record]] = {each.kind: each for each in get_args(Record)}
 def to_json(record: Record) -> dict[str, Any]:
     """Return a record as JSON values, its kind first."""
     values = {each: getattr(record, each.name) for each in fields(record)}
-    told = {_key(each.name): x for each, x in values.items() if each.default is MISSING or x != each.default}
-    return {"kind": record.kind, **told}
+    written = {_key(each.name): x for each, x in values.items() if each.default is MISSING or x != each.default}
+    return {"kind": record.kind, **written}
 
 
 def from_json(value: dict[str, Any]) -> Record | None:
     """Return the record of JSON values, None for a kind that this version does not know.
 
-    Keys of newer versions are left out. A key that an older version did not write is None, or the field's default.
+    We leave out keys of newer versions. A key that an older version did not write is None, or the field's default.
     """
     its_type = _TYPES.get(value["kind"])
     if its_type is None:

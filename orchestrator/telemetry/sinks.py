@@ -1,6 +1,6 @@
-"""Where records go besides the run's folder: TensorBoard and Weights & Biases, each an optional extra.
+"""Sinks: where rank 0 writes records. The run's folder, and TensorBoard and Weights & Biases, each an optional extra.
 
-A sink that fails is dropped with one warning: no sink ends a training run. Knows neither the loop nor its settings.
+If a sink fails we drop it with one warning: no sink ends a training run. Knows neither the loop nor its settings.
 """
 
 from __future__ import annotations
@@ -32,10 +32,10 @@ class Sink(Protocol):
         """Take a record."""
 
     def flush(self) -> None:
-        """Hand on what was taken."""
+        """Pass on the records so far."""
 
     def close(self) -> None:
-        """Hand on what was taken, and end."""
+        """Pass on the rest, and end."""
 
 
 class Sinks:

@@ -64,7 +64,7 @@ def test_any_thread_of_a_worker_can_fail_it() -> None:
     ending = WorkerFailure(1, Cause.HANG, "no progress", 7, "", 1.5)
     error = UserExceptionWithTraceback(AttemptFailedError(ending), traceback_str=ending.text)
 
-    def train() -> None:  # as last_words does, whose context is Ray Train's
+    def train() -> None:  # as final_reports does, whose context is Ray Train's
         runner.get_exception_queue().put(error)
         released.wait(30)
 
