@@ -25,6 +25,7 @@ import psutil
 
 from benchmarks.processes import workers_of
 from benchmarks.same_bits import ROOT, checksum_of, newest_checkpoint
+from orchestrator.telemetry.records import Step, from_json
 
 CALM, KILLED, MARK = "#9ecae1", "#d94801", "#888888"  # readable on a light and on a dark page
 
@@ -107,8 +108,8 @@ def losses_of(out_dir: Path) -> dict[int, float]:
         lines = (out_dir / "metrics.jsonl").read_text(encoding="utf-8").split("\n")[:-1]
     except FileNotFoundError:
         return {}
-    records = map(json.loads, lines)
-    return {record["iter"]: record["loss"] for record in records if record["kind"] == "step"}
+    records = (from_json(json.loads(line)) for line in lines)
+    return {record.iter: record.loss for record in records if isinstance(record, Step)}
 
 
 def draw(result: dict[str, Any], file: Path) -> None:

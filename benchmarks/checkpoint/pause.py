@@ -25,10 +25,12 @@ from torch.distributed.checkpoint.state_dict_saver import AsyncSaveResponse, asy
 from benchmarks.checkpoint.state import Size, new_state, settings, torch_save
 from orchestrator.checkpoint.save.policy import SaveIntervals
 from orchestrator.checkpoint.save.saver import Saver
+from orchestrator.checkpoint.save.to_storage import CheckpointEvent
 from orchestrator.checkpoint.state import TrainState
 from orchestrator.checkpoint.store import CheckpointStore
 from orchestrator.distributed.world import World
 from orchestrator.storage.run_folder import RunFolder
+from orchestrator.telemetry.records import CheckpointFailed, CheckpointSaved
 from orchestrator.training.attempt import join_run
 
 _NEVER = 10**7  # iterations between checkpoints in storage: one is due when the benchmark sets iter_num to a multiple
@@ -84,7 +86,7 @@ class Saving:
         nodes = join_run(config, self._world, store)
         self._saver = Saver(training.state, self._world, store, nodes, {}, SaveIntervals(_NEVER, keep=1))
         self._vote = self._world.agree([0, *self._saver.request()])
-        self._news: list[dict[str, Any]] = []
+        self._news: list[CheckpointEvent] = []
         self.interval = 1  # between states in node memory, as the Saver has chosen it
         self._is_copying = False
 
@@ -134,10 +136,10 @@ class Saving:
             pauses_s[iter_num] = times.pause_s
             steps_s.append(times.step_s)
             for record in self._news:
-                if record["kind"] == "checkpoint_failed":
-                    raise RuntimeError(f"the checkpoint failed: {record['why']}")
-                if record["kind"] == "checkpoint":
-                    return pauses_s[record["iter"]], steps_s[1:]
+                if isinstance(record, CheckpointFailed):
+                    raise RuntimeError(f"the checkpoint failed: {record.why}")
+                if isinstance(record, CheckpointSaved):
+                    return pauses_s[record.iter], steps_s[1:]
         raise RuntimeError(f"no checkpoint was announced within {_LONGEST_S:g} s")
 
 

@@ -31,6 +31,7 @@ from orchestrator.checkpoint.state import TrainState
 from orchestrator.checkpoint.store import CheckpointStore
 from orchestrator.distributed.world import World
 from orchestrator.storage.run_folder import RunFolder
+from orchestrator.telemetry.records import CheckpointFailed, CheckpointSaved
 from orchestrator.training.attempt import join_run
 
 _LONGEST_S = 900.0
@@ -167,9 +168,9 @@ def _take_turns(member: Member, saver: Saver) -> bool:
         _, *answers = member.world.agree([0, *saver.request()]).result()
         saver.apply(answers)
         for record in saver.take_events():
-            if record["kind"] == "checkpoint_failed":
-                raise RuntimeError(f"the checkpoint failed: {record['why']}")
-            is_announced |= record["kind"] == "checkpoint"
+            if isinstance(record, CheckpointFailed):
+                raise RuntimeError(f"the checkpoint failed: {record.why}")
+            is_announced |= isinstance(record, CheckpointSaved)
         if not any(answers[:2]):
             return is_announced
         time.sleep(_POLL_S)

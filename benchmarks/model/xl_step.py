@@ -28,7 +28,8 @@ from benchmarks.start.xl_start import SIZES, write_weights
 from benchmarks.topics import prepare_topics
 from orchestrator.checkpoint.store import Checkpoint, CheckpointStore
 from orchestrator.storage.run_folder import RunFolder
-from orchestrator.telemetry.metrics import read_events, read_metrics
+from orchestrator.telemetry.metrics import read_metrics
+from orchestrator.telemetry.records import Begin, CheckpointSaved, Step
 
 SETTINGS = (
     *("--batch_size=1", "--block_size=1024", "--gradient_accumulation_steps=1", "--learning_rate=1e-5"),
@@ -99,17 +100,18 @@ def train(folder: Path, side: str, *, is_killed: bool) -> dict[str, Any]:
             log.seek(0)
             raise RuntimeError(f"{side} has failed:\n{log.read()[-5000:]}")
     records = read_metrics(RunFolder(out_dir))
-    steps = {record["iter"]: record for record in records if record["kind"] == "step"}
+    steps = {each.record.iter: each.record for each in records if isinstance(each.record, Step)}
     found: dict[str, Any] = {
         "peak_gb": peak_bytes / 1e9,
-        "step_s": max(step["dt_s"] for step in steps.values()),
-        "save_s": max(record["seconds"] for record in records if record["kind"] == "checkpoint"),
+        "step_s": max(step.dt_s for step in steps.values()),
+        "save_s": max(each.record.seconds for each in records if isinstance(each.record, CheckpointSaved)),
     }
     if is_killed:
-        begun = [record for record in (*records, *read_events(RunFolder(out_dir))) if record["kind"] == "begin"]
-        if not killed_at_s or len(begun) != 2 or begun[-1]["iter"] != 1:
+        begun = [each.record for each in records if isinstance(each.record, Begin)]
+        if not killed_at_s or len(begun) != 2 or begun[-1].iter != 1:
             raise RuntimeError(f"the worker was not killed between its steps: {begun}")
-        found |= {"restore_s": begun[-1]["restore_s"], "kill_to_next_step_s": steps[1]["time"] - killed_at_s}
+        [step_s] = [each.time_s for each in records if each.record is steps[1]]
+        found |= {"restore_s": begun[-1].restore_s, "kill_to_next_step_s": step_s - killed_at_s}
     last = newest(store)
     if not last or last.iter_num != 2:
         raise RuntimeError(f"{side} has not saved its second step")

@@ -23,6 +23,7 @@ import psutil
 
 from benchmarks.processes import workers_of
 from orchestrator.storage.run_folder import RunFolder
+from orchestrator.telemetry.records import Stamped, Step
 
 # Not the cluster that this process may be in; and no dashboard is waited for, by either side.
 os.environ.update(RAY_AUTH_MODE="disabled", RAY_USAGE_STATS_ENABLED="0", OMP_NUM_THREADS="1")
@@ -124,8 +125,9 @@ def steps_of(out_dir: str, is_ours: bool) -> list[tuple[int, float]]:
     if not is_ours:
         lines = (line.split() for line in Path(out_dir, "steps").read_text().splitlines())
         return [(int(it), float(at_s)) for it, at_s in lines]
-    records = (json.loads(line) for line in Path(out_dir, "metrics.jsonl").read_text().splitlines())
-    return [(record["iter"], record["time"]) for record in records if record["kind"] == "step"]
+    records = Path(out_dir, "metrics.jsonl").read_text().splitlines()
+    found = (Stamped.from_json(json.loads(record)) for record in records)
+    return [(each.record.iter, each.time_s) for each in found if each and isinstance(each.record, Step)]
 
 
 def figures(steps: list[tuple[int, float]], struck_s: float) -> dict[str, float]:

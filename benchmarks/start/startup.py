@@ -26,14 +26,15 @@ import psutil
 from benchmarks.topics import prepare_topics
 from orchestrator.storage.run_folder import RunFolder
 from orchestrator.telemetry.metrics import read_events, read_metrics
+from orchestrator.telemetry.records import AttemptPlaced, AttemptRunning, AttemptStarting, Begin, DriverStarted, Step
 
 PHASES = {  # each lasts until this record
-    "check": "driver_started",
-    "cluster": "attempt_starting",
-    "place": "attempt_placed",
-    "start": "attempt_running",
-    "set_up": "begin",
-    "first_step": "step",
+    "check": DriverStarted,
+    "cluster": AttemptStarting,
+    "place": AttemptPlaced,
+    "start": AttemptRunning,
+    "set_up": Begin,
+    "first_step": Step,
 }
 SETTINGS = (
     *("--n_layer=4", "--n_head=4", "--n_embd=128", "--block_size=64", "--batch_size=8"),
@@ -77,10 +78,10 @@ def phases_of(command: list[str], environment: dict[str, str]) -> dict[str, floa
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr
     out_dir = command[-1].partition("=")[2]
-    records = [*read_events(RunFolder(out_dir)), *read_metrics(RunFolder(out_dir))]
+    stamped = [*read_events(RunFolder(out_dir)), *read_metrics(RunFolder(out_dir))]
     phases, last_s = {}, began_s
-    for phase, kind in PHASES.items():
-        times = [record["time"] for record in records if record["kind"] == kind]
+    for phase, its_type in PHASES.items():
+        times = [each.time_s for each in stamped if isinstance(each.record, its_type)]
         if times:  # torchrun has no driver
             phases[phase], last_s = min(times) - last_s, min(times)
     return phases

@@ -1,4 +1,4 @@
-"""Mailbox: the workers of a run post records there for the driver, and learn there that they should stop.
+"""Mailbox: where the workers of a run post records for the driver, and learn that they should stop.
 
 One small actor beside the driver. Posting never fails a run: the mailbox is for display, the metrics are in the run's
 folder. Nor does training wait for it: a call of Ray's takes milliseconds, so a thread makes them.
@@ -15,19 +15,20 @@ from typing import Any
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from orchestrator.telemetry.records import Note, Record, Stamped
+
 logger = logging.getLogger(__name__)
 
-Record = dict[str, Any]
 _POST_INTERVAL_S = 1.0
 _ANSWER_S = 5.0
 _KEPT_RECORDS = 10_000
 
-LOSS_IS_SEEN = "loss_is_seen"  # the kind of a record that is for the driver alone
-
 
 class _Mailbox:
+    """The actor, which holds stamped records as JSON."""
+
     def __init__(self) -> None:
-        self._records: deque[Record] = deque()
+        self._records: deque[dict[str, Any]] = deque()
         self._gone = 0  # so many were before these
         self._stopping = False
         self._first: dict[str, Any] = {}
@@ -35,12 +36,12 @@ class _Mailbox:
     def first(self, key: str, value: Any) -> Any:
         return self._first.setdefault(key, value)
 
-    def post(self, records: list[Record]) -> bool:
+    def post(self, records: list[dict[str, Any]]) -> bool:
         self._records.extend(records)
         self._drop(len(self._records) - _KEPT_RECORDS)
         return self._stopping
 
-    def take(self, stop: bool, seen: int) -> tuple[int, list[Record]]:
+    def take(self, stop: bool, seen: int) -> tuple[int, list[dict[str, Any]]]:
         self._stopping = self._stopping or stop
         self._drop(seen - self._gone)
         return self._gone, list(self._records)
@@ -63,7 +64,7 @@ class MailboxReader:
     def __init__(self, mailbox: Any) -> None:
         self._mailbox, self._seen, self._is_lost = mailbox, 0, False
 
-    def take(self, stop: bool) -> list[Record]:
+    def take(self, stop: bool) -> list[Stamped]:
         """Return what was posted since the last call; stop tells the workers to save and leave."""
         try:
             gone, records = ray.get(self._mailbox.take.remote(stop, self._seen), timeout=2 * _ANSWER_S)
@@ -77,7 +78,7 @@ class MailboxReader:
         self._is_lost = False
         new = records[max(0, self._seen - gone) :]
         self._seen = gone + len(records)
-        return list(new)
+        return [stamped for value in new if (stamped := Stamped.from_json(value))]
 
 
 class MailboxWriter:
@@ -86,17 +87,14 @@ class MailboxWriter:
     def __init__(self, mailbox: Any) -> None:
         self._mailbox = mailbox
 
-    def post(self, record: Record) -> None:
-        """Post a record."""
-        self._mailbox.post.remote([record])
+    def emit(self, record: Record, time_s: float | None = None) -> None:
+        """Post a record; time_s: since when it is true (seconds since 1970), by default since now."""
+        stamped = Stamped(record, time.time() if time_s is None else time_s)
+        self._mailbox.post.remote([stamped.to_json()])
 
     def note(self, text: str, level: str = "INFO") -> None:
         """Post a line for the user."""
-        self.post({"kind": "note", "level": level, "text": text})
-
-    def emit(self, kind: str, **values: Any) -> None:
-        """Post an event, which the driver keeps."""
-        self.post({"event": {"kind": kind, "time": time.time(), **values}})
+        self.emit(Note(level=level, text=text))
 
 
 class MailboxClient:
@@ -104,16 +102,16 @@ class MailboxClient:
 
     def __init__(self, mailbox: Any) -> None:
         self._mailbox = mailbox
-        self._waiting: deque[Record] = deque(maxlen=_KEPT_RECORDS)
+        self._waiting: deque[Stamped] = deque(maxlen=_KEPT_RECORDS)
         self._sending = threading.Lock()  # what is taken first arrives first
         self._closed = threading.Event()
         self._stopping = False
         self._thread = threading.Thread(target=self._exchange, name="mailbox", daemon=True)
         self._thread.start()
 
-    def post(self, record: Record) -> None:
+    def post(self, stamped: Stamped) -> None:
         """Hand a record over within a second or so."""
-        self._waiting.append(record)
+        self._waiting.append(stamped)
 
     def should_stop(self) -> bool:
         """Return whether the driver asks to stop, as of the last answer."""
@@ -146,4 +144,4 @@ class MailboxClient:
 
     def _send(self) -> Any:
         with self._sending:
-            return self._mailbox.post.remote([self._waiting.popleft() for _ in range(len(self._waiting))])
+            return self._mailbox.post.remote([self._waiting.popleft().to_json() for _ in range(len(self._waiting))])

@@ -72,23 +72,22 @@ class AttemptMonitor(WorkerGroupCallback, ControllerCallback):  # type: ignore[m
             self._back_off_s = 0.0
         if self._is_placing:
             self._report.note(f"still no room for {num_workers} workers: waiting for machines")
-        self._report.number += 1
         self._placement.start_group(each)
-        self._report.emit("attempt_starting", num_workers=num_workers)
+        self._report.starting(num_workers)
         if self._report.number > 1 and not self._is_placing:
             wait_for_places(num_workers, each)
         self._is_placing = True
 
     def after_worker_group_start(self, worker_group: Any) -> None:
         self._group, self._is_over, self._is_placing = worker_group, False, False
-        self._report.emit("attempt_placed", num_workers=len(worker_group.get_workers()))
+        self._report.placed(len(worker_group.get_workers()))
         used = {worker.metadata.node_id for worker in worker_group.get_workers()}
         self._reachability = ReachabilityMonitor(
             [node for node in ray.nodes() if node["NodeID"] in used], self._give_up_node
         )
 
     def after_worker_group_training_start(self, worker_group: Any) -> None:
-        self._report.emit("attempt_running", num_workers=len(worker_group.get_workers()))
+        self._report.running(len(worker_group.get_workers()))
         if self._each:
             after_s = _SPARES_AFTER_S if self._report.number == 1 else _SPARES_AGAIN_S
             later = threading.Timer(after_s, spares.prestart, (worker_group, self._each))
@@ -118,10 +117,10 @@ class AttemptMonitor(WorkerGroupCallback, ControllerCallback):  # type: ignore[m
             seen_s, workers = time.time(), self._group.get_workers()
             rescued = self._rescue(workers, lost=set(), failures=[])
             self._placement.note_usage(workers)
-            self._report.failure("resized", [], "the number of machines has changed", rescued, time=seen_s)
+            self._report.resized(rescued, seen_s)
 
     def after_worker_group_shutdown(self, worker_group_context: Any) -> None:  # noqa: ARG002
-        self._report.emit("attempt_ended")
+        self._report.ended()
 
     def refuse(self, workers: list[Any], faults: dict[int, str]) -> None:
         """End an attempt that has its places, before its process group is made; faults: of GPUs, by rank.
@@ -131,7 +130,7 @@ class AttemptMonitor(WorkerGroupCallback, ControllerCallback):  # type: ignore[m
                 with an error for which Ray starts the next group.
         """
         self._is_placing = False
-        self._report.emit("attempt_placed", num_workers=len(workers))
+        self._report.placed(len(workers))
         rank, fault = next(iter(faults.items()))
         node = workers[rank].metadata.hostname
         text = f"node {node}: Ray gives workers a GPU there, but {fault}"
@@ -139,12 +138,12 @@ class AttemptMonitor(WorkerGroupCallback, ControllerCallback):  # type: ignore[m
             raise ControllerError(ConfigError(f"{text}. {_GPU_REMEDY}"))
         self._placement.cordon(workers, list(faults))
         failure = WorkerFailure(rank, Cause.GPU_FAULT, text, self._iter_num)
-        self._report.failure(failure.cause, list(faults), text, node=node)
+        self._report.refused(failure, list(faults), node)
         try:
             self._charge(failure, node)
         except RunAbandonedError as given_up:
             raise ControllerError(given_up) from None
-        self._report.emit("attempt_ended")
+        self._report.ended()
         raise ControllerError(WorkerGroupStartupFailedError(text))
 
     def _give_up_node(self, node_id: str) -> None:
@@ -176,7 +175,7 @@ class AttemptMonitor(WorkerGroupCallback, ControllerCallback):  # type: ignore[m
         first = root_cause(failures)
         node = workers[first.rank].metadata.hostname
         ranks = sorted(errors.keys() | rescued.deaths.keys() | gone)
-        self._report.failure(first.cause, ranks, first.text, rescued, time=seen_s, node=node, traceback=first.traceback)
+        self._report.failed(first, ranks, node, rescued, seen_s)
         self._placement.cordon(workers, [each.rank for each in failures if each.cause is Cause.GPU_FAULT])
         self._charge(first, node)
         self._report.resumes(rescued.iter_num)

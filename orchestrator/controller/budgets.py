@@ -1,7 +1,7 @@
 """Budgets: whether another attempt is worth starting. Knows no Ray.
 
-Every cause has a budget of its own, which is full again as soon as training has come a checkpoint further: a run on
-machines that come and go for weeks never runs out, one that gets nowhere stops soon.
+Each cause has a budget of its own. It is full again as soon as training has come a checkpoint further: a run on
+machines that come and go for weeks never runs out of it, and a run that gets nowhere stops soon.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ class RunAbandonedError(Exception):
     """The run is not restarted any more; the message says why and what to do."""
 
 
-def root_cause(endings: Iterable[WorkerFailure]) -> WorkerFailure:
-    """Return the ending that explains the others: by its cause, then the lowest rank's."""
+def root_cause(failures: Iterable[WorkerFailure]) -> WorkerFailure:
+    """Return the failure that explains the others: the first in the order of causes, then of ranks."""
     order = list(Cause)
-    first = min(endings, key=lambda ending: (order.index(ending.cause), ending.rank))
+    first = min(failures, key=lambda failure: (order.index(failure.cause), failure.rank))
     if first.cause is Cause.PEER_LOST:  # whose process is gone: a connection does not break by itself
         return replace(first, cause=Cause.WORKER_LOST)
     return first
@@ -34,10 +34,10 @@ def root_cause(endings: Iterable[WorkerFailure]) -> WorkerFailure:
 
 @dataclass
 class Budgets:
-    """What has been spent.
+    """The failures that a run may have in a row without progress, and those that it has had.
 
-    max_failures: in a row without progress, for each cause; -1 = no limit. max_preemptions: the same, of machines that
-    were taken away with notice.
+    max_failures: of each cause; -1 = no limit.
+    max_preemptions: of machines that are taken away with notice; -1 = no limit.
     refill_iters: iterations that count as progress.
     """
 
@@ -48,20 +48,20 @@ class Budgets:
     at_iter: dict[Cause, int] = field(default_factory=dict)
     last_bug: tuple[str, int | None] | None = None
 
-    def charge(self, ending: WorkerFailure, iter_num: int | None) -> float:
-        """Charge an ending to its cause's budget; iter_num: how far training has come. Return the seconds to wait.
+    def charge(self, failure: WorkerFailure, iter_num: int | None) -> float:
+        """Charge a failure to its cause's budget, and return the seconds to wait; iter_num: how far training has come.
 
         Raises:
             RunAbandonedError: the budget is used up, or a bug of the user's has shown twice at the same place.
         """
-        cause = ending.cause
+        cause = failure.cause
         if cause is Cause.USER_ERROR:
             # who cannot tell, for its GPU answers no more, was as far as the others
-            bug = (ending.text, ending.iter_num if ending.iter_num is not None else iter_num)
+            bug = (failure.text, failure.iter_num if failure.iter_num is not None else iter_num)
             if bug == self.last_bug:
                 raise RunAbandonedError(
                     f"the same error at the same iteration ({bug[1]}), twice: it would come again. "
-                    f"Rank {ending.rank}:\n{ending.traceback}"
+                    f"Rank {failure.rank}:\n{failure.traceback}"
                 )
             self.last_bug = bug
         reached = iter_num if iter_num is not None else -1
@@ -73,7 +73,7 @@ class Budgets:
             raise RunAbandonedError(
                 f"{cause}: {self.spent[cause]} times within {self.refill_iters} iterations, and the budget is "
                 f"{limit} (--{'max_preemptions' if cause is Cause.PREEMPTED else 'max_failures'}). The last one, on "
-                f"rank {ending.rank}: {ending.text}\n{ending.traceback}".rstrip()
+                f"rank {failure.rank}: {failure.text}\n{failure.traceback}".rstrip()
             )
         return self._back_off_s(cause)
 

@@ -19,10 +19,10 @@ _RESCUE_S = 60.0  # in which it is done
 
 @dataclass(frozen=True)
 class GroupRescue:
-    """What came of it.
+    """The outcome of a rescue.
 
-    iter_num: the iteration that is safe, reached_at_s: when it was completed (seconds since 1970); None where none is.
-    deaths: by rank, the errors of workers that turned out not to live.
+    iter_num: the iteration that is safe; reached_at_s: when it was completed (seconds since 1970); None if none is.
+    deaths: by rank, the errors of workers that had died before we asked them.
     """
 
     iter_num: int | None
@@ -30,11 +30,6 @@ class GroupRescue:
     ranks_rescued: int
     seconds: float
     deaths: dict[int, Exception]
-
-    def to_event(self) -> dict[str, Any]:
-        """Return what the event of the failure says of the rescue."""
-        reached = {} if self.iter_num is None else {"reached_iter": self.iter_num, "reached_at_s": self.reached_at_s}
-        return {"rescue_s": self.seconds, "ranks_rescued": self.ranks_rescued, **reached}
 
 
 def rescue_group(workers: list[Any], lost: set[int], failures: Iterable[WorkerFailure]) -> GroupRescue:

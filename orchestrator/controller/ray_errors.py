@@ -13,7 +13,7 @@ def failure_of(error: Exception, rank: int, node_id: str, iter_num: int | None) 
     """Return why a rank failed; iter_num: the last iteration that is known of it."""
     error = getattr(error, "_base_exc", error)  # of the train function, with its traceback as text
     if isinstance(error, AttemptFailedError):
-        return WorkerFailure.from_json(error.failure)
+        return error.failure
     if isinstance(error, WorkerHealthCheckFailedError):
         error = error.health_check_failure
     if isinstance(error, OutOfMemoryError):  # Ray's memory monitor has ended the process

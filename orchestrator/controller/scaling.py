@@ -1,9 +1,10 @@
-"""Elastic: how many workers can run now, counted on the nodes that live. For `num_workers=2-8`.
+"""Scaling policies: how many workers can run now, counted on the nodes that live. For `num_workers=2-8`.
 
-Ray Train asks a policy before it starts a group and while one runs. Its own counts what the autoscaler has reserved for
-the run, which knows of a lost node 20 s late, and counts nodes that are about to be taken away. This one counts nodes
-that live and stay, less what other programs use on them. The class that it extends is not public: it stands here
-alone, a test pins what is relied on, and where the trainer (`trainer.py`) has changed, Ray's own policy is used.
+Ray Train asks a policy before it starts a group and while one runs. Ray's own policy counts the resources that the
+autoscaler has reserved for the run. The autoscaler learns of a lost node 20 s late, and counts nodes that the cloud is
+about to take away. Ours counts nodes that live and stay, less what other programs use on them. Ray's classes are not
+public: we extend them here alone, and a test pins what we rely on. If Ray changes its trainer (`trainer.py`), Ray's own
+policy runs.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from orchestrator.cluster.mailbox import MailboxWriter
 from orchestrator.cluster.reachability import unreachable_nodes
 from orchestrator.cluster.room import Resources, used_by_others, workers_that_fit
 from orchestrator.controller.cordon import CORDON
+from orchestrator.telemetry.records import AttemptWaiting
 
 _ASK_AGAIN_S = 0.25  # while there are too few machines
 _TELL_EVERY_S = 30.0
@@ -35,7 +37,7 @@ _AT_LEAST_S = 10.0
 
 
 class WithoutAutoscaler:
-    """Of a policy that asks no autoscaler for machines: before Ray's in the order of its classes."""
+    """Makes a policy ask no autoscaler for machines. Name it before Ray's class among the bases."""
 
     def _send_resource_request(self) -> None:
         pass
@@ -44,7 +46,7 @@ class WithoutAutoscaler:
 
 
 class FixedPolicy(WithoutAutoscaler, FixedScalingPolicy):  # type: ignore[misc]
-    """Always as many; what asks an autoscaler for them is the group's own request for places."""
+    """Always as many workers. The group's own request for places asks an autoscaler for them."""
 
 
 class LiveNodesPolicy(ElasticScalingPolicy):  # type: ignore[misc]
@@ -114,9 +116,9 @@ class LiveNodesPolicy(ElasticScalingPolicy):  # type: ignore[misc]
         if now_s - self._told_s >= _TELL_EVERY_S:
             self._told_s = now_s
             least = self.scaling_config.min_workers
-            self._writer.emit("attempt_waiting", room=room, least=least)
+            self._writer.emit(AttemptWaiting(room=room, least=least))
             self._writer.note(f"waiting for machines: there is room for {room} of at least {least} workers")
 
 
 class UnscaledLiveNodesPolicy(WithoutAutoscaler, LiveNodesPolicy):
-    """The same where there is no autoscaler to hear."""
+    """The same on a cluster without an autoscaler."""

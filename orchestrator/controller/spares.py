@@ -78,7 +78,7 @@ def prestart_first(num_workers: int, each: dict[str, float]) -> None:
 
 
 def prestart(worker_group: Any, each: dict[str, float]) -> None:
-    """Have the nodes start spares, behind: those of a group one for each worker, others as many as may be needed there.
+    """Have the nodes start spares: nodes of the group one for each worker, other nodes as many as may be needed there.
 
     For the controller. each: the resources of a worker.
     """

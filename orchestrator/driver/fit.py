@@ -1,4 +1,4 @@
-"""Ray's fit, in a thread, while this process shows what the workers post and passes on that they should stop."""
+"""Fit: runs Ray's trainer in a thread. Meanwhile this process shows the workers' records, and tells them to stop."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 import ray
 from ray._private.state import state as cluster
 
-from orchestrator.cluster.mailbox import LOSS_IS_SEEN, MailboxReader
+from orchestrator.cluster.mailbox import MailboxReader
 from orchestrator.cluster.ray_calls import RAY_CALL_ERRORS
 from orchestrator.driver.driver import Driver
 from orchestrator.driver.ray_output import RayOutput
@@ -19,17 +19,17 @@ from orchestrator.driver.trainer import Trainer
 from orchestrator.host.background import BackgroundQueue
 from orchestrator.host.signals import STOP_SIGNALS
 from orchestrator.telemetry.display import Display
+from orchestrator.telemetry.records import Begin, Event, Failure, LossSeen, Note, Stamped
 from orchestrator.worker.failure import Cause
 
-Record = dict[str, Any]
 _LOOK_EVERY_S = 0.2
 _FIT_ENDS_S = 5.0
 
 
-def fit(driver: Driver, trainer: Trainer, mailbox: Any) -> Future[Record]:
+def fit(driver: Driver, trainer: Trainer, mailbox: Any) -> Future[dict[str, Any]]:
     """Run the trainer until it ends, or until another driver has taken over; return the future of rank 0's value."""
     in_background = BackgroundQueue("fit", lambda: signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS))
-    result: Future[Record] = in_background.submit(lambda: dict(trainer.fit().return_value))
+    result: Future[dict[str, Any]] = in_background.submit(lambda: dict(trainer.fit().return_value))
     in_background.close()
     has_told, reader = False, MailboxReader(mailbox)
     with _ended_with_us(result), Display(driver.config.max_iters) as display:
@@ -39,31 +39,31 @@ def fit(driver: Driver, trainer: Trainer, mailbox: Any) -> Future[Record]:
                 break
             if driver.stop.is_set() and not has_told:
                 has_told = True
-                display.show(_note("stopping: the iteration is finished and saved (Ctrl-C again: stop at once)"))
+                text = "stopping: the iteration is finished and saved (Ctrl-C again: stop at once)"
+                display.show(Note(text=text))
             _pass_on(reader.take(driver.stop.is_set()), driver, display)
         _pass_on(reader.take(driver.stop.is_set()), driver, display)
     return result
 
 
-def _pass_on(records: list[Record], driver: Driver, display: Display) -> None:
-    """Show what the workers posted, keep the monitor's events, and sort Ray's own words by it."""
-    for record in records:
-        if "event" in record:
-            event = record["event"]
-            driver.journal.emit(**event)
-            if event["kind"] == "failure":
-                _sort_by_cause(driver.ray_output, event["cause"])
-            continue
-        if record["kind"] == LOSS_IS_SEEN:
+def _pass_on(posted: list[Stamped], driver: Driver, display: Display) -> None:
+    """Keep the controller's events, show the workers' records, and sort Ray's own words by both."""
+    for stamped in posted:
+        record = stamped.record
+        if isinstance(record, LossSeen):
             driver.ray_output.expect_loss()
-            continue
-        if record["kind"] == "begin":
-            driver.ray_output.end_loss()
-        display.show(record)
-        driver.journal.observe(record)
+        elif isinstance(record, Event):
+            driver.journal.emit(record, stamped.time_s)
+            if isinstance(record, Failure):
+                _sort_by_cause(driver.ray_output, record.cause)
+        else:
+            if isinstance(record, Begin):
+                driver.ray_output.end_loss()
+            display.show(record)
+            driver.journal.observe(stamped)
     driver.ray_output.pass_on()
     if path := driver.ray_output.log_file_to_tell():
-        display.show(_note(f"Ray's own words about lost workers are in {path}"))
+        display.show(Note(text=f"Ray's own words about lost workers are in {path}"))
 
 
 def _sort_by_cause(output: RayOutput, cause: str) -> None:
@@ -73,12 +73,8 @@ def _sort_by_cause(output: RayOutput, cause: str) -> None:
         output.expect_loss()
 
 
-def _note(text: str) -> Record:
-    return {"kind": "note", "text": text}
-
-
 @contextmanager
-def _ended_with_us(fitting: Future[Record]) -> Iterator[None]:
+def _ended_with_us(fitting: Future[dict[str, Any]]) -> Iterator[None]:
     """End Ray's fit when this is interrupted: its thread would still call Ray after that has ended, which aborts us.
 
     Fit ends with its controller. How an actor is found is not public; where that has changed, the exit code is 1.

@@ -1,8 +1,8 @@
-"""Journal: the events of a driver's attempts, kept in events.jsonl in the run's folder and summed up.
+"""Journal: keeps the events of a driver's attempts in events.jsonl in the run's folder, and adds up their time.
 
-On an object store rank 0 uploads metrics now and then, so an attempt's last ones may be gone with it. The driver has
-received them too, and stores them when the next attempt begins. Records that are there already are the same, line by
-line.
+On an object store rank 0 uploads metrics now and then, so a killed rank 0 takes an attempt's last ones with it. The
+driver has received them too, and stores them when the next attempt begins. Those that rank 0 had uploaded come twice
+then, as equal lines, and readers take each once.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ import time
 from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 from orchestrator.driver.lease import Lease
 from orchestrator.telemetry.goodput import Ledger, summary_of
 from orchestrator.telemetry.metrics import MetricsLog
+from orchestrator.telemetry.records import Begin, DriverEnded, DriverStarted, Event, LoopRecord, Stamped
 
 logger = logging.getLogger(__name__)
 
@@ -28,15 +28,16 @@ _RECENT = 10_000  # records
 
 
 class Journal:
-    """Of one driver; without a log (an evaluation writes nothing) the events are only summed up.
+    """One driver's. start_id: its own, for the stamps of events.
 
-    metrics: stores the last metrics of an attempt that has ended, where it may not have done so itself.
+    log: takes the events; None for an evaluation, which writes nothing.
+    metrics: takes an ended attempt's last metrics; None on a disk, where they are written at once.
     """
 
-    def __init__(self, log: MetricsLog | None, metrics: MetricsLog | None = None) -> None:
-        self._log, self._metrics, self.ledger = log, metrics, Ledger()
-        self._recent: deque[dict[str, Any]] = deque(maxlen=_RECENT)  # of this attempt
-        self._waiting: list[dict[str, Any]] | None = []  # until the run may write to its folder
+    def __init__(self, start_id: str, log: MetricsLog | None, metrics: MetricsLog | None = None) -> None:
+        self._start_id, self._log, self._metrics, self.ledger = start_id, log, metrics, Ledger()
+        self._recent: deque[Stamped] = deque(maxlen=_RECENT)  # of this attempt
+        self._waiting: list[Stamped] | None = []  # until the run may write to its folder
 
     @property
     def has_begun(self) -> bool:
@@ -49,31 +50,31 @@ class Journal:
         for event in waiting:
             self._write(event)
 
-    def emit(self, kind: str, **values: Any) -> None:
-        """Keep an event."""
-        event = {"kind": kind, "iter": 0, "time": time.time(), **values}
+    def emit(self, record: Event, time_s: float | None = None) -> None:
+        """Keep an event; time_s: its time (seconds since 1970), by default now."""
+        event = Stamped(record, time.time() if time_s is None else time_s, self._start_id)
         self.ledger.add(event)
         if self._waiting is None:
             self._write(event)
         else:
             self._waiting.append(event)
 
-    def observe(self, record: dict[str, Any]) -> None:
-        """Sum up a worker's record. The worker stores its metrics itself."""
-        if "time" not in record:  # a line for people
+    def observe(self, stamped: Stamped) -> None:
+        """Add a worker's record to the ledger. The worker stores its metrics itself."""
+        if not isinstance(stamped.record, LoopRecord):  # a line for people
             return
-        self.ledger.add(record)
-        if record["kind"] == "begin":
+        self.ledger.add(stamped)
+        if isinstance(stamped.record, Begin):
             self.keep_metrics()
-        self._recent.append(record)
+        self._recent.append(stamped)
 
     def keep_metrics(self) -> None:
         """Store the last metrics of an attempt that has ended."""
         if self._metrics and self._recent:
-            since_s = self._recent[-1]["time"] - _UNSURE_S
-            for record in self._recent:
-                if record["time"] >= since_s:
-                    self._metrics.write(record)
+            since_s = self._recent[-1].time_s - _UNSURE_S
+            for stamped in self._recent:
+                if stamped.time_s >= since_s:
+                    self._metrics.write(stamped)
             self._metrics.flush()
         self._recent.clear()
 
@@ -83,24 +84,24 @@ class Journal:
             if log:
                 log.close()
 
-    def _write(self, event: dict[str, Any]) -> None:
+    def _write(self, event: Stamped) -> None:
         if self._log:
             self._log.write(event)
 
 
 @contextmanager
 def open_journal(lease: Lease | None) -> Iterator[Journal]:
-    """Lend a driver its events, from its start to its end, and say then where the time went."""
+    """Lend a driver its journal, from its start to its end, and log then where the time went."""
     if lease is None:
-        yield Journal(None)
+        yield Journal("", None)
         return
     folder = lease.folder
     log = MetricsLog(folder, lease.start_id, stem="events", flush_interval_s=_FLUSH_S)
     metrics = None
     if not folder.is_local:
         metrics = MetricsLog(folder, lease.start_id, flush_interval_s=math.inf)  # all at once, by `keep_metrics`
-    journal = Journal(log, metrics)
-    journal.emit("driver_started", start_id=lease.start_id)
+    journal = Journal(lease.start_id, log, metrics)
+    journal.emit(DriverStarted(start_id=lease.start_id))
     try:
         yield journal
     finally:
@@ -108,7 +109,7 @@ def open_journal(lease: Lease | None) -> Iterator[Journal]:
             error = sys.exception()
             if error:
                 journal.keep_metrics()
-            journal.emit("driver_ended", outcome=type(error).__name__ if error else "finished")
+            journal.emit(DriverEnded(outcome=type(error).__name__ if error else "finished"))
             journal.close()
         if journal.ledger.attempts:
             logger.info("%s", summary_of(journal.ledger))

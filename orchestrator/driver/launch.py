@@ -50,6 +50,7 @@ from orchestrator.storage.options import redacted
 from orchestrator.storage.run_folder import RUN_FILE
 from orchestrator.telemetry.display import quiet
 from orchestrator.telemetry.format import stopped_line
+from orchestrator.telemetry.records import AttemptWaiting, Failure
 from orchestrator.training.attempt import Outcome
 from orchestrator.worker.environment import log_passed_variables
 from orchestrator.worker.job import Job
@@ -126,7 +127,7 @@ def _train_through_losses(driver: Driver) -> dict[str, Any]:
         except ClusterLostError as lost:
             raise RunLostError(str(lost)) from None
         except ControllerLostError as lost:
-            driver.journal.emit("failure", cause="controller_lost", text=str(lost))
+            driver.journal.emit(Failure(cause="controller_lost", text=str(lost)))
             driver.ray_output.show_everything()
             driver.is_first_try = False
             losses = losses + 1 if time.monotonic() - began_s < _LONG_S else 1
@@ -150,7 +151,7 @@ def _train_on_ray(driver: Driver) -> dict[str, Any]:
         may_wait = not driver.is_first_try or bool(os.environ.get(variables.RESUBMITTED))
         try:
             gpus_per_worker = wait_for_room(
-                config, may_wait, driver.stop, lambda: driver.journal.emit("attempt_waiting")
+                config, may_wait, driver.stop, lambda: driver.journal.emit(AttemptWaiting())
             )
         except StoppedError:
             raise InterruptedRunError("stopped while waiting for machines, nothing was begun") from None

@@ -8,15 +8,15 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from types import TracebackType
-from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from orchestrator.host.streams import has_lost_its_reader
 from orchestrator.telemetry.format import line_of
+from orchestrator.telemetry.records import Evaluation, LoopRecord, Note, Record, Step
 
-Record = dict[str, Any]
+_STYLES = {"WARNING": "yellow", "ERROR": "red"}
 
 
 class Display:
@@ -51,14 +51,16 @@ class Display:
             self._show(record)
 
     def _show(self, record: Record) -> None:
-        style = {"WARNING": "yellow", "ERROR": "red"}.get(record.get("level", ""))
+        style = _STYLES.get(record.level) if isinstance(record, Note) else None
         if line := line_of(record):
             self._console.print(line, style=style, markup=False)
-        if self._progress and "iter" in record:
-            loss = {"step": "loss", "eval": "val_loss"}.get(record["kind"])
-            self._progress.update(self._task, completed=record["iter"])
-            if loss:
-                self._progress.update(self._task, loss=f"{loss} {record[loss]:.4f}")
+        if self._progress and isinstance(record, LoopRecord):
+            self._progress.update(self._task, completed=record.iter)
+            match record:
+                case Step(loss=loss):
+                    self._progress.update(self._task, loss=f"loss {loss:.4f}")
+                case Evaluation(val_loss=loss):
+                    self._progress.update(self._task, loss=f"val_loss {loss:.4f}")
 
 
 @contextmanager

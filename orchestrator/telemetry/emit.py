@@ -1,4 +1,4 @@
-"""The way of a record out of the loop: stamped, as JSON, to the display and to the run's sinks."""
+"""The way of a record out of the loop: stamped, to whoever shows it and to the run's sinks."""
 
 from __future__ import annotations
 
@@ -6,23 +6,20 @@ import logging
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
 
 from orchestrator.config import TrainConfig
 from orchestrator.distributed.world import World
 from orchestrator.storage.options import redacted
 from orchestrator.storage.run_folder import RunFolder
-from orchestrator.telemetry.records import Note, Record, to_json
+from orchestrator.telemetry.records import Note, Record, Stamped
 from orchestrator.telemetry.sinks import Sinks, open_sinks
-
-JsonRecord = dict[str, Any]
 
 
 @contextmanager
 def open_telemetry(
-    config: TrainConfig, world: World, folder: RunFolder, show: Callable[[JsonRecord], None]
+    config: TrainConfig, world: World, folder: RunFolder, post: Callable[[Stamped], None]
 ) -> Iterator[Callable[[Record], None]]:
-    """Lend `emit`, which stamps a record and passes it to show and, on rank 0, to metrics.jsonl, TensorBoard and W&B.
+    """Lend `emit`, which stamps a record, posts it and, on rank 0, writes it to metrics.jsonl, TensorBoard and W&B.
 
     Raises:
         ConfigError: on all ranks, if W&B or TensorBoard is asked for and not installed.
@@ -30,8 +27,8 @@ def open_telemetry(
     sinks = world.collectively(_open, config, world, folder)
 
     def emit(record: Record) -> None:
-        stamped = {**to_json(record), "attempt": world.attempt, "time": time.time()}
-        show(stamped)
+        stamped = Stamped(record, time.time(), world.attempt)
+        post(stamped)
         sinks.write(stamped)
 
     try:
@@ -57,9 +54,9 @@ def _open(config: TrainConfig, world: World, folder: RunFolder) -> Sinks:
 class PostingHandler(logging.Handler):
     """Posts log lines as notes."""
 
-    def __init__(self, post: Callable[[JsonRecord], None]) -> None:
+    def __init__(self, post: Callable[[Stamped], None]) -> None:
         super().__init__()
         self._post = post
 
     def emit(self, entry: logging.LogRecord) -> None:
-        self._post(to_json(Note(level=entry.levelname, text=entry.getMessage())))
+        self._post(Stamped(Note(level=entry.levelname, text=entry.getMessage()), entry.created))

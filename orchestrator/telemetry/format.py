@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from orchestrator.telemetry.records import (
     Begin,
     CheckpointFailed,
@@ -12,22 +10,22 @@ from orchestrator.telemetry.records import (
     Evaluation,
     LanesChanged,
     Note,
+    Record,
     RollingBack,
     Step,
     StepSkipped,
-    from_json,
 )
 
 
-def line_of(value: dict[str, Any]) -> str | None:
-    """Return the line of a record, given as JSON, None for one that is for machines only."""
-    match from_json(value):
-        case Step() as step:
-            return _step(step)
-        case Evaluation() as evaluation:
-            return _evaluation(evaluation)
-        case Begin() as begin:
-            return _begin(begin)
+def line_of(record: Record) -> str | None:
+    """Return the line of a record, None for one that is for machines only."""
+    match record:
+        case Step():
+            return _step(record)
+        case Evaluation():
+            return _evaluation(record)
+        case Begin():
+            return _begin(record)
         case CheckpointSaved(name=name, seconds=seconds, pause_s=pause_s):
             return f"saved {name} in {seconds:.2f} s, training paused for {pause_s * 1000:.0f} ms"
         case CheckpointSkipped(name=name, why=why):
@@ -56,9 +54,9 @@ def stopped_line(iter_num: int, max_iters: int, out_dir: str, *, eval_only: bool
     return f"stopped at iteration {iter_num} of {max_iters}, saved in {out_dir}; the same command goes on from there"
 
 
-def print_record(value: dict[str, Any]) -> None:
-    """Print the line of a record, given as JSON, to stdout."""
-    if line := line_of(value):
+def print_record(record: Record) -> None:
+    """Print the line of a record to stdout."""
+    if line := line_of(record):
         print(line, flush=True)
 
 

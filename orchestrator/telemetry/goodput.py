@@ -1,23 +1,22 @@
-"""Ledger: where the time of a run went, by what its drivers and workers have told. Knows no Ray and no storage.
+"""Ledger: where the time of a run went, by the records of its drivers and workers. Knows no Ray and no storage.
 
 Every second between the first driver's start and the last word belongs to one entry:
 
     productive   iterations that count, and their evaluations
     pause        training waited for a state to be saved
     start_up     from a driver's start to its first iteration, and after the last one until it ended
-    detection    from the last iteration that was completed before a failure until it was noticed
+    detection    from the last iteration completed before a failure until the controller noticed it
     recovery     from there until the next attempt's first iteration
     waiting      no machines to run on, or no driver
-    lost         iterations that were computed again
+    lost         iterations computed again
 
-Goodput is the productive part. A run that was stopped on purpose is not waiting: that time does not count at all.
+Goodput is the productive part. A run that you have stopped does not wait: that time does not count.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Any
 
 from orchestrator.telemetry.records import (
     AttemptEnded,
@@ -32,13 +31,13 @@ from orchestrator.telemetry.records import (
     Evaluation,
     Failure,
     RollingBack,
+    Stamped,
     Step,
     StepWindow,
-    from_json,
 )
 
 ENTRIES = ("productive", "pause", "start_up", "detection", "recovery", "waiting", "lost")
-# of an incident, in order: what each one lasts until
+# of an incident, in order; each is named after its end
 PHASES = ("detect", "rescue", "tear_down", "wait", "place", "start", "set_up", "restore", "first_step")
 
 
@@ -71,7 +70,7 @@ class Ledger:
         self._now_s: float | None = None
         self._entry = "start_up"  # what the time that passes counts as
         self._before = "start_up"  # what counted before the first iteration of this attempt
-        self._told_s = 0.0  # when the workers were last heard of
+        self._heard_s = 0.0  # when we last heard of the workers
         self._first_s: float | None = None  # the first iteration of an attempt, until a median is known
         self._is_driven = self._is_placing = False
         self._open: Incident | None = None
@@ -86,9 +85,9 @@ class Ledger:
         """Return the productive part of the time, 0 before any passed."""
         return self.seconds["productive"] / self.wall_s if self.wall_s else 0.0
 
-    def add(self, value: dict[str, Any]) -> None:
-        """Take a record, given as JSON; those of kinds that say nothing about time are welcome too."""
-        record, time_s = from_json(value), float(value["time"])
+    def add(self, stamped: Stamped) -> None:
+        """Take a record of any kind."""
+        record, time_s = stamped.record, stamped.time_s
         match record:
             case DriverStarted():
                 self._driver_started(time_s)
@@ -119,7 +118,7 @@ class Ledger:
                 self._open = None
                 self._entry = "start_up"
         if isinstance(record, Step | StepWindow | Evaluation | CheckpointSaved):
-            self._told_s = time_s
+            self._heard_s = time_s
         if isinstance(record, Step):
             self.iter_num = max(self.iter_num, record.iter + 1)
 
@@ -141,8 +140,8 @@ class Ledger:
 
     def _driver_started(self, time_s: float) -> None:
         if self._is_driven:  # the one before ended without a word
-            self._pass(max(self._told_s, self._now_s or 0.0))
-            self._incident("driver_lost", "the driver's", self._told_s or time_s)
+            self._pass(max(self._heard_s, self._now_s or 0.0))
+            self._incident("driver_lost", "the driver's", self._heard_s or time_s)
             self._pass(time_s, "waiting")
             self._phase("wait", time_s)
         self._now_s = time_s  # between two drivers, the first of which ended: not counted
@@ -166,7 +165,7 @@ class Ledger:
             self._phase("restore", time_s)
             self._open.steps_repeated = repeated
         self.iter_num = record.iter
-        self._first_s, self._told_s = None, time_s
+        self._first_s, self._heard_s = None, time_s
 
     def _stepped(self, window: StepWindow, time_s: float) -> None:
         if self._entry != "productive":  # the first window of an attempt
@@ -185,8 +184,8 @@ class Ledger:
             self.median_s = window.median_s
 
     def _failed(self, failure: Failure, time_s: float) -> None:
-        told_s = self._told_s or time_s
-        reached_s = min(told_s if failure.reached_at_s is None else failure.reached_at_s, time_s)
+        heard_s = self._heard_s or time_s
+        reached_s = min(heard_s if failure.reached_at_s is None else failure.reached_at_s, time_s)
         if self._entry == "productive":
             self._pass(reached_s)
             self._pass(time_s, "detection")
@@ -209,11 +208,11 @@ class Ledger:
         self._mark_s = reached_s
 
 
-def account(records: Iterable[dict[str, Any]]) -> Ledger:
-    """Return the ledger of a run's events and metrics, given as JSON in whatever order."""
+def account(records: Iterable[Stamped]) -> Ledger:
+    """Return the ledger of a run's events and metrics, given in whatever order."""
     ledger = Ledger()
-    for record in sorted(records, key=lambda record: float(record["time"])):
-        ledger.add(record)
+    for stamped in sorted(records, key=lambda stamped: stamped.time_s):
+        ledger.add(stamped)
     return ledger
 
 

@@ -4,8 +4,8 @@
              /metrics-<iter>-<attempt>.jsonl       on an object store, which cannot append: parts
              /events.jsonl, events-*.jsonl         the same, of the driver: attempts, failures and recoveries
 
-A record has a `kind` (step, eval, checkpoint, ...), its `iter`, the `attempt` that computed it and its `time` (seconds
-since 1970). Losing metrics must never end or hold up a training run. Knows no model and no other sink (`sinks.py`).
+A line has a record's `kind` (step, eval, checkpoint, ...), its `iter`, its stamp (`attempt`, `time`) and its own keys.
+Losing metrics must never end or hold up a training run. Knows no model and no other sink (`sinks.py`).
 """
 
 from __future__ import annotations
@@ -23,12 +23,11 @@ from typing import Any
 from orchestrator.errors import CheckpointError
 from orchestrator.storage.reasons import reason_of
 from orchestrator.storage.run_folder import RunFolder
+from orchestrator.telemetry.records import Evaluation, LoopRecord, Stamped, Step
 
 logger = logging.getLogger(__name__)
 
-Record = dict[str, Any]
-
-_COMPUTED = ("step", "eval")  # kinds of which an iteration has one record, however often it was computed
+_COMPUTED = (Step.kind, Evaluation.kind)  # kinds of which an iteration has one record, however often it was computed
 _PART_BYTES = 256 * 1024  # a part grows to about this size, so that weeks of training are hundreds of parts
 _KEPT_LINES = 100_000  # while storage does not answer: about 20 MB
 
@@ -36,7 +35,7 @@ _KEPT_LINES = 100_000  # while storage does not answer: about 20 MB
 class MetricsLog:
     """A sink that keeps every record in the run's folder. If that fails it warns once, keeps the lines and tries again.
 
-    attempt: the name of this start of the run; no two share one.
+    attempt: the name of this start of the run, for the parts' names; no two share one.
     stem: the beginning of the file's name. The driver keeps `events` (attempts, failures), a file of its own.
     flush_interval_s: on an object store, how many seconds of records a crash may lose.
     """
@@ -62,14 +61,14 @@ class MetricsLog:
         self._part_name, self._part, self._part_names = "", "", set[str]()
         self._is_failing = False
 
-    def write(self, record: Record) -> None:
+    def write(self, stamped: Stamped) -> None:
         """Keep a record; on a disk it is there when this returns. Without `iter` it belongs to the one before."""
-        now = self._clock()
-        self._iter = int(record.get("iter", self._iter))
-        line = to_line({"iter": self._iter, "attempt": self._attempt, "time": now, **record})
+        if isinstance(stamped.record, LoopRecord):
+            self._iter = stamped.record.iter
+        line = to_line({"iter": self._iter, **stamped.to_json()})
         with self._lock:
             self._lines.append((self._iter, line))
-        if self._folder.is_local or now - self._flushed_at >= self._flush_interval_s:
+        if self._folder.is_local or self._clock() - self._flushed_at >= self._flush_interval_s:
             self.flush()
 
     def flush(self) -> None:
@@ -134,62 +133,63 @@ class MetricsLog:
             del self._lines[:-_KEPT_LINES]
 
 
-def read_metrics(folder: RunFolder) -> list[Record]:
+def read_metrics(folder: RunFolder) -> list[Stamped]:
     """Return all records of a run by iteration; of a step or evaluation computed twice, the one computed last.
 
-    A line cut off by a crash is left out. A run without metrics has none.
+    A line cut off by a crash is left out, and so is a kind of a newer version. A run without metrics has none.
 
     Raises:
         CheckpointError: the storage cannot be read.
     """
-    found: dict[Any, Record] = {}
-    for record in _read_records(folder, "metrics"):
-        is_computed = record["kind"] in _COMPUTED
-        key = (record["kind"], record["iter"]) if is_computed else json.dumps(record, sort_keys=True)
+    found: dict[Any, dict[str, Any]] = {}
+    for value in _read_by_time(folder, "metrics"):
+        is_computed = value["kind"] in _COMPUTED
+        key = (value["kind"], value["iter"]) if is_computed else json.dumps(value, sort_keys=True)
         found.pop(key, None)  # the last one takes its own place in time
-        found[key] = record
-    return sorted(found.values(), key=lambda record: record["iter"])
+        found[key] = value
+    by_iter = sorted(found.values(), key=lambda value: value["iter"])
+    return [stamped for value in by_iter if (stamped := Stamped.from_json(value))]
 
 
-def read_events(folder: RunFolder) -> list[Record]:
+def read_events(folder: RunFolder) -> list[Stamped]:
     """Return the events of a run's attempts, by time, as its drivers have kept them.
 
     Raises:
         CheckpointError: the storage cannot be read.
     """
-    return _read_records(folder, "events")
+    return [stamped for value in _read_by_time(folder, "events") if (stamped := Stamped.from_json(value))]
 
 
-def _read_records(folder: RunFolder, stem: str) -> list[Record]:
+def _read_by_time(folder: RunFolder, stem: str) -> list[dict[str, Any]]:
     try:
-        return sorted(_read_lines(folder, stem), key=lambda record: record["time"])
+        return sorted(_read_lines(folder, stem), key=lambda value: value["time"])
     except CheckpointError as error:
         reason = reason_of(error.__cause__ or error)
         raise CheckpointError(f"{stem} in {folder.out_dir} cannot be read: {reason}") from error
 
 
-def _read_lines(folder: RunFolder, stem: str) -> Iterator[Record]:
+def _read_lines(folder: RunFolder, stem: str) -> Iterator[dict[str, Any]]:
     for name in sorted(name for name in folder.list() if re.fullmatch(rf"{stem}(-.+)?\.jsonl", name)):
         damaged = 0
         for line in (folder.read(name) or b"").decode(errors="replace").splitlines():
-            record = _parse(line)
-            if record:
-                yield record
-            damaged += bool(line.strip()) and record is None
+            value = _parse(line)
+            if value:
+                yield value
+            damaged += bool(line.strip()) and value is None
         if damaged:
             logger.warning("%s: left out %d cut off or damaged line(s)", folder.path(name), damaged)
 
 
-def _parse(line: str) -> Record | None:
+def _parse(line: str) -> dict[str, Any] | None:
     try:
-        record = json.loads(line)
+        value = json.loads(line)
     except ValueError:
         return None
-    is_record = isinstance(record, dict) and record.keys() >= {"kind", "iter", "attempt", "time"}
-    return record if is_record else None
+    is_record = isinstance(value, dict) and value.keys() >= {"kind", "iter", "attempt", "time"}
+    return value if is_record else None
 
 
-def to_line(record: Record) -> str:
-    """Return a record as one line of standard JSON: numbers that JSON does not have (NaN, infinity) become null."""
-    finite = {key: None if isinstance(x, float) and not math.isfinite(x) else x for key, x in record.items()}
+def to_line(value: dict[str, Any]) -> str:
+    """Return JSON values as one line of standard JSON: numbers that JSON does not have (NaN, infinity) become null."""
+    finite = {key: None if isinstance(x, float) and not math.isfinite(x) else x for key, x in value.items()}
     return json.dumps(finite, allow_nan=False) + "\n"

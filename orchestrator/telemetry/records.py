@@ -1,11 +1,13 @@
 """The records of a run: one frozen dataclass for each kind, and their JSON form.
 
-The loop emits the kinds of the first part, the driver and the controller those of the second. metrics.jsonl,
-events.jsonl and the mailbox hold JSON; a reader turns it into a type with `from_json`. In JSON a record has besides
-its own keys the `attempt` that computed it and its `time` (seconds since 1970): `emit.py` and `journal.py` stamp them.
+    loop                 -> LoopRecord   on the screen, in metrics.jsonl, TensorBoard and W&B
+    driver, controller   -> Event        in events.jsonl
+    anybody              -> Note         on the screen alone
+    controller           -> LossSeen     to the driver alone
 
-A field without a default is always written. A field with one is left out while it has that value.
-Must not know who writes or shows a record.
+Whoever makes a record makes its type, and whoever reads one asks for its type. Only the two files and the mailbox hold
+JSON: `to_json` and `from_json` are theirs. A field without a default is always written. A field with one is left out
+while it has that value. Must not know who writes or shows a record.
 """
 
 from __future__ import annotations
@@ -13,7 +15,7 @@ from __future__ import annotations
 from dataclasses import MISSING, dataclass, fields
 from typing import Any, ClassVar, get_args
 
-# ---- what the loop emits; iter: the iteration that the record belongs to
+# ---- the loop's; iter: the iteration that the record belongs to
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -148,16 +150,20 @@ class RollingBack:
     why: str
 
 
-# ---- what the driver and the controller emit; number: of the attempt
+LoopRecord = (
+    Begin
+    | LanesChanged
+    | Step
+    | StepWindow
+    | StepSkipped
+    | Evaluation
+    | CheckpointSaved
+    | CheckpointSkipped
+    | CheckpointFailed
+    | RollingBack
+)
 
-
-@dataclass(frozen=True, kw_only=True)
-class Note:
-    """A line for people; level: logging's name, "" for a plain one."""
-
-    kind: ClassVar = "note"
-    level: str = ""
-    text: str
+# ---- the driver's and the controller's; number: of the attempt
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -231,8 +237,8 @@ class Failure:
     number: int | None = None
     cause: str
     ranks: list[int] | None = None
-    node: str | None = None
     text: str
+    node: str | None = None
     traceback: str | None = None
     rescue_s: float | None = None
     ranks_rescued: int | None = None
@@ -240,19 +246,8 @@ class Failure:
     reached_at_s: float | None = None
 
 
-Record = (
-    Begin
-    | LanesChanged
-    | Step
-    | StepWindow
-    | StepSkipped
-    | Evaluation
-    | CheckpointSaved
-    | CheckpointSkipped
-    | CheckpointFailed
-    | RollingBack
-    | Note
-    | DriverStarted
+Event = (
+    DriverStarted
     | DriverEnded
     | AttemptStarting
     | AttemptWaiting
@@ -261,20 +256,65 @@ Record = (
     | AttemptEnded
     | Failure
 )
+
+# ---- what no file keeps
+
+
+@dataclass(frozen=True, kw_only=True)
+class Note:
+    """A line for people; level: logging's name, "" for a plain one."""
+
+    kind: ClassVar = "note"
+    level: str = ""
+    text: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class LossSeen:
+    """The controller has seen an expected loss: Ray's own words about it are on their way to the driver."""
+
+    kind: ClassVar = "loss_is_seen"
+
+
+Record = LoopRecord | Event | Note | LossSeen
+
+
+@dataclass(frozen=True)
+class Stamped:
+    """A record with its time (seconds since 1970) and its attempt, as it travels and as the files keep it.
+
+    attempt: of an event, the driver's start_id, which the journal fills in. "" for a record that no file keeps.
+    """
+
+    record: Record
+    time_s: float
+    attempt: str = ""
+
+    def to_json(self) -> dict[str, Any]:
+        """Return JSON values, the stamp's first."""
+        return {"attempt": self.attempt, "time": self.time_s, **to_json(self.record)}
+
+    @classmethod
+    def from_json(cls, value: dict[str, Any]) -> Stamped | None:
+        """Return the record of JSON values, None for a kind that this version does not know."""
+        record = from_json(value)
+        return cls(record, float(value["time"]), value["attempt"]) if record else None
+
+
 _TYPES: dict[str, type[Record]] = {each.kind: each for each in get_args(Record)}
 
 
 def to_json(record: Record) -> dict[str, Any]:
     """Return a record as JSON values, its kind first."""
     values = {each: getattr(record, each.name) for each in fields(record)}
-    told = {_key(each.name): x for each, x in values.items() if each.default is MISSING or x != each.default}
-    return {"kind": record.kind, **told}
+    written = {_key(each.name): x for each, x in values.items() if each.default is MISSING or x != each.default}
+    return {"kind": record.kind, **written}
 
 
 def from_json(value: dict[str, Any]) -> Record | None:
     """Return the record of JSON values, None for a kind that this version does not know.
 
-    Keys of newer versions are left out. A key that an older version did not write is None, or the field's default.
+    We leave out keys of newer versions. A key that an older version did not write is None, or the field's default.
     """
     its_type = _TYPES.get(value["kind"])
     if its_type is None:

@@ -1,6 +1,6 @@
-"""Where records go besides the run's folder: TensorBoard and Weights & Biases, each an optional extra.
+"""Sinks: where rank 0 writes records. The run's folder, and TensorBoard and Weights & Biases, each an optional extra.
 
-A sink that fails is dropped with one warning: no sink ends a training run. Knows neither the loop nor its settings.
+If a sink fails we drop it with one warning: no sink ends a training run. Knows neither the loop nor its settings.
 """
 
 from __future__ import annotations
@@ -13,7 +13,8 @@ from typing import Any, ParamSpec, Protocol
 from orchestrator.errors import ConfigError
 from orchestrator.storage.reasons import reason_of
 from orchestrator.storage.run_folder import RunFolder
-from orchestrator.telemetry.metrics import MetricsLog, Record
+from orchestrator.telemetry.metrics import MetricsLog
+from orchestrator.telemetry.records import CheckpointSaved, Evaluation, LoopRecord, Record, Stamped, Step
 
 logger = logging.getLogger(__name__)
 
@@ -25,16 +26,16 @@ _WANDB_INIT_TIMEOUT_S = 30.0
 
 
 class Sink(Protocol):
-    """Takes records such as {"kind": "eval", "iter": 250, "train_loss": 2.1, "val_loss": 2.3, "lr": 1e-3}."""
+    """Takes the records of a run."""
 
-    def write(self, record: Record) -> None:
+    def write(self, stamped: Stamped) -> None:
         """Take a record."""
 
     def flush(self) -> None:
-        """Hand on what was taken."""
+        """Pass on the records so far."""
 
     def close(self) -> None:
-        """Hand on what was taken, and end."""
+        """Pass on the rest, and end."""
 
 
 class Sinks:
@@ -43,9 +44,9 @@ class Sinks:
     def __init__(self, sinks: list[Sink]) -> None:
         self._sinks = list(sinks)
 
-    def write(self, record: Record) -> None:
+    def write(self, stamped: Stamped) -> None:
         """Pass a record to every sink."""
-        self._sinks = [sink for sink in self._sinks if _succeeds(type(sink).__name__, sink.write, record)]
+        self._sinks = [sink for sink in self._sinks if _succeeds(type(sink).__name__, sink.write, stamped)]
 
     def flush(self) -> None:
         """Flush every sink."""
@@ -74,14 +75,15 @@ class TensorBoardSink:
         self._folder = f"{out_dir.rstrip('/')}/tensorboard"
         self._writer: Any = None
 
-    def write(self, record: Record) -> None:
-        if "iter" not in record:
+    def write(self, stamped: Stamped) -> None:
+        record = stamped.record
+        if not isinstance(record, LoopRecord):
             return
         if self._writer is None:
             # The iteration resumed from was evaluated before its checkpoint was written, and is not evaluated again.
-            self._writer = self._make(self._folder, purge_step=record["iter"] + 1 if record["iter"] else None)
+            self._writer = self._make(self._folder, purge_step=record.iter + 1 if record.iter else None)
         for name, value in scalars(record).items():
-            self._writer.add_scalar(name, value, record["iter"])
+            self._writer.add_scalar(name, value, record.iter)
 
     def flush(self) -> None:
         if self._writer:
@@ -99,7 +101,7 @@ class WandbSink:
         ConfigError: wandb is not installed.
     """
 
-    def __init__(self, folder: RunFolder, project: str, run_name: str, config: Record) -> None:
+    def __init__(self, folder: RunFolder, project: str, run_name: str, config: dict[str, Any]) -> None:
         try:
             from wandb import Settings, init  # by name: a folder ./wandb of old runs would pass as the module
         except ImportError as error:
@@ -116,9 +118,10 @@ class WandbSink:
         # Iterations computed again after a restart come as new W&B steps: charts go by iteration.
         self._run.define_metric("*", step_metric="iter")
 
-    def write(self, record: Record) -> None:
-        if values := scalars(record):
-            self._run.log({"iter": record["iter"], **values})
+    def write(self, stamped: Stamped) -> None:
+        record = stamped.record
+        if isinstance(record, LoopRecord) and (values := scalars(record)):
+            self._run.log({"iter": record.iter, **values})
 
     def flush(self) -> None:
         pass  # wandb sends from a process of its own
@@ -135,7 +138,7 @@ def open_sinks(
     wandb_project: str = "owt",
     wandb_run_name: str = "gpt2",
     tensorboard_log: bool = False,
-    config: Record | None = None,
+    config: dict[str, Any] | None = None,
 ) -> Sinks:
     """Open the metrics file of a run and the sinks that its settings ask for. Call it on rank 0 only.
 
@@ -172,13 +175,14 @@ def scalars(record: Record) -> dict[str, float]:
 
     mfu is a fraction in records and percent in charts, as in nanoGPT; where it is not known it is left out.
     """
-    kind = record["kind"]
-    if kind not in ("step", "eval", "checkpoint"):
+    if not isinstance(record, Step | Evaluation | CheckpointSaved):
         return {}
-    values = {key: x for key, x in record.items() if type(x) in (int, float) and key not in ("iter", "time")}
+    values = {key: x for key, x in vars(record).items() if type(x) in (int, float) and key != "iter"}
     if "mfu" in values:
         values["mfu"] *= 100
-    return {_NANOGPT_KEYS.get(key, key) if kind == "eval" else f"{kind}/{key}": x for key, x in values.items()}
+    if isinstance(record, Evaluation):
+        return {_NANOGPT_KEYS.get(key, key): x for key, x in values.items()}
+    return {f"{record.kind}/{key}": x for key, x in values.items()}
 
 
 def _run_id(folder: RunFolder) -> str:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from statistics import median
-from typing import Any
+
+from orchestrator.telemetry.records import StepWindow
 
 _WINDOW_S = 10.0
 
@@ -28,30 +29,31 @@ class Stopwatch:
         """Note the end of an evaluation."""
         self._eval_s += self._lap()
 
-    def stepped(self, paused_s: float) -> dict[str, Any] | None:
-        """Note the end of an iteration; return the window that ends with it, if one does.
+    def stepped(self, iter_num: int, paused_s: float) -> StepWindow | None:
+        """Note that the iteration before iter_num has ended; return the window that ends with it, if one does.
 
         paused_s: how long training has waited for states to be saved, since the start of this attempt.
         """
         self._steps_s.append(self._lap())
         if self._is_first or sum(self._steps_s) + self._eval_s >= _WINDOW_S:
-            return self.window(paused_s)
+            return self.window(iter_num, paused_s)
         return None
 
-    def window(self, paused_s: float) -> dict[str, Any]:
-        """Return what has come since the last window: iterations, their seconds, and how long evaluation took."""
+    def window(self, iter_num: int, paused_s: float) -> StepWindow:
+        """Return the iterations since the last window; iter_num and paused_s as in `stepped`."""
         steps_s, self._steps_s = self._steps_s, []
         eval_s, self._eval_s = self._eval_s, 0.0
         pause_s, self._paused_s = paused_s - self._paused_s, paused_s
         self._is_first = False
-        return {
-            "count": len(steps_s),
-            "step_s": sum(steps_s),
-            "median_s": median(steps_s) if steps_s else None,
-            "longest_s": max(steps_s, default=None),
-            "eval_s": eval_s,
-            "pause_s": pause_s,
-        }
+        return StepWindow(
+            iter=iter_num,
+            count=len(steps_s),
+            step_s=sum(steps_s),
+            median_s=median(steps_s) if steps_s else None,
+            longest_s=max(steps_s, default=None),
+            eval_s=eval_s,
+            pause_s=pause_s,
+        )
 
     def _lap(self) -> float:
         before_s, self._lap_s = self._lap_s, self._clock()

@@ -45,8 +45,6 @@ from orchestrator.telemetry.records import (
     RollingBack,
     Step,
     StepSkipped,
-    StepWindow,
-    from_json,
 )
 from orchestrator.telemetry.stopwatch import Stopwatch
 from orchestrator.training.changes import continue_order, log_changed_settings, warn_if_numerics_changed
@@ -176,9 +174,7 @@ class Attempt:
 
     def record_checkpoints(self) -> None:
         """Record what has become of checkpoints since the last call."""
-        for event in self.saver.take_events():
-            record = from_json({"iter": self.state.iter_num, **event})
-            assert record
+        for record in self.saver.take_events():
             self.emit(record)
             if isinstance(record, CheckpointSaved):
                 self.hooks.committed(record)
@@ -194,8 +190,8 @@ class Attempt:
             self.emit(StepSkipped(iter=iter_num, why=verdict.why, **self.guard.counts()))
             if rollback := self.guard.after(verdict):
                 self.roll_back(rollback)
-        if window := self.stopwatch.stepped(self.saver.paused_s):
-            self.emit(StepWindow(iter=self.state.iter_num, **window))
+        if window := self.stopwatch.stepped(self.state.iter_num, self.saver.paused_s):
+            self.emit(window)
         if iter_num % config.log_interval:
             return
         dt_s = time.perf_counter() - t0
@@ -231,7 +227,7 @@ class Attempt:
         is_complete = (state.iter_num >= config.max_iters or config.eval_only) and state.is_evaluated
         is_preempted = stop == StopRequest.PREEMPTED and not is_complete
         if not config.eval_only:
-            self.emit(StepWindow(iter=state.iter_num, **self.stopwatch.window(self.saver.paused_s)))
+            self.emit(self.stopwatch.window(state.iter_num, self.saver.paused_s))
         self.saver.close(is_finished=not is_preempted)
         return Outcome(state.iter_num, state.best_val_loss, bool(stop and not is_complete), is_preempted)
 

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import traceback
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from enum import StrEnum
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -70,23 +69,16 @@ class WorkerFailure:
     traceback: str = ""
     reached_at_s: float | None = None
 
-    def to_json(self) -> dict[str, Any]:
-        return asdict(self)
-
-    @classmethod
-    def from_json(cls, value: dict[str, Any]) -> WorkerFailure:
-        return cls(**{**value, "cause": Cause(value["cause"])})
-
 
 class AttemptFailedError(Exception):
-    """A worker raises this, so that the controller learns why: the JSON of its WorkerFailure."""
+    """A worker raises this, so that the controller learns why its attempt has failed."""
 
-    def __init__(self, failure: dict[str, Any]) -> None:
+    def __init__(self, failure: WorkerFailure) -> None:
         super().__init__(failure)
         self.failure = failure
 
     def __str__(self) -> str:
-        return f"{self.failure['cause']}: {self.failure['text']}\n{self.failure['traceback']}".strip()
+        return f"{self.failure.cause}: {self.failure.text}\n{self.failure.traceback}".strip()
 
 
 def classify(error: BaseException, rank: int, iter_num: int | None, reached_at_s: float | None = None) -> WorkerFailure:

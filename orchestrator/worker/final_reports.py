@@ -21,6 +21,6 @@ def failure_reporter() -> Callable[[WorkerFailure], None]:
     queue = get_train_context().execution_context.training_thread_runner.get_exception_queue()
 
     def report(failure: WorkerFailure) -> None:
-        queue.put(UserExceptionWithTraceback(AttemptFailedError(failure.to_json()), traceback_str=failure.text))
+        queue.put(UserExceptionWithTraceback(AttemptFailedError(failure), traceback_str=failure.text))
 
     return report

@@ -12,7 +12,6 @@ import signal
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
 
 import torch.distributed as dist
 
@@ -28,6 +27,7 @@ from orchestrator.storage.run_folder import open_run_folder
 from orchestrator.telemetry.display import quiet, until_nobody_reads
 from orchestrator.telemetry.emit import open_telemetry
 from orchestrator.telemetry.format import print_record, stopped_line
+from orchestrator.telemetry.records import Note, Record
 from orchestrator.training.attempt import Callbacks, Outcome, StopRequest
 from orchestrator.training.lr_schedule import tell_doubts
 from orchestrator.worker import environment as worker_environment
@@ -70,11 +70,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             dist.destroy_process_group()
     if outcome.stopped and is_main:
         text = stopped_line(outcome.iter_num, config.max_iters, config.out_dir, eval_only=config.eval_only)
-        _show({"kind": "note", "text": text})
+        _show(Note(text=text))
     return 130 if outcome.stopped else 0
 
 
-def _show(record: dict[str, Any]) -> None:
+def _show(record: Record) -> None:
     """Print a record's line; where nobody reads any more, as when Ctrl-C has ended a `| tee`, training goes on."""
     with until_nobody_reads():
         print_record(record)
@@ -88,7 +88,7 @@ def _train(config: TrainConfig) -> Outcome:
     be_outlasted()
     with (
         _stop_asked() as asked,
-        open_telemetry(config, world, folder, _show) as emit,
+        open_telemetry(config, world, folder, lambda stamped: _show(stamped.record)) as emit,
         PeerLossGuard(config, world, folder) as guard,
     ):
 
@@ -114,7 +114,7 @@ def _stop_asked() -> Iterator[list[int]]:
         if number == signal.SIGHUP:  # the terminal may be gone
             quiet()
         if not asked and os.environ.get("RANK", "0") == "0":
-            _show({"kind": "note", "text": "stopping: the iteration is finished and saved"})
+            _show(Note(text="stopping: the iteration is finished and saved"))
         asked.append(number)
 
     with on_stop_signals(on_signal, stay_ignored=STOP_SIGNALS):

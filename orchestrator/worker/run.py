@@ -73,7 +73,7 @@ def run_worker(job: Job) -> dict[str, Any]:
         if outcome.preempted:
             text = notice() or "another rank's machine is taken away"
             failure = WorkerFailure(world.rank, Cause.PREEMPTED, text, outcome.iter_num, "", time.time())
-            raise AttemptFailedError(failure.to_json())
+            raise AttemptFailedError(failure)
         return asdict(outcome)
     except AttemptFailedError:
         raise
@@ -83,7 +83,7 @@ def run_worker(job: Job) -> dict[str, Any]:
         failure = classify(error, world.rank, *worker.rescue())
         if failure.cause is Cause.PEER_LOST:  # the controller sees by itself whose process is gone, and ends this one
             time.sleep(_PEER_LOST_S)
-        raise AttemptFailedError(failure.to_json()) from None
+        raise AttemptFailedError(failure) from None
     finally:
         if watcher:
             watcher.close()

@@ -18,9 +18,8 @@ import pytest
 from orchestrator.checkpoint.formats.huggingface import write_huggingface
 from orchestrator.checkpoint.snapshot import tensors_equal
 from orchestrator.config import TrainConfig
-from orchestrator.telemetry.goodput import account
 from tests.conftest import Undisturbed, final_state
-from tests.support.runs import events_in, metrics_in
+from tests.support.runs import events_in, ledger_in, metrics_in
 from tests.support.weights import random_weights
 
 HOSTS = Path(__file__).parents[3] / "shared/testbed/hosts.sh"
@@ -116,7 +115,7 @@ def test_a_host_that_is_gone_is_done_without(
         bed.do("heal", host)  # the late-comer must not disturb
     assert driver.wait(_LONG_S) == 0, log.read_text()[-3000:]
     assert world_sizes(config)[:2] == [2, 1]
-    ledger = account([*events_in(config.out_dir), *metrics_in(config.out_dir)])
+    ledger = ledger_in(config.out_dir)
     assert ledger.incidents[0].cause == "node_lost"
     assert [incident.steps_repeated for incident in ledger.incidents] == [0] * len(ledger.incidents)
     final, expected = final_state(config.out_dir), undisturbed(replace(config, memory_dir=tiny.memory_dir), 2)

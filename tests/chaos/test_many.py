@@ -20,12 +20,11 @@ import pytest
 from orchestrator.checkpoint.snapshot import tensors_equal
 from orchestrator.config import TrainConfig
 from orchestrator.driver.launch import launch
-from orchestrator.telemetry.goodput import account
 from tests.conftest import Storage, Undisturbed, final_state
 from tests.support.clusters import small_cluster
 from tests.support.faults import Fault, worker_with
 from tests.support.ray_runs import OWN_CLUSTER, causes, steps_repeated
-from tests.support.runs import checkpoints_in, events_in, metrics_in
+from tests.support.runs import checkpoints_in, ledger_in, metrics_in
 from tests.support.servers import S3Server
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("default")]
@@ -77,7 +76,7 @@ def test_rays_memory_monitor_is_recognised(tiny: TrainConfig, tmp_path: Path, un
     )
     assert done.returncode == 0, done.stderr
     assert marker.exists()
-    ledger = account([*events_in(tiny.out_dir), *metrics_in(tiny.out_dir)])
+    ledger = ledger_in(tiny.out_dir)
     # Ray may end small processes of its own as well, the controller's among them
     assert ledger.incidents[0].cause == "out_of_memory"
     assert sum(incident.steps_repeated for incident in ledger.incidents) == 0
@@ -132,7 +131,7 @@ def test_twenty_random_faults_change_no_bit(tiny: TrainConfig, tmp_path: Path, u
     config = replace(tiny, num_workers=3, max_iters=400, max_failures=-1, warm_spares=True)
     launch(config, worker_with(*faults))
     assert [fault.marker.exists() for fault in faults] == [True] * _FAULTS
-    ledger = account([*events_in(config.out_dir), *metrics_in(config.out_dir)])
+    ledger = ledger_in(config.out_dir)
     assert [incident.cause for incident in ledger.incidents] == ["worker_lost"] * _FAULTS
     assert sum(incident.steps_repeated for incident in ledger.incidents) == 0
     assert tensors_equal(final_state(config.out_dir), undisturbed(config, 3))

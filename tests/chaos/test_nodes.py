@@ -19,13 +19,12 @@ from ray.cluster_utils import Cluster
 from orchestrator.checkpoint.snapshot import tensors_equal
 from orchestrator.config import TrainConfig
 from orchestrator.driver.launch import launch
-from orchestrator.telemetry.goodput import account
 from orchestrator.worker import notices
 from tests.conftest import Undisturbed, final_state
 from tests.support.faults import Fault, NodeKilled, worker_with
 from tests.support.metadata import Metadata
 from tests.support.ray_runs import causes, steps_repeated
-from tests.support.runs import events_in, metrics_in
+from tests.support.runs import events_in, ledger_in, metrics_in
 from tests.support.stuck import check_teardown
 
 pytestmark = [
@@ -123,7 +122,7 @@ def test_a_drained_node_is_left_without_a_lost_step(
     config = replace(settings(tiny), max_failures=0)
     fault = Drained("forward", 33, 1, tmp_path / "fired")
     check_that_nothing_shows(config, fault, "preempted", undisturbed, gets_stuck)
-    check_teardown(account([*events_in(config.out_dir), *metrics_in(config.out_dir)]).incidents)
+    check_teardown(ledger_in(config.out_dir).incidents)
 
 
 @pytest.mark.usefixtures("cluster")
@@ -151,7 +150,7 @@ def test_a_lost_node_is_replaced_by_another(
     config = settings(tiny)
     fault = NodeKilled("forward", 33, 1, tmp_path / "fired")
     check_that_nothing_shows(config, fault, "node_lost", undisturbed, gets_stuck)
-    check_teardown(account([*events_in(config.out_dir), *metrics_in(config.out_dir)]).incidents)
+    check_teardown(ledger_in(config.out_dir).incidents)
     assert [record["reached_iter"] for record in events_in(config.out_dir) if record["kind"] == "failure"] == [33]
 
 
@@ -210,7 +209,7 @@ def test_fewer_machines_go_on_at_once_and_more_are_used_when_they_come(
     assert returned.is_set()
     begins = [record for record in metrics_in(config.out_dir) if record["kind"] == "begin"]
     assert [record["world_size"] for record in begins] == [most, fewest, most]
-    ledger = account([*events_in(config.out_dir), *metrics_in(config.out_dir)])
+    ledger = ledger_in(config.out_dir)
     assert [(incident.cause, incident.steps_repeated) for incident in ledger.incidents] == [
         ("node_lost", 0),
         ("resized", 0),

@@ -12,10 +12,9 @@ import torch
 from orchestrator.checkpoint.snapshot import tensors_equal
 from orchestrator.config import TrainConfig
 from orchestrator.driver.launch import launch
-from orchestrator.telemetry.goodput import account
 from tests.conftest import Undisturbed, final_state
 from tests.support.faults import Fault, worker_with
-from tests.support.runs import events_in, metrics_in
+from tests.support.runs import ledger_in
 from tests.support.stuck import check_teardown
 
 pytestmark = [
@@ -32,7 +31,7 @@ def check(config: TrainConfig, faults: list[Fault], causes: list[str], undisturb
 
 
 def check_that_nothing_shows(config: TrainConfig, causes: list[str], undisturbed: Undisturbed) -> None:
-    found = account([*events_in(config.out_dir), *metrics_in(config.out_dir)]).incidents
+    found = ledger_in(config.out_dir).incidents
     assert [incident.cause for incident in found] == causes
     assert [incident.steps_repeated for incident in found] == [0] * len(causes)
     check_teardown(found)

@@ -18,12 +18,11 @@ from orchestrator.cluster.room import wait_for_room
 from orchestrator.config import TrainConfig
 from orchestrator.driver.launch import launch
 from orchestrator.errors import ConfigError
-from orchestrator.telemetry.goodput import account
 from tests.conftest import Undisturbed, final_state
 from tests.support.autoscaling import autoscaling_cluster
 from tests.support.faults import NodeKilled, worker_with
 from tests.support.ray_runs import causes
-from tests.support.runs import events_in, metrics_in
+from tests.support.runs import ledger_in
 
 pytestmark = [
     pytest.mark.slow,  # machines come after some ten seconds
@@ -107,7 +106,7 @@ def test_a_run_waits_for_machines_and_one_that_is_lost_is_replaced(
     lost = [node for node in ray.nodes() if not node["Alive"]]
     assert len(lost) == 1
     assert alive() == 3, "another one was started in its place"
-    ledger = account([*events_in(config.out_dir), *metrics_in(config.out_dir)])
+    ledger = ledger_in(config.out_dir)
     assert ledger.seconds["waiting"] > 0
     assert [incident.steps_repeated for incident in ledger.incidents] == [0]
     assert tensors_equal(final_state(config.out_dir), undisturbed(config, 2))

@@ -11,6 +11,7 @@ import pytest
 import ray
 
 from orchestrator.cluster.mailbox import MailboxClient, MailboxReader, open_mailbox
+from orchestrator.telemetry.records import Note, Stamped
 from tests.support.clusters import small_cluster
 
 pytestmark = pytest.mark.filterwarnings("default")  # Ray and its parts warn of themselves
@@ -22,15 +23,19 @@ def cluster() -> Iterator[None]:
         yield
 
 
+def noted(number: int) -> Stamped:
+    return Stamped(Note(text=str(number)), time_s=1000.0 + number, attempt="a")
+
+
 def test_records_arrive_in_order_and_the_wish_to_stop_comes_back() -> None:
     actor = open_mailbox()
     mailbox, listener = MailboxClient(actor), MailboxReader(actor)
-    told = [{"iter": it} for it in range(100)]
-    for record in told[:50]:
-        mailbox.post(record)
+    told = [noted(it) for it in range(100)]
+    for stamped in told[:50]:
+        mailbox.post(stamped)
     mailbox.hurry()
-    for record in told[50:]:
-        mailbox.post(record)
+    for stamped in told[50:]:
+        mailbox.post(stamped)
     taken = listener.take(stop=False)
     assert not mailbox.should_stop()
     taken += listener.take(stop=True)
@@ -48,12 +53,12 @@ def test_records_arrive_in_order_and_the_wish_to_stop_comes_back() -> None:
 
 def test_an_answer_that_is_lost_loses_no_record() -> None:
     mailbox = open_mailbox()
-    ray.get(mailbox.post.remote([{"iter": it} for it in range(5)]))
+    ray.get(mailbox.post.remote([noted(it).to_json() for it in range(5)]))
     ray.get(mailbox.take.remote(False, 0))  # as of a driver that has waited long enough
     listener = MailboxReader(mailbox)
-    assert listener.take(stop=False) == [{"iter": it} for it in range(5)]
-    ray.get(mailbox.post.remote([{"iter": 5}]))
-    assert listener.take(stop=False) == [{"iter": 5}]
+    assert listener.take(stop=False) == [noted(it) for it in range(5)]
+    ray.get(mailbox.post.remote([noted(5).to_json()]))
+    assert listener.take(stop=False) == [noted(5)]
 
 
 class Silent:
@@ -69,7 +74,7 @@ def test_training_does_not_wait_for_a_mailbox_that_does_not_answer() -> None:
     deadline_s = time.monotonic() + 3
     while time.monotonic() < deadline_s:  # some posts are under way by then
         began_s = time.monotonic()
-        mailbox.post({"iter": 0})
+        mailbox.post(noted(0))
         assert not mailbox.should_stop()
         longest_s = max(longest_s, time.monotonic() - began_s)
         time.sleep(0.01)

@@ -110,6 +110,6 @@ def _run(
     world = World(rank, world_size)
     world = replace(world, attempt=world.on_main(new_attempt))
     folder = open_run_folder(config)
-    with open_telemetry(config, world, folder, print_record) as emit:
+    with open_telemetry(config, world, folder, lambda stamped: print_record(stamped.record)) as emit:
         loop.train(config, world, Callbacks(emit), folder)
     dist.destroy_process_group()

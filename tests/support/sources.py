@@ -15,7 +15,6 @@ from orchestrator.distributed.device import resolve
 from orchestrator.distributed.world import World
 from orchestrator.driver.preflight import plan
 from orchestrator.loop import train
-from orchestrator.telemetry.records import to_json
 from orchestrator.training.attempt import Callbacks
 from tests.conftest import final_state
 from tests.support.runs import checkpoints_in
@@ -25,7 +24,7 @@ def begun(config: TrainConfig) -> tuple[int, Snapshot]:
     """Plan and train; return the iteration where that began, and the end."""
     plan(config)
     began: list[int] = []
-    train(resolve(check(config)), World(), Callbacks(lambda record: began.append(to_json(record)["iter"])))
+    train(resolve(check(config)), World(), Callbacks(lambda record: began.append(record.iter)))
     return began[0], final_state(config.out_dir)
 
 

@@ -71,7 +71,7 @@ class Run:
             return self.stop_after is not None and next(iterations) >= self.stop_after
 
         folder = open_run_folder(self.config)
-        with open_telemetry(self.config, world, folder, print_record) as emit:
+        with open_telemetry(self.config, world, folder, lambda stamped: print_record(stamped.record)) as emit:
 
             def note(record: records.Record) -> None:
                 self.records.append({**records.to_json(record), "mark": self.mark()})

@@ -30,14 +30,12 @@ from orchestrator.errors import CheckpointError, ConfigError, StorageError
 from orchestrator.loop import train
 from orchestrator.storage.run_folder import open_run_folder
 from orchestrator.telemetry.format import line_of
-from orchestrator.telemetry.records import to_json
+from orchestrator.telemetry.records import CheckpointFailed, CheckpointSaved, Evaluation, Record, Step
 from orchestrator.training import attempt
 from orchestrator.training.attempt import Callbacks, Outcome, StopRequest, batch_order
 from orchestrator.training.step import dropout_seed
 from tests.conftest import in_steps
 from tests.support.runs import checkpoints_in
-
-Record = dict[str, Any]
 
 
 def run(config: TrainConfig, stop_after: int | None = None, attempt: str = "a") -> tuple[Outcome, list[Record]]:
@@ -47,7 +45,7 @@ def run(config: TrainConfig, stop_after: int | None = None, attempt: str = "a") 
         resolve(config),
         World(attempt=attempt),
         Callbacks(
-            lambda record: records.append(to_json(record)),
+            records.append,
             stop_request=in_steps(lambda: stop_after is not None and next(calls) >= stop_after),
         ),
     )
@@ -61,7 +59,7 @@ def last_state(config: TrainConfig) -> Any:
 
 def test_it_learns_and_says_so_in_nanogpts_words(tiny: TrainConfig) -> None:
     outcome, records = run(replace(tiny, max_iters=120, lr_decay_iters=120))
-    losses = {r["iter"]: r["val_loss"] for r in records if r["kind"] == "eval"}
+    losses = {r.iter: r.val_loss for r in records if isinstance(r, Evaluation)}
     assert losses[0] == pytest.approx(math.log(tiny_vocab(tiny)), abs=0.2)
     assert outcome.best_val_loss == min(losses.values()) < losses[0] - 1
     lines = [line for record in records if (line := line_of(record))]
@@ -83,7 +81,7 @@ def test_a_stopped_run_goes_on_with_the_same_bits(tiny: TrainConfig, tmp_path: P
     outcome, _ = run(disturbed, stop_after=9)
     assert outcome == Outcome(10, outcome.best_val_loss, stopped=True)
     outcome, records = run(disturbed, attempt="b")
-    assert [r["iter"] for r in records if r["kind"] == "step"] == list(range(10, 24))
+    assert [r.iter for r in records if isinstance(r, Step)] == list(range(10, 24))
     assert tensors_equal(last_state(disturbed), last_state(undisturbed))
     assert last_state(disturbed).best_val_loss == last_state(undisturbed).best_val_loss
     assert last_state(disturbed).scaler == last_state(undisturbed).scaler
@@ -157,7 +155,7 @@ def test_an_evaluation_is_broken_off_and_done_by_the_next_attempt(
     outcome, records = run(disturbed, attempt="b")
     assert not outcome.stopped
     assert "is finished" in told_finished(disturbed, checkpoints_in(tiny.out_dir))
-    assert [r["iter"] for r in records if r["kind"] == "eval"] == [*range(at_iter, 25, 8)]
+    assert [r.iter for r in records if isinstance(r, Evaluation)] == [*range(at_iter, 25, 8)]
     assert tensors_equal(last_state(disturbed), last_state(undisturbed))
     assert last_state(disturbed).best_val_loss == last_state(undisturbed).best_val_loss
     assert (
@@ -228,7 +226,7 @@ def test_weights_follow_from_seed_and_data_alone(tiny: TrainConfig, tmp_path: Pa
 def test_a_resumed_iteration_is_neither_evaluated_nor_saved_again(tiny: TrainConfig) -> None:
     run(replace(tiny, max_iters=8))
     _, records = run(replace(tiny, max_iters=9), attempt="b")
-    assert [(r["kind"], r["iter"]) for r in records] == [
+    assert [(r.kind, r.iter) for r in records] == [
         ("begin", 8), ("steps", 9), ("step", 8), ("eval", 9), ("checkpoint", 9), ("steps", 9),
     ]  # fmt: skip
 
@@ -237,7 +235,7 @@ def test_eval_only_evaluates_once_and_writes_nothing(tiny: TrainConfig) -> None:
     run(replace(tiny, max_iters=8))
     before = contents(tiny.out_dir)
     _, records = run(replace(tiny, eval_only=True), attempt="b")
-    assert [r["kind"] for r in records] == ["begin", "eval"]
+    assert [r.kind for r in records] == ["begin", "eval"]
     assert contents(tiny.out_dir) == before
 
 
@@ -254,7 +252,7 @@ def test_an_evaluation_has_no_moments_and_reads_none(tiny: TrainConfig, monkeypa
     assert not begun[0].optimizer.state
     assert all(parameter.grad is None for parameter in begun[0].model.parameters())
     weights_bytes = sum(parameter.nbytes for parameter in begun[0].model.parameters())
-    assert weights_bytes <= records[0]["from_storage_bytes"] < 1.1 * weights_bytes
+    assert weights_bytes <= records[0].from_storage_bytes < 1.1 * weights_bytes
     assert tensors_equal(replace(last_state(tiny), optimizer={}), capture(begun[0]))
 
 
@@ -265,11 +263,11 @@ def test_an_evaluation_tells_perplexity_and_bits_per_byte(tiny: TrainConfig) -> 
     assert files.tokenizer
     tokens = files.splits["val"]
     text_bytes = len(files.tokenizer.decode(tokens).encode())
-    assert record["perplexity"] == pytest.approx(math.exp(record["val_loss"]))
-    assert record["bits_per_byte"] == pytest.approx(record["val_loss"] / math.log(2) * len(tokens) / text_bytes)
+    assert record.perplexity == pytest.approx(math.exp(record.val_loss))
+    assert record.bits_per_byte == pytest.approx(record.val_loss / math.log(2) * len(tokens) / text_bytes)
     line = line_of(record)
     assert line
-    assert line.endswith(f", perplexity {record['perplexity']:.3f}, {record['bits_per_byte']:.4f} bits per byte")
+    assert line.endswith(f", perplexity {record.perplexity:.3f}, {record.bits_per_byte:.4f} bits per byte")
 
 
 def test_a_nanogpt_checkpoint_goes_on_with_optimizer_and_iteration(tiny: TrainConfig, tmp_path: Path) -> None:
@@ -279,7 +277,7 @@ def test_a_nanogpt_checkpoint_goes_on_with_optimizer_and_iteration(tiny: TrainCo
     write_nanogpt(last_state(first), str(tmp_path / "ckpt.pt"))
     imported = replace(tiny, out_dir=str(tmp_path / "imported"), init_from=str(tmp_path / "ckpt.pt"))
     _, records = run(imported)
-    assert records[0]["iter"] == 12
+    assert records[0].iter == 12
     assert tensors_equal(last_state(imported), last_state(tiny))
 
 
@@ -288,7 +286,7 @@ def test_resume_finds_nanogpts_own_file_in_out_dir(tiny: TrainConfig, tmp_path: 
     old = tmp_path / "nanogpt"
     write_nanogpt(last_state(tiny), str(old / "ckpt.pt"))
     _, records = run(replace(tiny, out_dir=str(old), init_from="resume"))
-    assert records[0]["iter"] == 12
+    assert records[0].iter == 12
 
 
 def test_a_shorter_block_crops_positions_and_their_moments(tiny: TrainConfig, tmp_path: Path) -> None:
@@ -356,9 +354,9 @@ def test_a_lost_checkpoint_does_not_end_the_run_but_a_lost_last_one_does(
     monkeypatch.setattr(durable, "write_file", refuse_all_but_the_last)
     outcome, records = run(replace(tiny, max_iters=12))
     assert outcome.iter_num == 12
-    assert [r["iter"] for r in records if r["kind"] == "checkpoint"] == [12]
-    (failed, *_) = [r for r in records if r["kind"] == "checkpoint_failed"]
-    assert "no space left on device" in failed["why"]
+    assert [r.iter for r in records if isinstance(r, CheckpointSaved)] == [12]
+    (failed, *_) = [r for r in records if isinstance(r, CheckpointFailed)]
+    assert "no space left on device" in failed.why
     with pytest.raises(StorageError, match=r"the last state could not be saved: rank 0: OSError: .* no space left"):
         run(replace(tiny, max_iters=16), attempt="b")
 

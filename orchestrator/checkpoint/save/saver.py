@@ -24,7 +24,7 @@ from orchestrator.checkpoint.save.policy import SaveIntervals, SaveScheduler, Sa
 from orchestrator.checkpoint.save.rescue import STAND_IN_S, Rescuer
 from orchestrator.checkpoint.save.state_lock import StateLock
 from orchestrator.checkpoint.save.to_memory import SnapshotWriter
-from orchestrator.checkpoint.save.to_storage import CheckpointWriter, Record
+from orchestrator.checkpoint.save.to_storage import CheckpointEvent, CheckpointWriter
 from orchestrator.checkpoint.state import TrainState, forecast
 from orchestrator.checkpoint.store import CheckpointStore
 from orchestrator.distributed.world import World
@@ -76,7 +76,7 @@ class Saver:
         self._agreed = SaveStatus.from_ints(highest)
         self._storage.note_ended(self._agreed.uploads_ended)
 
-    def take_events(self) -> list[Record]:
+    def take_events(self) -> list[CheckpointEvent]:
         """Return what has become of checkpoints since the last call: the same on all ranks."""
         return self._storage.take_events()
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import time
 from concurrent.futures import Future, TimeoutError
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -20,10 +21,11 @@ from orchestrator.checkpoint.tensor_file import pieces_of, tensor_pieces
 from orchestrator.distributed.world import World
 from orchestrator.errors import StorageError
 from orchestrator.host.background import BackgroundQueue
+from orchestrator.telemetry.records import CheckpointFailed, CheckpointSaved, CheckpointSkipped
 
 logger = logging.getLogger(__name__)
 
-Record = dict[str, Any]
+CheckpointEvent = CheckpointSaved | CheckpointSkipped | CheckpointFailed
 _TELL_EVERY_S = 10.0  # while the end of the run waits for an upload
 _SILENCE_S = 600.0  # an upload that moves no byte for so long is given up at the end of the run
 
@@ -41,8 +43,10 @@ class CheckpointWriter:
         self._world, self._side = world, world.side_group()
         self._store, self._keep = store, keep
         self.uploader = BackgroundQueue("upload of a checkpoint", world.choose_device)
-        self.ended: list[Record] = []  # in the same order on all ranks; the uploader's thread adds to them
-        self._events: list[Record] = []
+        self.ended: list[
+            CheckpointSaved | CheckpointFailed
+        ] = []  # in the same order on all ranks; the uploader's thread adds to them
+        self._events: list[CheckpointEvent] = []
         self._told = 0  # how many of the ended ones are among the events
         self._moved_bytes, self._moved_at_s = 0, time.monotonic()
         self.durable_iter = durable_iter
@@ -99,25 +103,24 @@ class CheckpointWriter:
     def note_ended(self, count: int) -> None:
         """Turn the first `count` uploads, which have ended on all ranks, into events."""
         for record in self.ended[self._told : count]:
-            self._events.append({**record, "pause_s": self.pause_s})
-            if record["kind"] == "checkpoint_failed" and record["iter"] == self.durable_iter:
+            self._events.append(replace(record, pause_s=self.pause_s))
+            if isinstance(record, CheckpointFailed) and record.iter == self.durable_iter:
                 self.durable_iter = -1
         self._told = max(self._told, count)
 
     def skip(self, iter_num: int) -> None:
         """Note that a postponed checkpoint will never be saved."""
         name = checkpoint_name(iter_num, self._world.attempt)
-        why = "the one before was still being saved"
-        self._events.append({"kind": "checkpoint_skipped", "iter": iter_num, "name": name, "why": why})
+        self._events.append(CheckpointSkipped(iter=iter_num, name=name, why="the one before was still being saved"))
 
-    def take_events(self) -> list[Record]:
+    def take_events(self) -> list[CheckpointEvent]:
         """Return the events since the last call: the same on all ranks."""
         events, self._events = self._events, []
         return events
 
     def failure(self) -> StorageError:
         """Return the error for a last state that could not be saved."""
-        why = next(record["why"] for record in reversed(self.ended) if "why" in record)
+        why = next(record.why for record in reversed(self.ended) if isinstance(record, CheckpointFailed))
         return StorageError(f"out_dir={self._store.folder.out_dir}: the last state could not be saved: {why}")
 
     def close(self) -> None:
@@ -143,8 +146,15 @@ class CheckpointWriter:
         self._moved_at_s = time.monotonic()
 
 
-def _record(plan: SavePlan, seconds: float, why_not: str | None) -> Record:
-    told = {"iter": plan.iter_num, "name": plan.name, "seconds": seconds}
+def _record(plan: SavePlan, seconds: float, why_not: str | None) -> CheckpointSaved | CheckpointFailed:
+    """Return the record of an upload that has ended; its pause_s is filled in when all ranks know of it."""
     if why_not:
-        return {"kind": "checkpoint_failed", **told, "why": why_not}
-    return {"kind": "checkpoint", **told, **{key: plan.description[key] for key in ("best_val_loss", "val_loss")}}
+        return CheckpointFailed(iter=plan.iter_num, name=plan.name, seconds=seconds, why=why_not, pause_s=0.0)
+    return CheckpointSaved(
+        iter=plan.iter_num,
+        name=plan.name,
+        seconds=seconds,
+        best_val_loss=plan.description["best_val_loss"],
+        val_loss=plan.description["val_loss"],
+        pause_s=0.0,
+    )

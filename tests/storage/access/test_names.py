@@ -14,6 +14,7 @@ from orchestrator.storage.location import locate
 from orchestrator.storage.transfer import atomic_write, delete_folder, exists, local_copy
 from orchestrator.storage.writable import check_writable
 from orchestrator.telemetry.metrics import MetricsLog
+from orchestrator.telemetry.records import Note, Stamped
 from tests.conftest import Storage
 from tests.support.runs import checkpoints_in, metrics_in
 from tests.support.servers import S3Server
@@ -47,7 +48,7 @@ def test_a_name_has_no_meaning_but_itself(name: str, place: Storage) -> None:
     with local_copy(f"{out_dir}/checkpoint_00000004_a/state.json", place.options) as copy:
         assert copy.read_text() == "{}"
     log = MetricsLog(store.folder, "a")
-    log.write({"kind": "step", "iter": 0})
+    log.write(Stamped(Note(text="a line"), 1000.0))
     log.close()
     assert len(metrics_in(out_dir, place.options)) == 1
     store.delete_checkpoint("checkpoint_00000004_a")

@@ -15,7 +15,6 @@ from orchestrator.distributed.device import resolve
 from orchestrator.distributed.world import World
 from orchestrator.errors import CheckpointError
 from orchestrator.loop import train
-from orchestrator.telemetry.records import to_json
 from orchestrator.training.attempt import Callbacks
 from tests.support.commands import Refused, everything_in, flags
 from tests.support.runs import checkpoints_in
@@ -85,7 +84,7 @@ def damage(out_dir: str, iter_num: int, pattern: str = "model-*") -> str:
 def resumed(config: TrainConfig) -> int:
     """Train two more iterations and return where that began."""
     began: list[int] = []
-    train(resolve(config), World(attempt="again"), Callbacks(lambda record: began.append(to_json(record)["iter"])))
+    train(resolve(config), World(attempt="again"), Callbacks(lambda record: began.append(record.iter)))
     return began[0]
 
 

@@ -29,6 +29,7 @@ from orchestrator.checkpoint.state import TrainState, allocate_moments
 from orchestrator.checkpoint.store import Checkpoint, CheckpointStore
 from orchestrator.checkpoint.tensor_file import read_tensors
 from orchestrator.distributed.world import World
+from orchestrator.telemetry.records import CheckpointFailed
 from tests.support.runs import checkpoints_in
 
 SHAPE = GPTConfig(block_size=2, vocab_size=3, n_layer=1, n_head=1, n_embd=2)
@@ -117,7 +118,7 @@ def race(tmp_path: Path) -> Race:
         for checkpoint in uploaded:
             assert values_in(store.folder.path(checkpoint.name), checkpoint) == {checkpoint.iter_num}
         assert not store.damaged
-        assert not [event for event in saver.take_events() if event["kind"] == "checkpoint_failed"]
+        assert not [event for event in saver.take_events() if isinstance(event, CheckpointFailed)]
         saver.close(is_finished=True)
         return rescued, len(uploaded)
 

@@ -14,6 +14,7 @@ from orchestrator.controller.attempts import AttemptMonitor
 from orchestrator.controller.budgets import Budgets, RunAbandonedError
 from orchestrator.controller.cordon import Cordon
 from orchestrator.errors import ConfigError
+from orchestrator.telemetry.records import Failure, from_json
 
 WORKERS = [SimpleNamespace(metadata=SimpleNamespace(hostname=f"gpu-{n}", node_id=f"id{n}")) for n in range(2)]
 ONE, ALL = {1: "CUDA is missing"}, {0: "CUDA is missing", 1: "CUDA is missing"}
@@ -61,8 +62,8 @@ def test_on_nodes_that_come_later_they_are_faults(is_new: bool, number: int, fau
         with pytest.raises(ControllerError) as refused:
             found.refuse(WORKERS, faults)
         assert isinstance(refused.value.controller_failure, WorkerGroupStartupFailedError), "Ray starts the next group"
-    events = [record["event"] for record in told if "event" in record]
-    assert [event["cause"] for event in events if event["kind"] == "failure"] == ["gpu_fault"] * 3
+    records = map(from_json, told)
+    assert [record.cause for record in records if isinstance(record, Failure)] == ["gpu_fault"] * 3
     assert placement.CORDON.kept_off(0, lambda _without: 9) == {f"id{rank}" for rank in faults}
     with pytest.raises(ControllerError) as refused:
         found.refuse(WORKERS, faults)

@@ -61,8 +61,8 @@ def test_what_explains_the_others_is_told() -> None:
 
 def test_an_ending_survives_its_way_to_the_controller() -> None:
     ending = classify(ValueError("nan in batch 3"), 2, 5)
-    back = pickle.loads(pickle.dumps(AttemptFailedError(ending.to_json())))
-    assert WorkerFailure.from_json(back.failure) == ending
+    back = pickle.loads(pickle.dumps(AttemptFailedError(ending)))
+    assert back.failure == ending
     assert "ValueError: nan in batch 3" in str(back)
 
 

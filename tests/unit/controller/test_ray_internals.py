@@ -62,9 +62,9 @@ def test_a_worker_can_be_asked_to_call_something() -> None:
 def test_any_thread_of_a_worker_can_fail_it() -> None:
     runner = ThreadRunner()
     ending = WorkerFailure(1, Cause.HANG, "no progress", 7, "", 1.5)
-    error = UserExceptionWithTraceback(AttemptFailedError(ending.to_json()), traceback_str=ending.text)
+    error = UserExceptionWithTraceback(AttemptFailedError(ending), traceback_str=ending.text)
 
-    def train() -> None:  # as last_words does, whose context is Ray Train's
+    def train() -> None:  # as final_reports does, whose context is Ray Train's
         runner.get_exception_queue().put(error)
         released.wait(30)
 
@@ -77,7 +77,7 @@ def test_any_thread_of_a_worker_can_fail_it() -> None:
     assert runner.is_running(), "it need not end"
     released.set()
     restored = pickle.loads(pickle.dumps(error))
-    assert WorkerFailure.from_json(restored._base_exc.failure) == ending
+    assert restored._base_exc.failure == ending
     assert "error = execution_context.training_thread_runner.get_error()" in inspect.getsource(
         RayTrainWorker.poll_status
     )

@@ -29,6 +29,7 @@ from orchestrator.storage.run_folder import RunFolder, open_run_folder
 from orchestrator.storage.transfer import make_folder
 from orchestrator.telemetry.emit import open_telemetry
 from orchestrator.telemetry.metrics import MetricsLog
+from orchestrator.telemetry.records import Note, Stamped
 from orchestrator.worker.job import Job
 from tests.support.runs import checkpoints_in
 
@@ -170,7 +171,7 @@ def test_telemetry_has_them_and_tells_nobody(
     options = json.dumps({"skip_instance_cache": True, "secret": SECRET})
     config = replace(tiny, out_dir="memory://storage-options/run", storage_options=options, wandb_log=True)
     folder = open_run_folder(config)
-    with open_telemetry(config, World(attempt="a"), folder, lambda _record: None):
+    with open_telemetry(config, World(attempt="a"), folder, lambda _stamped: None):
         pass
     assert {"secret": SECRET} in opened
     given, *_, shown = told["args"]
@@ -187,7 +188,7 @@ def test_metrics_make_no_bucket(monkeypatch: pytest.MonkeyPatch, caplog: pytest.
 
     monkeypatch.setattr("orchestrator.storage.location.locate", lambda *_: (Bucket(), "bucket/run"))
     log = MetricsLog(RunFolder("s3://bucket/run"), "a")
-    log.write({"kind": "step", "iter": 0})
+    log.write(Stamped(Note(text="a line"), 1000.0))
     with caplog.at_level(logging.WARNING):
         log.close()
     assert not caplog.records

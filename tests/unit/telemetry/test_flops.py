@@ -5,6 +5,7 @@ import torch
 
 from orchestrator.telemetry.flops import Flops, peak_flops
 from orchestrator.telemetry.format import line_of
+from orchestrator.telemetry.records import Step
 
 
 @pytest.mark.parametrize(
@@ -33,7 +34,7 @@ def told(flops: Flops) -> dict[str, float | None]:
 
 
 def line(flops: Flops) -> str | None:
-    return line_of({"kind": "step", "iter": 7, "loss": 2.5, "dt_s": 0.125, **told(flops)})
+    return line_of(Step(iter=7, loss=2.5, lr=1e-3, dt_s=0.125, tokens_per_s=512.0, **told(flops)))
 
 
 def test_a_line_tells_mfu_of_a_known_card_and_tflops_of_another(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,18 +8,21 @@ import pytest
 
 from orchestrator.__main__ import main
 from orchestrator.telemetry.goodput import Ledger, account, duration, summary_of
+from orchestrator.telemetry.records import Event, Stamped, StepWindow
 from orchestrator.telemetry.stopwatch import Stopwatch
 
-Record = dict[str, Any]
 
-
-def steps(time: float, iter_num: int, count: int, step_s: float, eval_s: float = 0.0, pause_s: float = 0.0) -> Record:
+def steps(
+    time_s: float, iter_num: int, count: int, step_s: float, eval_s: float = 0.0, pause_s: float = 0.0
+) -> Stamped:
     window = {"count": count, "step_s": step_s, "median_s": step_s / count, "eval_s": eval_s, "pause_s": pause_s}
-    return {"kind": "steps", "time": time, "iter": iter_num, **window}
+    return event("steps", time_s, iter=iter_num, **window)
 
 
-def event(kind: str, time: float, **values: Any) -> Record:
-    return {"kind": kind, "time": time, **values}
+def event(kind: str, time_s: float, **values: Any) -> Stamped:
+    found = Stamped.from_json({"kind": kind, "time": time_s, "attempt": "a", **values})
+    assert found
+    return found
 
 
 # 10 s of start, 5 s of a first step that compiles, 20 steps of 1 s and 1 s of evaluation in which training paused for 2
@@ -109,18 +112,16 @@ def test_a_driver_that_was_killed_leaves_a_gap_and_one_that_stopped_does_not() -
 def test_every_second_is_booked_once() -> None:
     for cut in range(1, len(FAILED)):
         ledger = account(FAILED[:cut])
-        assert ledger.wall_s == pytest.approx(max(record["time"] for record in FAILED[:cut]) - 100.0)
+        assert ledger.wall_s == pytest.approx(max(each.time_s for each in FAILED[:cut]) - 100.0)
 
 
 def test_report_reads_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    def write(name: str, records: list[Record]) -> None:
-        lines = (json.dumps({"iter": 0, "attempt": "a", **record}) + "\n" for record in records)
+    def write(name: str, records: list[Stamped]) -> None:
+        lines = (json.dumps({"iter": 0, **stamped.to_json()}) + "\n" for stamped in records)
         (tmp_path / name).write_text("".join(lines))
 
-    driver = ("driver_started", "driver_ended", "failure")
-    is_event = lambda record: record["kind"].startswith("attempt") or record["kind"] in driver
-    write("events.jsonl", [record for record in FAILED if is_event(record)])
-    write("metrics.jsonl", [record for record in FAILED if not is_event(record)])
+    write("events.jsonl", [each for each in FAILED if isinstance(each.record, Event)])
+    write("metrics.jsonl", [each for each in FAILED if not isinstance(each.record, Event)])
     assert main(["report", f"--out_dir={tmp_path}"]) == 0
     text = capsys.readouterr().out
     assert "worker_lost" in text
@@ -139,12 +140,12 @@ def test_words() -> None:
 def test_windows_of_the_stopwatch() -> None:
     times = iter([0.0, 3.0, 4.0, 6.0, 7.0, 15.0])
     watch = Stopwatch(clock=lambda: next(times))
-    first = watch.stepped(paused_s=0.5)
+    first = watch.stepped(1, paused_s=0.5)
     assert first
-    assert (first["count"], first["step_s"], first["pause_s"]) == (1, 3.0, 0.5)
-    assert watch.stepped(0.5) is None
+    assert (first.count, first.step_s, first.pause_s) == (1, 3.0, 0.5)
+    assert watch.stepped(2, 0.5) is None
     watch.evaluated()
-    assert watch.stepped(0.5) is None
-    window = watch.stepped(0.75)
+    assert watch.stepped(3, 0.5) is None
+    window = watch.stepped(4, 0.75)
     expected = {"count": 3, "step_s": 10.0, "median_s": 1.0, "longest_s": 8.0, "eval_s": 2.0, "pause_s": 0.25}
-    assert window == expected
+    assert window == StepWindow(iter=4, **expected)

@@ -4,6 +4,7 @@ import json
 import logging
 import sys
 import threading
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,17 @@ from fsspec.implementations.memory import MemoryFileSystem
 
 from orchestrator.errors import CheckpointError, ConfigError
 from orchestrator.storage.run_folder import RunFolder
-from orchestrator.telemetry.metrics import MetricsLog, to_line
+from orchestrator.telemetry.metrics import MetricsLog, read_metrics, to_line
+from orchestrator.telemetry.records import (
+    Begin,
+    CheckpointSaved,
+    Evaluation,
+    Note,
+    Record,
+    Stamped,
+    Step,
+    to_json,
+)
 from orchestrator.telemetry.sinks import Sinks, TensorBoardSink, WandbSink, open_sinks, scalars
 from tests.support.runs import metrics_in
 
@@ -27,12 +38,30 @@ class Clock:
         return self.now_s
 
 
-def step(iter_num: int, loss: float = 1.0) -> dict[str, Any]:
-    return {"kind": "step", "iter": iter_num, "loss": loss, "lr": 1e-3, "dt_s": 0.5, "mfu": 0.25, "tokens_per_s": 9.0}
+TIMES_S = count(1001.0)  # a record comes a second after the one before
 
 
-def evaluation(iter_num: int, val_loss: float = 2.0) -> dict[str, Any]:
-    return {"kind": "eval", "iter": iter_num, "train_loss": 1.5, "val_loss": val_loss, "lr": 1e-3, "mfu": None}
+def stamped(record: Record, attempt: str = "a") -> Stamped:
+    return Stamped(record, next(TIMES_S), attempt)
+
+
+def step(iter_num: int, loss: float = 1.0, attempt: str = "a") -> Stamped:
+    computed = {"lr": 1e-3, "dt_s": 0.5, "mfu": 0.25, "tflops": None, "tokens_per_s": 9.0}
+    return stamped(Step(iter=iter_num, loss=loss, **computed), attempt)
+
+
+def evaluation(iter_num: int, val_loss: float = 2.0, mfu: float | None = None) -> Stamped:
+    return stamped(Evaluation(iter=iter_num, train_loss=1.5, val_loss=val_loss, lr=1e-3, mfu=mfu, tflops=None))
+
+
+def begin(iter_num: int, attempt: str = "a") -> Stamped:
+    sizes = {"max_iters": 9, "num_params": 5, "tokens_per_iter": 64, "world_size": 1}
+    return stamped(Begin(iter=iter_num, from_=None, device="cpu", dtype="float32", **sizes), attempt)
+
+
+def saved(iter_num: int) -> Stamped:
+    losses = {"best_val_loss": 2.0, "val_loss": None}
+    return stamped(CheckpointSaved(iter=iter_num, name=f"c{iter_num}", seconds=0.5, pause_s=0.25, **losses))
 
 
 @pytest.fixture
@@ -51,15 +80,13 @@ def out_dir(request: pytest.FixtureRequest, tmp_path: Path, memory_dir: str) -> 
 
 
 def test_records_come_back_with_attempt_and_time(out_dir: str) -> None:
-    clock = Clock()
-    log = MetricsLog(RunFolder(out_dir), "a1", clock=clock)
-    records = [evaluation(0), step(0), {"kind": "checkpoint", "iter": 5, "name": "c5", "bytes": 10, "seconds": 0.5}]
+    log = MetricsLog(RunFolder(out_dir), "a1")
+    records = [evaluation(0), step(0), saved(5)]
     for record in records:
-        clock.now_s += 1
         log.write(record)
     log.close()
-    times = [1001.0, 1002.0, 1003.0]
-    expected = [{**r, "attempt": "a1", "time": t} for r, t in zip(records, times, strict=True)]
+    assert read_metrics(RunFolder(out_dir)) == records
+    expected = [{**to_json(each.record), "attempt": "a", "time": each.time_s} for each in records]
     assert metrics_in(out_dir) == expected
 
 
@@ -68,14 +95,12 @@ def test_a_run_without_metrics_has_none(out_dir: str) -> None:
 
 
 def test_of_an_iteration_computed_twice_the_last_wins(out_dir: str) -> None:
-    clock = Clock()
     for attempt, iters, loss in (("zz", range(6), 1.0), ("aa", range(3, 5), 2.0)):
-        log = MetricsLog(RunFolder(out_dir), attempt, clock=clock)
+        log = MetricsLog(RunFolder(out_dir), attempt)
         for i in iters:
-            clock.now_s += 1
-            log.write(step(i, loss))
+            log.write(step(i, loss, attempt))
             log.write(evaluation(i))
-        log.write({"kind": "begin", "iter": iters[0]})
+        log.write(begin(iters[0], attempt))
         log.close()
     records = metrics_in(out_dir)
     steps = [(r["iter"], r["loss"], r["attempt"]) for r in records if r["kind"] == "step"]
@@ -96,7 +121,7 @@ def test_a_torn_line_is_left_out_and_does_not_swallow_the_next(
     MetricsLog(RunFolder(str(tmp_path)), "a").write(step(1))
     path = tmp_path / "metrics.jsonl"
     path.write_text(path.read_text() + '{"kind": "step", "iter": 2, "lo')
-    MetricsLog(RunFolder(str(tmp_path)), "b").write(step(2))
+    MetricsLog(RunFolder(str(tmp_path)), "b").write(step(2, attempt="b"))
     assert [(r["iter"], r["attempt"]) for r in metrics_in(str(tmp_path))] == [(1, "a"), (2, "b")]
     assert "left out 1 cut off or damaged line" in caplog.text
 
@@ -114,7 +139,7 @@ def test_an_object_store_gets_parts_by_time(memory_dir: str) -> None:
 
 
 def test_a_part_grows_until_it_is_large(memory_dir: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("orchestrator.telemetry.metrics._PART_BYTES", len(to_line({**step(0), "attempt": "a"})) * 2)
+    monkeypatch.setattr("orchestrator.telemetry.metrics._PART_BYTES", len(to_line(step(0).to_json())) * 2)
     log = MetricsLog(RunFolder(memory_dir), "a")
     for i in (0, 1, 2, 3, 0, 1):  # back to 0: a rollback within the attempt
         log.write(step(i))
@@ -181,10 +206,13 @@ def test_lines_wait_while_storage_fails(
 
 def test_a_record_without_iteration_belongs_to_the_one_before(out_dir: str) -> None:
     log = MetricsLog(RunFolder(out_dir), "a")
-    for record in ({"kind": "note"}, step(4), {"kind": "note"}):
+    for record in (stamped(Note(text="a line")), step(4), stamped(Note(text="another"))):
         log.write(record)
     log.close()
-    assert [(r["kind"], r["iter"]) for r in metrics_in(out_dir)] == [("note", 0), ("step", 4), ("note", 4)]
+    folder = RunFolder(out_dir)
+    lines = [json.loads(line) for name in folder.list() for line in (folder.read(name) or b"").splitlines()]
+    assert [(line["kind"], line["iter"]) for line in lines] == [("note", 0), ("step", 4), ("note", 4)]
+    assert [type(each.record) for each in read_metrics(folder)] == [Note, Step, Note]
 
 
 def test_lines_are_standard_json() -> None:
@@ -209,9 +237,9 @@ class Broken:
     def __init__(self) -> None:
         self.calls = 0
 
-    def write(self, record: dict[str, Any]) -> None:
+    def write(self, stamped: Stamped) -> None:
         self.calls += 1
-        raise ConnectionError(f"no route at {record['iter']}")
+        raise ConnectionError(f"no route at {stamped.record.iter}")
 
     def flush(self) -> None:
         raise ConnectionError
@@ -226,8 +254,8 @@ class Kept:
     def __init__(self) -> None:
         self.told: list[Any] = []
 
-    def write(self, record: dict[str, Any]) -> None:
-        self.told.append(record["iter"])
+    def write(self, stamped: Stamped) -> None:
+        self.told.append(stamped.record.iter)
 
     def flush(self) -> None:
         self.told.append("flush")
@@ -252,17 +280,18 @@ def test_a_failing_sink_is_dropped_with_one_warning(caplog: pytest.LogCaptureFix
 
 
 def test_charts_have_nanogpts_names() -> None:
-    assert scalars({**evaluation(5), "mfu": 0.4, "attempt": "a", "time": 3.0}) == {
+    assert scalars(evaluation(5, mfu=0.4).record) == {
         "train/loss": 1.5,
         "val/loss": 2.0,
         "lr": 1e-3,
         "mfu": 40.0,
     }
-    assert scalars(evaluation(5)).keys() == {"train/loss", "val/loss", "lr"}
-    assert scalars(step(1))["step/mfu"] == 25.0
-    assert scalars({"kind": "checkpoint", "iter": 1, "name": "c", "bytes": 3, "seconds": 0.5}) == {
-        "checkpoint/bytes": 3,
+    assert scalars(evaluation(5).record).keys() == {"train/loss", "val/loss", "lr"}
+    assert scalars(step(1).record)["step/mfu"] == 25.0
+    assert scalars(saved(1).record) == {
         "checkpoint/seconds": 0.5,
+        "checkpoint/best_val_loss": 2.0,
+        "checkpoint/pause_s": 0.25,
     }
 
 
@@ -305,8 +334,8 @@ def test_tensorboard_shows_each_iteration_once_after_a_restart(tmp_path: Path) -
 
     for start, stop, loss in ((0, 5, 1.0), (3, 8, 2.0)):
         sink = TensorBoardSink(str(tmp_path))
-        sink.write({"kind": "note", "text": "not an iteration's"})
-        sink.write({"kind": "begin", "iter": start})
+        sink.write(stamped(Note(text="not an iteration's")))
+        sink.write(begin(start))
         if start == 0:
             sink.write(evaluation(3, val_loss=2.5))
         for i in range(start, stop):
@@ -328,7 +357,7 @@ def test_wandb_offline_continues_the_same_run(tmp_path: Path, monkeypatch: pytes
     for _ in range(2):
         sink = WandbSink(RunFolder(str(tmp_path)), "owt", "mini", {"n_layer": 2})
         ids.append((sink._run.id, sink._run.project, sink._run.name, dict(sink._run.config)))
-        sink.write({"kind": "begin", "iter": 0})
+        sink.write(begin(0))
         sink.write(evaluation(5))
         sink.flush()
         sink.close()

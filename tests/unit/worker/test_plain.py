@@ -9,13 +9,13 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from orchestrator.checkpoint.snapshot import tensors_equal
 from orchestrator.config import TrainConfig
 from orchestrator.telemetry.format import print_record
+from orchestrator.telemetry.records import Record, Step
 from orchestrator.worker import plain
 from tests.conftest import final_state
 from tests.support.commands import flags
@@ -58,9 +58,9 @@ def test_a_signal_saves_and_the_same_command_goes_on(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    def print_and_interrupt(record: dict[str, Any]) -> None:
+    def print_and_interrupt(record: Record) -> None:
         print_record(record)
-        if record["kind"] == "step" and record["iter"] == 6:
+        if isinstance(record, Step) and record.iter == 6:
             os.kill(os.getpid(), number)
             if number == signal.SIGHUP:
                 raise OSError(errno.EIO, "the terminal is gone")
