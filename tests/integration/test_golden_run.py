@@ -76,6 +76,7 @@ def test_it_goes_on_as_it_would_have(run: str, memory_dir: str, tmp_path: Path) 
     tolerance = FACTS["tolerance_on_another_processor"]
     assert losses(run) == pytest.approx(recorded, abs=tolerance)
     assert final_state(run).iter_num == 80
+    assert "gradients summed in 2 lanes" in inspect(InspectConfig(run))  # it was saved by two workers
 
 
 def test_it_samples_and_exports(run: str, tmp_path: Path) -> None:

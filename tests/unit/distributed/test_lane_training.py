@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from orchestrator.checkpoint.snapshot import Snapshot, tensors_equal
+from orchestrator.commands.inspect_run import InspectConfig, inspect
 from orchestrator.config import TrainConfig
 from orchestrator.distributed.flat_gradient import FlatGradient
 from orchestrator.distributed.lane_training import LaneTraining
@@ -109,6 +110,7 @@ def test_a_run_goes_on_with_its_lanes_on_other_numbers_of_ranks(lanes: TrainConf
         config = replace(lanes, lanes=given, max_iters=until, eval_interval=4)
         parts = train(config, size, tmp_path, "parts")
     assert same(parts, whole)
+    assert "gradients summed in 8 lanes" in inspect(InspectConfig(str(tmp_path / "parts")))
     said = "".join((tmp_path / f"parts-{size}.log").read_text() for size in (1, 3))
     assert "last bits" not in said
     assert "instead of" not in said
