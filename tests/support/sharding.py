@@ -18,7 +18,7 @@ from orchestrator.checkpoint.restore import import_state, restore
 from orchestrator.checkpoint.restore.init_from import scratch_args
 from orchestrator.checkpoint.save.policy import SaveIntervals
 from orchestrator.checkpoint.save.saver import Saver
-from orchestrator.checkpoint.snapshot import MOMENTS
+from orchestrator.checkpoint.snapshot import MOMENTS, Snapshot
 from orchestrator.checkpoint.state import TrainState, allocate_moments, build_state, capture, set_step_counts
 from orchestrator.checkpoint.tensor_slice import TensorSlice, replicate
 from orchestrator.config import TrainConfig
@@ -84,10 +84,17 @@ class Case:
         return state
 
 
-def known_values(config: TrainConfig) -> dict[str, Tensor]:
-    """Return the tensors of the state that is saved."""
-    snapshot = random_state(scratch_args(config, _VOCAB_SIZE), _ITER_NUM)
+def known_state(config: TrainConfig) -> Snapshot:
+    """Return the state that is saved."""
+    return random_state(scratch_args(config, _VOCAB_SIZE), _ITER_NUM)
+
+
+def values_of(snapshot: Snapshot) -> dict[str, Tensor]:
     return {**snapshot.model, **snapshot.optimizer}
+
+
+def stand_on_node(folder: str, layout: str, rank: int) -> None:
+    os.chdir(Path(folder, layout[rank]))
 
 
 def held(state: TrainState, world: World) -> list[TensorSlice]:
@@ -99,7 +106,7 @@ def held(state: TrainState, world: World) -> list[TensorSlice]:
 def save(world: World, case: Case) -> None:
     """Save a state of known values to storage and, if the nodes have memory, there too."""
     config, world = case.config_of(world.rank), replace(world, attempt=world.on_main(new_attempt))
-    state, values = case.build(config, scratch_args(config, _VOCAB_SIZE), world), known_values(config)
+    state, values = case.build(config, scratch_args(config, _VOCAB_SIZE), world), values_of(known_state(config))
     state.iter_num, state.config = _ITER_NUM, asdict(config)
     allocate_moments(state, world)
     for each in held(state, world):
@@ -129,7 +136,7 @@ def _restored(world: World, case: Case) -> dict[str, Any]:
         state = restore.restore_or_initialize(config, world, store, nodes, scratch_args(config, _VOCAB_SIZE))
     if nodes.memory:
         nodes.memory.close(is_finished=False)
-    values, slices = known_values(config), held(state, world)
+    values, slices = values_of(known_state(config)), held(state, world)
     if state.iter_num != _ITER_NUM:
         return {"is_new": True}
     assert {each.name for each in slices} == values.keys(), "every rank has a part of everything"
@@ -141,7 +148,8 @@ def _restored(world: World, case: Case) -> dict[str, Any]:
     assert all(kept["step"] == _ITER_NUM for kept in state.optimizer.state.values())
     resumed = state.resumed_from
     counts = {"storage_bytes": resumed.from_storage_bytes, "size_bytes": resumed.size_bytes} if resumed else {}
-    return {**counts, "moment_bytes": own_bytes, **received}
+    other_bytes = sum(each.tensor.nbytes for each in slices) - own_bytes
+    return {**counts, "moment_bytes": own_bytes, "other_bytes": other_bytes, **received}
 
 
 @contextmanager
