@@ -19,6 +19,7 @@ from model import GPT, GPTConfig
 from orchestrator.checkpoint.state import TrainState, allocate_moments, capture
 from orchestrator.checkpoint.tensor_file import bytes_of
 from orchestrator.config import TrainConfig
+from orchestrator.distributed.world import World
 
 Figures = dict[str, float]
 
@@ -82,12 +83,13 @@ def new_state(size: Size) -> TrainState:
     torch.manual_seed(config.seed)
     model = GPT(GPTConfig(**model_args(size)))
     optimizer = model.configure_optimizers(config.weight_decay, 1e-4, (config.beta1, config.beta2), "cpu")
-    allocate_moments(optimizer)
+    state = TrainState(model, optimizer, torch.amp.GradScaler("cpu", enabled=False), asdict(config))
+    allocate_moments(state, World())
     for parameter, slots in optimizer.state.items():
         slots["step"].fill_(1.0)
         slots["exp_avg"].copy_(parameter.detach())
         slots["exp_avg_sq"].copy_(parameter.detach()).square_()
-    return TrainState(model, optimizer, torch.amp.GradScaler("cpu", enabled=False), asdict(config))
+    return state
 
 
 def size_bytes(state: TrainState) -> int:

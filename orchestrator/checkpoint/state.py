@@ -15,7 +15,7 @@ from model import GPT, GPTConfig
 from orchestrator.checkpoint.snapshot import MOMENTS, ParamGroup, Snapshot
 from orchestrator.checkpoint.store import Checkpoint
 from orchestrator.checkpoint.tensor_file import bytes_of
-from orchestrator.checkpoint.tensor_slice import Placement, replicate
+from orchestrator.checkpoint.tensor_slice import Placement, TensorSlice, replicate
 from orchestrator.config import TrainConfig
 from orchestrator.distributed.world import World
 from orchestrator.errors import CheckpointError
@@ -152,40 +152,47 @@ def forecast(state: TrainState) -> Snapshot:
     return replace(found, optimizer={**moments, "step": torch.zeros((), dtype=torch.float32)})
 
 
-def allocate_moments(optimizer: torch.optim.Optimizer) -> None:
-    """Give every parameter its moments and step count, as AdamW's first step would; their values are still to come."""
-    for group in optimizer.param_groups:
+def allocate_moments(state: TrainState, world: World) -> None:
+    """Give every parameter its step count and as much of its moments as this rank holds, as AdamW's first step would.
+
+    Their values are still to come. A moment of which this rank holds nothing is on device meta.
+    """
+    names = {parameter: name for name, parameter in state.model.named_parameters()}
+    coming = forecast(state)
+    slices = state.placement({**coming.model, **coming.optimizer}, world.size)
+    held = {each.name: each.tensor for each in slices if world.rank in each.holders}
+    for group in state.optimizer.param_groups:
         on_device = group.get("fused") or group.get("capturable")
         for parameter in group["params"]:
-            kept = optimizer.state[parameter]
+            kept = state.optimizer.state[parameter]
             kept["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device if on_device else "cpu")
             for moment in MOMENTS:
-                kept[moment] = torch.empty_like(parameter, memory_format=torch.preserve_format)
+                like = held.get(f"{moment}.{names[parameter]}", parameter.detach().to("meta"))
+                kept[moment] = torch.empty_like(like, memory_format=torch.preserve_format)
 
 
-def tensors_to_fill(state: TrainState, wanted: set[str], world_size: int) -> dict[str, Tensor]:
-    """Return the slices of the live state that are filled from a saved one: key -> tensor.
+def slices_to_fill(state: TrainState, names: set[str], world: World) -> list[TensorSlice]:
+    """Return the slices of the live state, on all ranks, that are filled from the saved tensors of these names.
 
-    wanted: their keys. Without those of the optimizer, it keeps no moments.
+    If the optimizer's are not among them, it keeps no moments.
 
     Raises:
-        CheckpointError: the saved state has others.
+        CheckpointError: the live state has other tensors.
     """
-    if "step" in wanted:
-        allocate_moments(state.optimizer)
+    if "step" in names:
+        allocate_moments(state, world)
     live = capture(state)
-    slices = state.placement({**live.model, **live.optimizer}, world_size)
-    tensors = {each.key: each.tensor for each in slices}
-    if tensors.keys() != wanted:
-        raise CheckpointError(f"the saved state lacks or adds tensors: {sorted(tensors.keys() ^ wanted)[:5]}")
-    return tensors
+    slices = state.placement({**live.model, **live.optimizer}, world.size)
+    if differing := {each.name for each in slices} ^ names:
+        raise CheckpointError(f"the saved state lacks or adds tensors: {sorted(differing)[:5]}")
+    return slices
 
 
-def set_step_counts(state: TrainState, tensors: dict[str, Tensor]) -> None:
-    """Give every parameter the one step count that was saved for all."""
-    if "step" in tensors:
-        for kept in state.optimizer.state.values():
-            kept["step"].copy_(tensors["step"])
+def set_step_counts(state: TrainState) -> None:
+    """Give every parameter the one step count that was saved for all: the first one has it."""
+    steps = [kept["step"] for kept in state.optimizer.state.values()]
+    for step in steps[1:]:
+        step.copy_(steps[0])
 
 
 def adopt(state: TrainState, saved: Snapshot, world: World) -> None:

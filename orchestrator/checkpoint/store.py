@@ -17,6 +17,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 import xxhash
 from torch import Tensor
 
@@ -66,6 +67,14 @@ class Checkpoint:
     @property
     def size_bytes(self) -> int:
         return sum(record.size_bytes for record in self.files.values())
+
+    def slices(self) -> dict[str, list[TensorSlice]]:
+        """Return the slices in every file, in their order there, without their values: file -> slices."""
+        found: dict[str, list[TensorSlice]] = {}
+        for key, entry in self.state["tensors"].items():
+            outline = torch.empty(entry["shape"], device="meta")
+            found.setdefault(entry["file"], []).append(TensorSlice.from_json(key, entry, outline))
+        return found
 
     def snapshot(self, tensors: dict[str, Tensor]) -> Snapshot:
         """Return the state with these tensors of its files, put together from slices; it may lack the optimizer's."""

@@ -34,6 +34,11 @@ class TensorSlice:
     tensor: Tensor
     holders: Sequence[int]
 
+    @property
+    def end(self) -> int:
+        """The index behind its last element."""
+        return self.offset + self.tensor.numel()
+
     @cached_property
     def is_whole(self) -> bool:
         """Whether it is all of its tensor, and has its shape."""
@@ -42,7 +47,11 @@ class TensorSlice:
     @cached_property
     def key(self) -> str:
         """The name under which a file stores it: the tensor's, if it is all of it."""
-        return self.name if self.is_whole else f"{self.name}[{self.offset}:{self.offset + self.tensor.numel()}]"
+        return self.name if self.is_whole else f"{self.name}[{self.offset}:{self.end}]"
+
+    def is_replicated(self, world_size: int) -> bool:
+        """Return whether every rank holds it."""
+        return len(self.holders) == world_size
 
     def to_json(self) -> dict[str, Any]:
         """Return its description for state.json."""
@@ -59,7 +68,8 @@ class TensorSlice:
         return cls(entry["slice_of"], tuple(entry["global_shape"]), entry["offset"], tensor, ())
 
 
-# From the tensors of a rank and the number of ranks: the slices of the whole state, the same list on all ranks.
+# From the tensors of a rank and the number of ranks: the slices of the whole state, in the same order on all ranks. A
+# tensor may be whole, or as much of it as the rank holds, which is one slice at most.
 Placement = Callable[[Mapping[str, Tensor], int], list[TensorSlice]]
 
 
@@ -75,20 +85,32 @@ def assemble(slices: Iterable[TensorSlice]) -> dict[str, Tensor]:
     Raises:
         CheckpointError: some elements of a tensor are in no slice, or in two.
     """
+    return {name: _joined(pieces) for name, pieces in by_tensor(slices).items()}
+
+
+def by_tensor(slices: Iterable[TensorSlice]) -> dict[str, list[TensorSlice]]:
+    """Return the slices of every tensor, in ascending order: name -> slices.
+
+    Raises:
+        CheckpointError: some elements of a tensor are in no slice, or in two.
+    """
     pieces: dict[str, list[TensorSlice]] = {}
     for each in slices:
         pieces.setdefault(each.name, []).append(each)
-    return {name: _joined(sorted(found, key=lambda each: each.offset)) for name, found in pieces.items()}
+    for name, found in pieces.items():
+        found.sort(key=lambda each: (each.offset, each.end))
+        shape, end = found[0].global_shape, 0
+        for piece in found:
+            if piece.offset != end or piece.global_shape != shape:
+                raise CheckpointError(f"{name} lacks elements, or has some twice: its slices meet at {end}")
+            end = piece.end
+        if end != math.prod(shape):
+            raise CheckpointError(f"{name} lacks elements: its slices end at {end} of {shape}")
+    return pieces
 
 
 def _joined(pieces: list[TensorSlice]) -> Tensor:
-    first, end = pieces[0], 0
-    for piece in pieces:
-        if piece.offset != end or piece.global_shape != first.global_shape:
-            raise CheckpointError(f"{first.name} lacks elements, or has some twice: its slices meet at {end}")
-        end += piece.tensor.numel()
-    if end != math.prod(first.global_shape):
-        raise CheckpointError(f"{first.name} lacks elements: its slices end at {end} of {first.global_shape}")
+    first = pieces[0]
     if first.is_whole:
         return first.tensor
     return torch.cat([piece.tensor.reshape(-1) for piece in pieces]).view(first.global_shape)

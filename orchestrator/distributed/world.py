@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
+from functools import partial
 from typing import Any, ParamSpec, TypeVar, cast
 
 import torch
@@ -66,17 +67,14 @@ class World:
         """Overwrite tensors on every rank with those of the source rank; small ones travel together."""
         if self.size == 1:
             return
-        if source != self.rank:
-            for tensor in tensors:
-                tensor.detach().zero_()  # receiving into memory that nobody has touched takes three times as long
-        for bucket in _buckets(tensors):
-            if len(bucket) == 1:
-                dist.broadcast(bucket[0], source, group=self.group)
-                continue
-            flat = torch.cat([tensor.detach().reshape(-1) for tensor in bucket])
-            dist.broadcast(flat, source, group=self.group)
-            for tensor, part in zip(bucket, torch.split(flat, [tensor.numel() for tensor in bucket]), strict=True):
-                tensor.detach().copy_(part.view_as(tensor))
+        _transfer(tensors, partial(dist.broadcast, src=source, group=self.group), is_source=source == self.rank)
+
+    def send(self, tensors: list[Tensor], source: int, target: int) -> None:
+        """Overwrite tensors on one rank with those of another; to the other ranks this call is nothing."""
+        if self.rank == source != target:
+            _transfer(tensors, partial(dist.send, dst=target, group=self.group), is_source=True)
+        elif self.rank == target != source:
+            _transfer(tensors, partial(dist.recv, src=source, group=self.group), is_source=False)
 
     def broadcast_from_each(self, tensors: list[Tensor], sources: list[int]) -> None:
         """Overwrite tensors on every rank with those of its source; sources: by rank, a source is its own."""
@@ -168,6 +166,21 @@ class World:
         if self.size == 1:
             return self
         return replace(self, group=dist.new_group(backend="gloo", timeout=timedelta(days=1)))
+
+
+def _transfer(tensors: list[Tensor], move: Callable[[Tensor], Any], *, is_source: bool) -> None:
+    """Move tensors from the source to this rank, or from this rank, in as few messages as pays."""
+    if not is_source:
+        for tensor in tensors:
+            tensor.detach().zero_()  # receiving into memory that nobody has touched takes three times as long
+    for bucket in _buckets(tensors):
+        if len(bucket) == 1:
+            move(bucket[0])
+            continue
+        flat = torch.cat([tensor.detach().reshape(-1) for tensor in bucket])
+        move(flat)
+        for tensor, part in zip(bucket, torch.split(flat, [tensor.numel() for tensor in bucket]), strict=True):
+            tensor.detach().copy_(part.view_as(tensor))
 
 
 def _buckets(tensors: list[Tensor]) -> Iterator[list[Tensor]]:

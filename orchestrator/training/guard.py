@@ -15,13 +15,13 @@ import logging
 import math
 import platform
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from statistics import median
 
 import torch
 import xxhash
-from torch import nn
+from torch import Tensor
 
 from orchestrator.checkpoint.rollbacks import Rollback
 from orchestrator.checkpoint.state import TrainState
@@ -101,7 +101,8 @@ class Guard:
         return self._checked(Rollback(to_iter, iter_num - to_iter, f"{in_a_row} bad steps in a row, {verdict.why}"))
 
     def compare_replicas(self) -> Rollback | None:
-        """Every replica_check_interval iterations, compare all ranks' weights; where they differ, return how far to go.
+        """Every replica_check_interval iterations, compare the weights that all ranks hold; where they differ, return
+        how far to go.
 
         Raises:
             UserError: they do so again and again.
@@ -109,7 +110,10 @@ class Guard:
         interval, iter_num = self._config.replica_check_interval, self._state.iter_num
         if not interval or iter_num % interval or self._world.size == 1:
             return None
-        found = self._world.gather_json([digest_of(self._state.model), platform.node()])
+        weights = {name: parameter.detach() for name, parameter in self._state.model.named_parameters()}
+        slices = self._state.placement(weights, self._world.size)
+        replicated = [each.tensor for each in slices if each.is_replicated(self._world.size)]
+        found = self._world.gather_json([digest_of(replicated), platform.node()])
         if not (why := difference([(digest, node) for digest, node in found])):
             self._checked_at = iter_num
             return None
@@ -137,10 +141,10 @@ def spike_of(loss: float, before: Sequence[float]) -> float:
     return (loss - middle) / sigma if sigma else 0.0
 
 
-def digest_of(model: nn.Module) -> str:
-    """Return a hash of the weights: of each tensor's bits added up as integers, where the tensor lies."""
-    sums = [parameter.detach().view(torch.int32).sum(dtype=torch.int64) for parameter in model.parameters()]
-    return xxhash.xxh3_64(torch.stack(sums).cpu().numpy().tobytes()).hexdigest()
+def digest_of(weights: Iterable[Tensor]) -> str:
+    """Return a hash of weights: of each tensor's bits added up as integers, where the tensor lies."""
+    sums = [tensor.detach().view(torch.int32).sum(dtype=torch.int64) for tensor in weights]
+    return xxhash.xxh3_64(torch.stack(sums).cpu().numpy().tobytes()).hexdigest() if sums else ""
 
 
 def difference(found: Sequence[tuple[str, str]]) -> str:

@@ -6,6 +6,7 @@ were alone on its node, and faults.
 
 from __future__ import annotations
 
+import logging
 import multiprocessing
 import os
 import sys
@@ -61,6 +62,19 @@ def train(
     return Ended([process.exitcode for process in processes], log.read_text())
 
 
+def call(function: Callable[..., None], world_size: int, log: Path, *args: Any, timeout_s: float = 120.0) -> Ended:
+    """Call a module's function with a World and these arguments, on world_size processes; wait until they end."""
+    meeting = log.with_suffix(".meeting")
+    processes = [
+        _START.Process(target=_call, args=(function, rank, world_size, meeting, str(log), args), daemon=True)
+        for rank in range(world_size)
+    ]
+    for process in processes:
+        process.start()
+    _wait(processes, time.monotonic() + timeout_s)
+    return Ended([process.exitcode for process in processes], log.read_text())
+
+
 def _wait(processes: list[Any], deadline_s: float) -> None:
     while any(process.is_alive() for process in processes):
         if any(process.exitcode not in (None, 0) for process in processes):
@@ -82,11 +96,7 @@ def _run(
     log: str,
     prepare: Callable[[int], None] | None,
 ) -> None:
-    descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    os.dup2(descriptor, 1)
-    os.dup2(descriptor, 2)
-
-    import logging
+    _write_to(log, rank)
 
     import torch.distributed as dist
 
@@ -100,7 +110,6 @@ def _run(
     from orchestrator.training.attempt import Callbacks
     from tests.support.faults import arm
 
-    logging.basicConfig(level=logging.INFO, format=f"rank {rank}: %(message)s", stream=sys.stderr)
     if prepare:
         prepare(rank)
     for fault in faults:
@@ -113,3 +122,25 @@ def _run(
     with open_telemetry(config, world, folder, lambda stamped: print_record(stamped.record)) as emit:
         loop.train(config, world, Callbacks(emit), folder)
     dist.destroy_process_group()
+
+
+def _call(
+    function: Callable[..., None], rank: int, world_size: int, meeting: Path, log: str, args: tuple[Any, ...]
+) -> None:
+    _write_to(log, rank)
+
+    import torch.distributed as dist
+
+    from orchestrator.distributed.world import World
+
+    dist.init_process_group("gloo", init_method=meeting.as_uri(), rank=rank, world_size=world_size)
+    function(World(rank, world_size), *args)
+    dist.destroy_process_group()
+
+
+def _write_to(log: str, rank: int) -> None:
+    """Let this process write to a file what it prints and logs."""
+    descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(descriptor, 1)
+    os.dup2(descriptor, 2)
+    logging.basicConfig(level=logging.INFO, format=f"rank {rank}: %(message)s", stream=sys.stderr)

@@ -6,16 +6,19 @@ Knows no state of this run (restore.py) and not what lies where (init_from.py).
 from __future__ import annotations
 
 import logging
+import math
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import torch
+from torch import Tensor
 
 from orchestrator.checkpoint.finite import count_not_finite, not_finite
 from orchestrator.checkpoint.restore.init_from import Vocabulary, check_fits, read_initial_state, source_identity
 from orchestrator.checkpoint.snapshot import Snapshot, describe, undescribe
-from orchestrator.checkpoint.state import TrainState, adopt, build_state, set_step_counts, tensors_to_fill
+from orchestrator.checkpoint.state import TrainState, adopt, build_state, set_step_counts, slices_to_fill
 from orchestrator.checkpoint.tensor_file import checksum
+from orchestrator.checkpoint.tensor_slice import by_tensor
 from orchestrator.config import TrainConfig
 from orchestrator.distributed.world import World
 from orchestrator.errors import CheckpointError, UserError
@@ -46,11 +49,17 @@ def import_state(config: TrainConfig, world: World, data: Vocabulary, folder: Ru
     saved = undescribe(description, {}, {})
     world.on_main(check_fits, config, config.init_from, saved, data)
     state = build_state(config, {**saved.model_args, "dropout": config.dropout}, world, is_empty=True)
-    tensors = tensors_to_fill(state, set(names), world.size)
+    wanted = by_tensor(slices_to_fill(state, set(names), world))
+    here: dict[str, Tensor] = {}  # key -> its values on this rank, live ones if it holds them
 
     def fill(name: str) -> tuple[str, int]:
-        tensors[name].copy_(mine.pop(name))
-        return checksum(tensors[name]) if len(alike) > 1 else "", count_not_finite(tensors[name])
+        whole = mine.pop(name)
+        for each in wanted[name]:
+            values = whole if each.is_whole else whole.reshape(-1)[each.offset : each.end]
+            is_mine = world.rank in each.holders
+            here[each.key] = each.tensor.copy_(values) if is_mine else values.to(each.tensor.dtype).contiguous()
+        found = [here[each.key] for each in wanted[name]]
+        return "".join(map(checksum, found)) if len(alike) > 1 else "", sum(map(count_not_finite, found))
 
     # every thread touches memory for the first time, which is slow: so there are as many as cores
     with ThreadPoolExecutor(torch.get_num_threads(), initializer=world.choose_device) as pool:
@@ -58,13 +67,21 @@ def import_state(config: TrainConfig, world: World, data: Vocabulary, folder: Ru
     mine.clear()  # of a rank whose file is another one
     for name, (_, count) in zip(names, checksums[first], strict=True):
         if count:
-            raise CheckpointError(not_finite(config.init_from, name, count, tensors[name].numel()))
+            raise CheckpointError(not_finite(config.init_from, name, count, math.prod(outlines[first][1][name])))
     sources = [reader if checksums[reader] == checksums[first] else first for reader in reader_of]
     if world.is_main and (others := {rank for rank, outline in enumerate(outlines) if outline} - set(sources)):
         told = config.init_from, ", ".join(map(str, sorted(others))), first
         logger.warning("init_from=%s is another one on the nodes of ranks %s: rank %d's is used by all", *told)
-    world.broadcast_from_each([tensors[name] for name in names], sources)
-    set_step_counts(state, tensors)
+    slices = [each for name in names for each in wanted[name]]
+    world.broadcast_from_each([each.tensor for each in slices if each.is_replicated(world.size)], sources)
+    apart = [each for each in slices if not each.is_replicated(world.size)]
+    for rank, source in enumerate(sources):
+        theirs = [each for each in apart if rank in each.holders]
+        if world.rank == rank:
+            world.send([each.tensor for each in theirs], source, rank)
+        elif world.rank == source:
+            world.send([here[each.key].to(world.device) for each in theirs], source, rank)
+    set_step_counts(state)
     adopt(state, saved, world)
     return state
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from orchestrator.checkpoint.restore.overlap import Overlap
 from orchestrator.checkpoint.store import Checkpoint
 from orchestrator.checkpoint.tensor_file import FileRecord
 from orchestrator.distributed.world import World
@@ -20,33 +22,40 @@ class Source:
     is_storage: bool = False
 
 
-# file -> which ranks read it, and where. Who reads it alone sends it to all; one of each node, to those of its source
+# file -> which ranks read it, and where. Who reads it alone sends each slice to all that want it; one of each node, to
+# those of its source
 ReadPlan = dict[str, dict[int, Source]]
 
 
 def plan_reads(
-    files: dict[str, FileRecord], sources: list[Source], refused: dict[str, dict[str, str]], world: World
+    files: Mapping[str, FileRecord],
+    wanted: Mapping[str, Sequence[Overlap]],
+    sources: list[Source],
+    refused: dict[str, dict[str, str]],
+    world: World,
 ) -> ReadPlan:
     """Return the plan for these files; one that lies nowhere is not in it.
 
-    If all ranks have a file in node memory, all read it, or on GPUs one rank of each node. Else one rank reads it: from
-    node memory if it lies there, and the rank that has the least to read so far.
+    If all ranks have a file in node memory and want all of it, all read it, or on GPUs one rank of each node. Else one
+    rank reads it: from node memory if it lies there, the rank that wants most of it, and has the least to read so far.
 
-    refused: file -> label of a source -> what is wrong with it there.
+    wanted: file -> what is wanted of it. refused: file -> label of a source -> what is wrong with it there.
     """
     load = dict.fromkeys(range(world.size), 0)
     plan: ReadPlan = {}
     for file in sorted(files, key=lambda file: (-files[file].size_bytes, file)):
         options = [each for each in sources if file in each.folders and each.label not in refused.get(file, {})]
         at_hand = {rank: source for source in options if not source.is_storage for rank in source.ranks}
-        if len(at_hand) == world.size and _reads_for_itself(world):
+        wanted_bytes = [sum(each.live.nbytes for each in wanted[file] if rank in each.wanted.holders) for rank in load]
+        is_for_all = len(at_hand) == world.size and all(each.wanted.is_replicated(world.size) for each in wanted[file])
+        if is_for_all and _reads_for_itself(world):
             plan[file] = at_hand
-        elif len(at_hand) == world.size:
+        elif is_for_all:
             near = [source for source in options if not source.is_storage]
             plan[file] = {min(source.ranks, key=lambda rank: (load[rank], rank)): source for source in near}
         elif options:
-            ranked = [(source.is_storage, load[rank], rank, source) for source in options for rank in source.ranks]
-            _, _, rank, source = min(ranked, key=lambda option: option[:3])
+            pairs = [(rank, source) for source in options for rank in source.ranks]
+            rank, source = min(pairs, key=lambda at: (at[1].is_storage, -wanted_bytes[at[0]], load[at[0]], at[0]))
             plan[file] = {rank: source}
         for rank in plan.get(file, {}):
             load[rank] += files[file].size_bytes

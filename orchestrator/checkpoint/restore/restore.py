@@ -1,11 +1,11 @@
 """Begin an attempt: with the newest whole state of the run, wherever it lies, else with the one that init_from names.
 
 A state may lie in the memory of several nodes and in storage. One rank reads each file, from the nearest source that
-has it, straight into the live tensors, and sends it to the other ranks while it reads the next tensors. So storage is
-read once at most, whatever the world size, and not at all if a node's memory has the state. If all nodes have it, one
-rank of each reads for its node, and nothing crosses the network. On CPUs every rank reads for itself, because memory is
-faster than messages within a node. A file may turn out to be damaged at its end, after its tensors were sent: then it
-is read from another source. Nothing is used before it is verified.
+has it, straight into the live slices, and sends each slice to the ranks that want it while it reads the next ones. So
+storage is read once at most, whatever the world size, and not at all if the nodes' memories have the state. If all
+nodes have it, one rank of each reads for its node, and nothing crosses the network. On CPUs every rank reads for
+itself, because memory is faster than messages within a node. A file may turn out to be damaged at its end, after its
+slices were sent: then it is read from another source. Nothing is used before it is verified.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import torch
 
 from orchestrator.checkpoint.restore.import_state import import_state
 from orchestrator.checkpoint.restore.init_from import Vocabulary, check_same_run
+from orchestrator.checkpoint.restore.overlap import overlaps
 from orchestrator.checkpoint.restore.read_once import ReadOnce
 from orchestrator.checkpoint.restore.read_plan import Source, plan_reads
 from orchestrator.checkpoint.rollbacks import Rollback, is_undone
@@ -30,9 +31,10 @@ from orchestrator.checkpoint.state import (
     adopt,
     build_state,
     set_step_counts,
-    tensors_to_fill,
+    slices_to_fill,
 )
 from orchestrator.checkpoint.store import Checkpoint, CheckpointStore, newest_name_first
+from orchestrator.checkpoint.tensor_slice import by_tensor
 from orchestrator.config import TrainConfig
 from orchestrator.distributed.world import World
 from orchestrator.errors import CheckpointError
@@ -135,21 +137,23 @@ def fill_from(
     model_only: the optimizer's files stay unread, and it keeps no moments.
     """
     began_s = time.perf_counter()
-    checkpoint = sources[0].checkpoint
-    sources = [source for source in sources if source.checkpoint.files == checkpoint.files]  # the same bits
-    files = checkpoint.model_files if model_only else checkpoint.files
-    wanted = {name for name, entry in checkpoint.state["tensors"].items() if entry["file"] in files}
-    tensors = tensors_to_fill(state, wanted, world.size)
+    checkpoint, sources = _merged(sources)
+    files, saved = checkpoint.files, checkpoint.slices()
+    if model_only:
+        saved = {file: saved[file] for file in checkpoint.model_files}
+    names = by_tensor(each for slices in saved.values() for each in slices).keys()
+    live = by_tensor(slices_to_fill(state, set(names), world))
+    wanted = {file: list(overlaps(slices, live)) for file, slices in saved.items()}
     refused: dict[str, dict[str, str]] = {}  # file -> label of a source -> what is wrong with it there
     from_storage_bytes = 0
-    left = files
+    left = list(saved)
     while left:
-        plan = plan_reads(left, sources, refused, world)
-        if lost := sorted(left.keys() - plan.keys()):
+        plan = plan_reads({file: files[file] for file in left if file in files}, wanted, sources, refused, world)
+        if lost := sorted(set(left) - plan.keys()):
             if world.is_main:
-                _fall_back(sources, "; ".join(f"{file} in {_listed(refused[file])}" for file in lost), store)
+                _fall_back(sources, "; ".join(f"{file} in {_listed(refused.get(file, {}))}" for file in lost), store)
             return None
-        reading = ReadOnce(plan, left, tensors, checkpoint, world, store.folder)
+        reading = ReadOnce(plan, files, wanted, world, store.folder)
         errors = reading.run()
         from_storage_bytes += reading.from_storage_bytes
         for file, readers in plan.items():
@@ -159,15 +163,30 @@ def fill_from(
                 source = next(iter(readers.values()))
                 told = checkpoint.name, file, source.label, _listed(refused[file])
                 logger.warning("%s: %s was read from %s; passed over: %s", *told)
-        left = {file: left[file] for file in plan if file in errors}
-    set_step_counts(state, tensors)
+        left = [file for file in plan if file in errors]
+    set_step_counts(state)
     adopt(state, checkpoint.snapshot({}), world)
     if checkpoint.is_evaluated:
         state.evaluated_at, state.val_loss = state.iter_num, checkpoint.val_loss
     total_bytes = int(world.sum(torch.tensor([from_storage_bytes])).item())
     is_durable = any(source.is_storage for source in sources)
-    size_bytes = sum(record.size_bytes for record in files.values())
+    size_bytes = sum(files[file].size_bytes for file in saved)
     return Resumed(checkpoint, is_durable, size_bytes, total_bytes, time.perf_counter() - began_s)
+
+
+def _merged(sources: list[Source]) -> tuple[Checkpoint, list[Source]]:
+    """Return a state with the files of all sources, as a node may lack slices of ranks elsewhere, and the sources.
+
+    Where two sources have other bits under the name of one file, the first one counts, and the other is left out.
+    """
+    first, records = sources[0].checkpoint, dict[str, Any]()
+    agreeing = []
+    for source in sources:
+        found = source.checkpoint.state["files"]
+        if all(records.get(file, record) == record for file, record in found.items()):
+            records |= found
+            agreeing.append(source)
+    return Checkpoint(first.name, {**first.state, "files": records}), agreeing
 
 
 def _fall_back(sources: list[Source], why: str, store: CheckpointStore) -> None:
@@ -180,4 +199,4 @@ def _fall_back(sources: list[Source], why: str, store: CheckpointStore) -> None:
 
 
 def _listed(refused: dict[str, str]) -> str:
-    return ", ".join(f"{label} ({why})" for label, why in refused.items())
+    return ", ".join(f"{label} ({why})" for label, why in refused.items()) or "the memory of no node"

@@ -67,7 +67,7 @@ def plan_save(
 
 def files_of(snapshot: Snapshot, world_size: int, placement: Placement = replicate) -> Files:
     """Return the files of a state's checkpoint. Each is one rank's; model and optimizer never share one."""
-    slices = placement({**snapshot.model, **snapshot.optimizer}, world_size)
+    slices = [each for each in placement({**snapshot.model, **snapshot.optimizer}, world_size) if each.tensor.numel()]
     owner = owners(slices, world_size)
     files: Files = {}
     for each in slices:

@@ -15,9 +15,9 @@ from orchestrator.checkpoint.restore import read_plan
 from orchestrator.checkpoint.snapshot import tensors_equal
 from orchestrator.config import TrainConfig
 from orchestrator.distributed.world import World
-from orchestrator.errors import StorageUnavailableError
 from tests.conftest import Undisturbed, final_state
 from tests.support.damage import damage, flip_a_bit
+from tests.support.readings import break_off_first_readings
 from tests.support.scenes import Scene, iter_of, records
 
 
@@ -82,24 +82,6 @@ def test_without_any_memory_storage_is_read_once(left: Callable[[str, str], Scen
     assert begin["world_size"] == world_size
     assert begin["from_storage_bytes"] == checkpoint.size_bytes, "headers included"
     assert tensors_equal(final_state(scene.config.out_dir), expected)
-
-
-def break_off_first_readings(rank: int) -> None:
-    """Let a process read wrong numbers at first, from a storage that stops answering at the end of the file."""
-    read, begun = reading.stream_tensors, set[str]()
-
-    def breaking(fs: Any, path: str, *rest: Any) -> Any:
-        is_first = path not in begun
-        begun.add(path)
-        for name, tensor in read(fs, path, *rest):
-            if is_first:
-                tensor.add_(1)
-            yield name, tensor
-        if is_first:
-            os.write(1, f"\nrank {rank} is broken off in {path}\n".encode())
-            raise StorageUnavailableError(f"{path} cannot be read: broken off")
-
-    reading.stream_tensors = breaking
 
 
 def test_what_was_sent_of_a_reading_that_broke_off_is_sent_again(

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
 import torch
 from fsspec.implementations.local import LocalFileSystem
-from torch import Tensor
 
 from model import GPT, GPTConfig
 from orchestrator.checkpoint.save.node_topology import NodeTopology
@@ -21,21 +19,10 @@ from orchestrator.checkpoint.tensor_slice import TensorSlice, assemble, replicat
 from orchestrator.distributed.world import World
 from orchestrator.errors import CheckpointError
 from tests.support.runs import checkpoints_in
+from tests.support.sharding import shard_moments
 
 RANKS = 3
 SHAPE = GPTConfig(block_size=4, vocab_size=7, n_layer=1, n_head=1, n_embd=4)
-
-
-def shard_moments(tensors: Mapping[str, Tensor], world_size: int) -> list[TensorSlice]:
-    """Each rank holds a flat range of each moment, of about the same length; everything else is replicated."""
-    sharded = {name: tensor for name, tensor in tensors.items() if name.startswith("exp_avg")}
-    slices = replicate({name: tensor for name, tensor in tensors.items() if name not in sharded}, world_size)
-    for name, tensor in sharded.items():
-        offset = 0
-        for rank, part in enumerate(tensor.reshape(-1).tensor_split(world_size)):
-            slices.append(TensorSlice(name, tuple(tensor.shape), offset, part, (rank,)))
-            offset += part.numel()
-    return slices
 
 
 def as_rank_sees_it(rank: int) -> TrainState:

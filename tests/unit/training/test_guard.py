@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,10 +10,14 @@ import pytest
 import torch
 from torch import nn
 
+from orchestrator.checkpoint.restore.init_from import scratch_args
 from orchestrator.checkpoint.rollbacks import Rollback, data_iter, is_undone
 from orchestrator.checkpoint.snapshot import tensors_equal
+from orchestrator.checkpoint.state import build_state
+from orchestrator.checkpoint.tensor_slice import TensorSlice, replicate
 from orchestrator.config import TrainConfig
-from orchestrator.training.guard import difference, digest_of, spike_of
+from orchestrator.distributed.world import World
+from orchestrator.training.guard import Guard, difference, digest_of, spike_of
 from tests.conftest import Undisturbed, final_state
 from tests.support import ranks
 from tests.support.faults import Fault
@@ -38,13 +43,44 @@ def test_a_majority_tells_who_is_wrong() -> None:
 
 def test_a_digest_sees_every_bit() -> None:
     model = nn.Linear(40, 30)
-    before = digest_of(model)
-    assert before == digest_of(model)
+    before = digest_of(model.parameters())
+    assert before == digest_of(model.parameters())
     for bit in range(32):
         model.weight.data.view(torch.int32)[3, 7] ^= 1 << bit if bit < 31 else -(1 << 31)
-        assert digest_of(model) != before
+        assert digest_of(model.parameters()) != before
         model.weight.data.view(torch.int32)[3, 7] ^= 1 << bit if bit < 31 else -(1 << 31)
-    assert digest_of(model) == before
+    assert digest_of(model.parameters()) == before
+
+
+def test_only_weights_that_all_ranks_hold_are_compared(tiny: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each rank has other numbers in a tensor of which it holds half, and then another number in one that all hold."""
+    states = [build_state(tiny, scratch_args(tiny, 11), World()) for _ in range(2)]
+    digests: list[str] = []
+
+    def compare(rank: int) -> Rollback | None:
+        def gather_json(_world: World, value: list[str]) -> list[list[str]]:
+            digests.append(value[0])
+            return [[digest, "node"] for digest in digests[-2:]]
+
+        monkeypatch.setattr(World, "gather_json", gather_json)
+        return Guard(replace(tiny, replica_check_interval=1), World(rank, 2), states[rank], []).compare_replicas()
+
+    for rank, state in enumerate(states):
+        state.placement = shard_positions
+        state.model.transformer.wpe.weight.data.add_(rank)
+    assert [compare(0), compare(1)] == [None, None]
+    states[1].model.transformer.wte.weight.data[3, 4] += 1
+    assert compare(0) is None
+    assert compare(1) is not None
+
+
+def shard_positions(tensors: Mapping[str, torch.Tensor], world_size: int) -> list[TensorSlice]:
+    """Each rank holds a part of the position embeddings, and all the rest."""
+    slices = replicate(tensors, world_size)
+    (whole,) = [each for each in slices if each.name == "transformer.wpe.weight"]
+    parts = whole.tensor.reshape(-1).chunk(world_size)
+    shards = [replace(whole, offset=i * len(part), tensor=part, holders=(i,)) for i, part in enumerate(parts)]
+    return [each for each in slices if each is not whole] + shards
 
 
 def test_what_a_rollback_undoes_and_skips() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import replace
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 
 from orchestrator.checkpoint.restore import restore, staging
 from orchestrator.checkpoint.restore.init_from import scratch_args
+from orchestrator.checkpoint.restore.overlap import Overlap, overlaps
 from orchestrator.checkpoint.restore.read_plan import Source, plan_reads
 from orchestrator.checkpoint.restore.staging import Staging
 from orchestrator.checkpoint.save.saver import Saver
@@ -16,6 +18,7 @@ from orchestrator.checkpoint.snapshot import tensors_equal
 from orchestrator.checkpoint.state import TrainState, build_state, capture
 from orchestrator.checkpoint.store import Checkpoint
 from orchestrator.checkpoint.tensor_file import bytes_of
+from orchestrator.checkpoint.tensor_slice import by_tensor, replicate
 from orchestrator.config import TrainConfig
 from orchestrator.distributed.world import World
 from tests.support.fake_cuda import FakeCuda
@@ -66,6 +69,11 @@ def test_a_buffer_is_filled_again_when_it_has_been_sent(cuda: FakeCuda, monkeypa
     assert None not in waited[2:]
 
 
+def wanted_by_all(files: Iterable[str], world_size: int) -> dict[str, list[Overlap]]:
+    slices = replicate({"w": torch.zeros(3)}, world_size)
+    return {file: list(overlaps(slices, by_tensor(slices))) for file in files}
+
+
 def places_of(layout: str) -> list[Source]:
     """Return a state's places, in the memory of every node: "001" are two ranks on node 0 and one on node 1."""
     records = {f"{kind}-{i}": {"size_bytes": size, "xxh3_128": ""} for kind, size in (("m", 1), ("o", 2)) for i in "01"}
@@ -87,17 +95,19 @@ def places_of(layout: str) -> list[Source]:
 def test_where_every_node_has_the_state_one_rank_of_each_reads_it(layout: str, readers: list[set[int]]) -> None:
     places = places_of(layout)
     files = places[0].checkpoint.files
-    plan = plan_reads(files, places, {}, World(size=len(layout), device=DEVICE))
+    wanted = wanted_by_all(files, len(layout))
+    plan = plan_reads(files, wanted, places, {}, World(size=len(layout), device=DEVICE))
     assert [set(plan[file]) for file in sorted(files, key=lambda file: (-files[file].size_bytes, file))] == readers
     for its in plan.values():
         assert all(rank in place.ranks for rank, place in its.items())
-    on_cpus = plan_reads(files, places, {}, World(size=len(layout)))
+    on_cpus = plan_reads(files, wanted, places, {}, World(size=len(layout)))
     assert all(set(its) == set(range(len(layout))) for its in on_cpus.values())
 
 
 def test_a_file_that_one_node_lacks_is_read_by_one_for_all() -> None:
     places = places_of("001")
     refused = {"m-0": {"node 0": "is damaged"}}
-    plan = plan_reads(places[0].checkpoint.files, places, refused, World(size=3, device=DEVICE))
+    files = places[0].checkpoint.files
+    plan = plan_reads(files, wanted_by_all(files, 3), places, refused, World(size=3, device=DEVICE))
     assert set(plan["m-0"]) == {2}
     assert all(len(plan[file]) == 2 for file in ("m-1", "o-0", "o-1"))
