@@ -22,7 +22,7 @@ dataset = "shakespeare"
 batch_size = 1
 block_size = 1024
 gradient_accumulation_steps = 32
-num_workers = "2-8"  # as many GPUs as are there: any number from 1 to 32 gives the same batches
+num_workers = "2-8"  # as many GPUs as are there: any number from 1 to 32 gives the same bits
 
 max_iters = 2000
 learning_rate = 1e-5  # low and constant: the weights are good already

@@ -19,7 +19,7 @@ wandb_run_name = "gpt2-124M"
 batch_size = 12
 block_size = 1024
 gradient_accumulation_steps = 5 * 8
-num_workers = 8  # nanoGPT's --nproc_per_node=8; anything from 1 to 40 gives the same batches
+num_workers = 8  # nanoGPT's --nproc_per_node=8; any number up to 8 gives the same bits, up to 40 the same batches
 
 # 600,000 iterations see 300 billion tokens
 max_iters = 600000
