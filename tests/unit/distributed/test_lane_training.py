@@ -48,12 +48,17 @@ class SmallPieces:
 
 
 def train(
-    config: TrainConfig, size: int, folder: Path, name: str = "", prepare: Callable[[int], None] | None = None
+    config: TrainConfig,
+    size: int,
+    folder: Path,
+    name: str = "",
+    prepare: Callable[[int], None] | None = None,
+    timeout_s: float = 120.0,
 ) -> Snapshot:
     """Train on so many ranks, in pieces of 4 kB, and return the end of it."""
     name = name or f"run-{size}"
     config = replace(config, out_dir=str(folder / name))
-    ended = ranks.train(config, size, folder / f"{name}-{size}.log", prepare=prepare or SmallPieces())
+    ended = ranks.train(config, size, folder / f"{name}-{size}.log", prepare=prepare or SmallPieces(), timeout_s=timeout_s)
     assert ended.is_done, ended.said
     return final_state(config.out_dir)
 
@@ -98,9 +103,11 @@ def test_with_every_setting(lanes: TrainConfig, tmp_path: Path, name: str) -> No
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_compiled(lanes: TrainConfig, tmp_path: Path) -> None:
     config = replace(lanes, max_iters=4, compile=True)
-    assert same(train(config, 3, tmp_path), train(config, 1, tmp_path))
+    alone = train(config, 1, tmp_path, timeout_s=400)
+    assert same(train(config, 3, tmp_path, timeout_s=400), alone)
 
 
 def test_a_run_goes_on_with_its_lanes_on_other_numbers_of_ranks(lanes: TrainConfig, tmp_path: Path) -> None:
