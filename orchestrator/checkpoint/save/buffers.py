@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import time
+from operator import attrgetter
 
 from orchestrator.checkpoint.save.node_topology import NodeTopology
 from orchestrator.checkpoint.save.pinning import Pinned
@@ -41,7 +42,7 @@ class BufferPool:
 
     def free_buffer(self) -> SnapshotBuffer:
         """Return the buffer that is not being uploaded; of two, the one with the older state."""
-        return min((buffer for buffer in self.buffers if not buffer.is_uploading), key=lambda buffer: buffer.iter_num)
+        return min((buffer for buffer in self.buffers if not buffer.is_uploading), key=attrgetter("iter_num"))
 
     def reserve(self, layouts: dict[str, Layout]) -> None:
         """Reserve room for two states of this rank's share; for one, while an earlier attempt's state is here.
