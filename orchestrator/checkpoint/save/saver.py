@@ -55,12 +55,12 @@ class Saver:
         self._agreed = SaveStatus(is_copying=True, is_uploading=True)  # until all ranks have spoken
         self._is_copy_for_storage = False
         self._storage = CheckpointWriter(world, store, intervals.keep, state.iter_num if state.is_durable else -1)
-        self._memory = SnapshotWriter(state.scaler, world, nodes)
+        files = files_of(forecast(state), world.size, state.placement)
+        kept = state.resumed_from.checkpoint.name if state.resumed_from else ""
+        self._memory = SnapshotWriter(state.scaler, world, nodes, files, kept)
         self._plan = partial(plan_save, world=world, environment=environment)
         self._lock = StateLock()
         self.rescuer = Rescuer(state, world, nodes, self._plan, self._memory, self._lock)
-        files = files_of(forecast(state), world.size, state.placement)
-        self._memory.open(files, keep=state.resumed_from.checkpoint.name if state.resumed_from else "")
 
     def request(self) -> SaveStatus:
         """Return this rank's SaveStatus, for an agreement that runs while a step does."""

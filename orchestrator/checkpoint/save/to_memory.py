@@ -34,9 +34,15 @@ _PIECE_BYTES = 64 * 2**20
 
 
 class SnapshotWriter:
-    """One rank's. pool: its buffers; cost: of its snapshots; copier: its thread; gpu: its streams, None on a CPU."""
+    """One rank's. Made, it shows that this process lives, forgets earlier attempts' states and reserves its buffers.
 
-    def __init__(self, scaler: torch.amp.GradScaler, world: World, nodes: NodeTopology) -> None:
+    files: those of any state of this run. keep: the name of the state that stays until there is a newer one.
+    pool: its buffers; cost: of its snapshots; copier: its thread; gpu: its streams, None on a CPU.
+    """
+
+    def __init__(
+        self, scaler: torch.amp.GradScaler, world: World, nodes: NodeTopology, files: Files, keep: str
+    ) -> None:
         self._scaler, self._world, self._nodes = scaler, world, nodes
         self.gpu = Gpu(world.device, scaler) if world.device.type == "cuda" else None
         self.copier = BackgroundQueue("copy of the state", world.choose_device)
@@ -44,16 +50,10 @@ class SnapshotWriter:
         self._copied: Future[torch.cuda.Event | None] | None = None
         self.pool = BufferPool(nodes, world)
         self.cost = SnapshotCost(world.device, nodes.shares)
-
-    def open(self, files: Files, keep: str) -> None:
-        """Show that this process lives, forget the states of earlier attempts, reserve buffers in the background.
-
-        files: those of any state of this run. keep: the name of the state that stays until there is a newer one.
-        """
-        if memory := self._nodes.memory:
-            memory.hold_liveness_lock(self._world.attempt, self._nodes.share)
-            memory.forget_other_than(self._world.attempt, keep)
-            layouts = self.layouts(files, self._nodes.share)
+        if nodes.memory:
+            nodes.memory.hold_liveness_lock(world.attempt, nodes.share)
+            nodes.memory.forget_other_than(world.attempt, keep)
+            layouts = self.layouts(files, nodes.share)
             self.copier.submit(partial(self._run, self.pool.reserve, layouts))
 
     def begin(self, plan: SavePlan) -> tuple[SnapshotBuffer, Future[dict[str, Any]]]:
