@@ -184,10 +184,7 @@ class CheckpointStore:
         return [checkpoint for checkpoint in found if checkpoint.is_evaluated or checkpoint.iter_num not in done]
 
     def commit(self, name: str, state: dict[str, Any], attempt: str) -> bool:
-        """Commit a checkpoint whose files are all written: after this it exists.
-
-        Return False, and commit nothing, if a later attempt writes here.
-        """
+        """Commit a checkpoint whose files are all written; return False, and do nothing, if a later attempt writes."""
         if self.folder.is_fenced(attempt):
             return False
         self.folder.write_whole(f"{name}/state.json", state_text(state))

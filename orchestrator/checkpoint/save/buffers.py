@@ -81,8 +81,8 @@ class BufferPool:
                 memory.forget_other_than(self._attempt)
             self.reserve(self.buffers[0].layouts)
 
-    def give_up(self, error: Exception) -> None:
-        """Go on without node memory."""
+    def give_up(self, error: BaseException) -> None:
+        """Go on without node memory, whatever its file system or CUDA has failed with."""
         if not self.is_missing:
             logger.warning(
                 "no more states are kept in node memory, training pauses for every checkpoint: %s",

@@ -8,7 +8,6 @@ the mapped files, which are pinned for that. If node memory fails, the run goes 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 from concurrent.futures import Future, TimeoutError
 from contextlib import suppress
 from functools import partial
@@ -54,7 +53,7 @@ class SnapshotWriter:
             nodes.memory.hold_liveness_lock(world.attempt, nodes.share)
             nodes.memory.forget_other_than(world.attempt, keep)
             layouts = self.layouts(files, nodes.share)
-            self.copier.submit(partial(self._run, self.pool.reserve, layouts))
+            self.copier.submit(partial(self.pool.reserve, layouts), self.pool.give_up)
 
     def begin(self, plan: SavePlan) -> tuple[SnapshotBuffer, Future[dict[str, Any]]]:
         """Begin a snapshot; return its buffer, and its state.json (but for the records) once it is published.
@@ -65,9 +64,9 @@ class SnapshotWriter:
         scaler, self._copied = ScalerValues(self._scaler), Future()
         tensors = {**plan.tensors_on(self._world.rank), **scaler.tensors}
         write = partial(self._write, tensors, scaler, self._copied, buffer, plan.without_tensors())
-        published = self.copier.submit(partial(self._run, write))
+        published = self.copier.submit(write, self.pool.give_up)
         if len(self.pool.buffers) < 2:
-            self.copier.submit(partial(self._run, self.pool.replace_older_attempts, plan.name))
+            self.copier.submit(partial(self.pool.replace_older_attempts, plan.name), self.pool.give_up)
         return buffer, published
 
     def join(self) -> float:
@@ -113,13 +112,6 @@ class SnapshotWriter:
             self.settle()
         if self._nodes.memory:
             self._nodes.memory.close(is_finished)
-
-    def _run(self, call: Callable[..., Any], *args: Any) -> Any:
-        try:
-            return call(*args)
-        except Exception as error:  # whatever a memory file system or CUDA fails with, training goes on without it
-            self.pool.give_up(error)
-            raise
 
     def _write(
         self,
