@@ -26,7 +26,7 @@ from orchestrator.settings.bounds import (
     bounds_of,
 )
 from orchestrator.settings.file import read_settings
-from orchestrator.settings.flags import complete, files_and_flags, read_flags
+from orchestrator.settings.flags import files_and_flags, read_flags
 from orchestrator.storage.paths import with_paths
 
 GPT2_NAMES = ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
@@ -41,12 +41,12 @@ def _names_a_run(out_dir: str) -> bool:
     return bool(out_dir.split("://")[-1].strip("/. "))
 
 
-RunFolderName = Annotated[str, Bound("a path or URL with a last part to name the run", _names_a_run)]
-FolderName = Annotated[str, Bound("the name of a folder under data_dir", lambda x: bool(x.strip("/. ")))]
-WorkerCount = Annotated[int | str, Bound("1 or more, or a range such as 2-8", _is_count)]
+RunFolderName = Annotated[str, Bound("a path or URL with a last part to name the run", holds=_names_a_run)]
+FolderName = Annotated[str, Bound("the name of a folder under data_dir", holds=re.compile(r"[^/. ]").search)]
+WorkerCount = Annotated[int | str, Bound("1 or more, or a range such as 2-8", holds=_is_count)]
 GpuShare = Annotated[float | None, AT_LEAST_0]
 _DEVICE = re.compile(r"cpu|(cuda|mps|xpu)(:\d+)?")
-Device = Annotated[str, Bound("cpu, cuda or cuda:<index>", lambda x: bool(_DEVICE.fullmatch(x)))]
+Device = Annotated[str, Bound("cpu, cuda or cuda:<index>", holds=_DEVICE.fullmatch)]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -212,7 +212,7 @@ def parse(kind: type[C], argv: Sequence[str], prog: str, description: str | None
         SystemExit: 0 after `--help`; 2 after a wrong flag, which tyro has explained with the nearest one.
     """
     values: dict[str, Any] = {}
-    for is_file, words in files_and_flags(list(complete(kind, argv))):
+    for is_file, words in files_and_flags(kind, argv):
         if is_file:
             for word in words:
                 values |= read_settings(kind, word, values)

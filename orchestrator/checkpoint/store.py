@@ -192,10 +192,12 @@ class CheckpointStore:
         done = {checkpoint.iter_num for checkpoint in found if checkpoint.is_evaluated}
         return [checkpoint for checkpoint in found if checkpoint.is_evaluated or checkpoint.iter_num not in done]
 
-    def commit(self, name: str, state: dict[str, Any]) -> Checkpoint:
-        """Commit a checkpoint whose files are all written: after this it exists."""
+    def commit(self, name: str, state: dict[str, Any], attempt: str) -> bool:
+        """Commit a checkpoint whose files are all written; return False, and do nothing, if a later attempt writes."""
+        if self.folder.is_fenced(attempt):
+            return False
         self.folder.write_whole(f"{name}/state.json", state_text(state))
-        return Checkpoint(name, state)
+        return True
 
     def prune(self, keep: int) -> list[str]:
         """Delete all but the newest `keep` committed checkpoints and the best one; return what was deleted.

@@ -116,15 +116,16 @@ def write_file(
     """
     digest = xxhash.xxh3_128()
     size_bytes = 0
-    file = _LocalFile(path) if type(fs) is LocalFileSystem else fs.open(path, "wb")
+    file = FileIO(path, "w") if type(fs) is LocalFileSystem else fs.open(path, "wb")
     with contextlib.ExitStack() as on_failure:
         on_failure.callback(_give_up, file)
+        writer = _DirectWriter(file) if isinstance(file, FileIO) else file
         for piece in pieces:
-            file.write(piece)
+            writer.write(piece)
             digest.update(piece)
             size_bytes += len(piece)
             written(len(piece))
-        file.flush()
+        writer.flush()
         if isinstance(fs, LocalFileSystem):
             os.fsync(file.fileno())  # what is announced must survive a power cut; and some disks are full only here
         file.close()
@@ -136,15 +137,14 @@ def write_file(
     return FileRecord(size_bytes, digest.hexdigest())
 
 
-class _LocalFile:
-    """A new local file whose bytes go to the disk at once, past the page cache, where the file system can do that.
+class _DirectWriter:
+    """Writes a new local file straight to the disk, past the page cache, where the file system can do that.
 
     That saves a copy of everything, and the wait at the end until the cache has been written.
     """
 
-    def __init__(self, path: str) -> None:
-        self._file = FileIO(path, "w")
-        self._is_direct = _pass_cache(self._file, True)
+    def __init__(self, file: FileIO) -> None:
+        self._file, self._is_direct = file, _pass_cache(file, True)
         self._buffer = memoryview(mmap.mmap(-1, _PIECE_BYTES))  # aligned; nothing of it is used before it is filled
         self._held = 0  # bytes in the buffer
 
@@ -160,23 +160,14 @@ class _LocalFile:
             self._held += count
             left = left[count:]
             if self._held == _PIECE_BYTES:
-                self._empty()
+                self._send(self._buffer)
+                self._held = 0
         self._send(left)
 
     def flush(self) -> None:
         """Write what is held back. The last bytes are no whole block: they go through the page cache."""
         self._is_direct = _pass_cache(self._file, False)
-        self._empty()
-
-    def fileno(self) -> int:
-        return self._file.fileno()
-
-    def close(self) -> None:
-        self._file.close()
-
-    def _empty(self) -> None:
-        held, self._held = self._held, 0
-        self._send(self._buffer[:held])
+        self._send(self._buffer[: self._held])
 
     def _send(self, content: memoryview) -> None:
         while content:

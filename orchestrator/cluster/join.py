@@ -7,8 +7,8 @@ import os
 import signal
 import socket
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -164,14 +164,17 @@ def _start_cluster() -> None:
 def _no_process_left_behind() -> Iterator[None]:
     """End the processes that were started meanwhile, if that fails or a signal comes."""
     before = psutil.Process().children(recursive=True)
-    try:
+    with ExitStack() as on_failure:
+        on_failure.callback(_kill_children_but, before)
         yield
-    except BaseException:
-        for child in psutil.Process().children(recursive=True):
-            if child not in before:
-                with suppress(psutil.NoSuchProcess):
-                    child.kill()
-        raise
+        on_failure.pop_all()
+
+
+def _kill_children_but(spared: Sequence[psutil.Process]) -> None:
+    for child in psutil.Process().children(recursive=True):
+        if child not in spared:
+            with suppress(psutil.NoSuchProcess):
+                child.kill()
 
 
 def _init_ray(**options: Any) -> None:

@@ -92,7 +92,17 @@ class TokenFiles:
                     f"{path} has {len(tokens):,} tokens, but block_size={block_size} needs at least "
                     f"{block_size + 1:,} (a sequence and its shifted target); take a smaller block_size or more text"
                 )
-            _check_vocabulary(path, tokens, vocab_size)
+            if len(tokens) > _SCAN_CHUNK_TOKENS * _SCAN_CHUNKS:
+                logger.info("%s: checking %d stretches of a million tokens of its %d", path, _SCAN_CHUNKS, len(tokens))
+            for start in _stretches(len(tokens), _SCAN_CHUNK_TOKENS, _SCAN_CHUNKS):
+                chunk = tokens[start : start + _SCAN_CHUNK_TOKENS]
+                if int(chunk.max()) >= vocab_size or int(chunk.min()) < 0:
+                    position = start + int(np.argmax((chunk >= vocab_size) | (chunk < 0)))
+                    raise DataError(
+                        f"{path}: token {int(tokens[position])} at position {position:,} is outside the model's "
+                        f"vocabulary (vocab_size={vocab_size}, ids 0 to {vocab_size - 1}); was the model made for "
+                        f"another dataset, or are the tokens no {tokens.dtype.name}?"
+                    )
 
     def fingerprint(self) -> str:
         """Return a hash of the lengths, the type and up to 64 stretches of 16,384 tokens of each split.
@@ -200,38 +210,24 @@ def _own_tokenizer(folder: Path, meta: Meta) -> Tokenizer:
 
 
 def _map(path: Path, dtype: np.dtype[Any], expected_tokens: int | None) -> NDArray[Any]:
-    remedy = _remedy(path.parent.parent, path.parent.name)
+    size_bytes = path.stat().st_size if path.is_file() else 0
+    n_tokens, odd_bytes = divmod(size_bytes, dtype.itemsize)
+    problem = ""
     if path.is_symlink() and not path.exists():
-        raise DataError(f"{path} is a link to {path.readlink()}, which is not there; {remedy}")
-    if path.is_dir():
-        raise DataError(f"{path} is a folder, not a file of tokens; {remedy}")
-    if not path.is_file():
-        raise DataError(f"{path} is missing; {remedy}")
-    size_bytes = path.stat().st_size
-    if size_bytes == 0:
-        raise DataError(f"{path} is empty; {remedy}")
-    if size_bytes % dtype.itemsize:
-        raise DataError(
-            f"{path} is truncated: {size_bytes:,} bytes are no whole number of {dtype.itemsize}-byte tokens; {remedy}"
-        )
-    n_tokens = size_bytes // dtype.itemsize
-    if expected_tokens is not None and n_tokens != expected_tokens:
-        raise DataError(f"{path} has {n_tokens:,} tokens, but meta.json says {expected_tokens:,}; {remedy}")
+        problem = f"is a link to {path.readlink()}, which is not there"
+    elif path.is_dir():
+        problem = "is a folder, not a file of tokens"
+    elif not path.is_file():
+        problem = "is missing"
+    elif not size_bytes:
+        problem = "is empty"
+    elif odd_bytes:
+        problem = f"is truncated: {size_bytes:,} bytes are no whole number of {dtype.itemsize}-byte tokens"
+    elif expected_tokens not in (None, n_tokens):
+        problem = f"has {n_tokens:,} tokens, but meta.json says {expected_tokens:,}"
+    if problem:
+        raise DataError(f"{path} {problem}; {_remedy(path.parent.parent, path.parent.name)}")
     return np.asarray(np.memmap(path, dtype=dtype, mode="r"))  # a plain view indexes faster than the memmap class
-
-
-def _check_vocabulary(path: Path, tokens: NDArray[Any], vocab_size: int) -> None:
-    if len(tokens) > _SCAN_CHUNK_TOKENS * _SCAN_CHUNKS:
-        logger.info("%s: checking %d stretches of a million tokens of its %d", path, _SCAN_CHUNKS, len(tokens))
-    for start in _stretches(len(tokens), _SCAN_CHUNK_TOKENS, _SCAN_CHUNKS):
-        chunk = tokens[start : start + _SCAN_CHUNK_TOKENS]
-        if int(chunk.max()) >= vocab_size or int(chunk.min()) < 0:
-            position = start + int(np.argmax((chunk >= vocab_size) | (chunk < 0)))
-            raise DataError(
-                f"{path}: token {int(tokens[position])} at position {position:,} is outside the model's vocabulary "
-                f"(vocab_size={vocab_size}, ids 0 to {vocab_size - 1}); was the model made for another dataset, or are "
-                f"the tokens no {tokens.dtype.name}?"
-            )
 
 
 def _stretches(n_tokens: int, length: int, limit: int) -> Iterator[int]:

@@ -152,7 +152,7 @@ class World:
             dist.all_reduce(tensor, group=self.group)
         return tensor
 
-    def agree(self, answers: list[int]) -> Agreement:
+    def agree(self, answers: Sequence[int]) -> Agreement:
         """Ask all ranks, without waiting for them."""
         mine = torch.tensor(answers, dtype=torch.int64)
         work = dist.all_reduce(mine, dist.ReduceOp.MAX, self.group, async_op=True) if self.size > 1 else None

@@ -8,6 +8,8 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from typing import Any
 
+OnError = Callable[[BaseException], None] | None
+
 
 class BackgroundQueue:
     """A daemon thread: a call that hangs, on storage that does not answer, never keeps the process from ending.
@@ -16,19 +18,22 @@ class BackgroundQueue:
     """
 
     def __init__(self, name: str, begin: Callable[[], object] = lambda: None) -> None:
-        self._calls: queue.SimpleQueue[tuple[Future[Any], Callable[[], Any]] | None] = queue.SimpleQueue()
+        self._calls: queue.SimpleQueue[tuple[Future[Any], Callable[[], Any], OnError] | None] = queue.SimpleQueue()
         self.last: Future[Any] | None = None
-        self._calls.put((Future(), begin))  # its error must not end the thread: others wait for their own calls
+        self._calls.put((Future(), begin, None))  # its error must not end the thread: others wait for their own calls
         threading.Thread(target=self._run, name=name, daemon=True).start()
 
     @property
     def is_busy(self) -> bool:
         return self.last is not None and not self.last.done()
 
-    def submit(self, call: Callable[[], Any]) -> Future[Any]:
-        """Run `call` after all earlier ones; return a future of its value or error."""
+    def submit(self, call: Callable[[], Any], on_error: OnError = None) -> Future[Any]:
+        """Run `call` after all earlier ones; return a future of its value or error.
+
+        on_error: hears of the error in the thread, before whoever waits for the future.
+        """
         self.last = Future()
-        self._calls.put((self.last, call))
+        self._calls.put((self.last, call, on_error))
         return self.last
 
     def close(self) -> None:
@@ -37,9 +42,11 @@ class BackgroundQueue:
 
     def _run(self) -> None:
         while submitted := self._calls.get():
-            future, call = submitted
+            future, call, on_error = submitted
             try:
                 future.set_result(call())
             except BaseException as error:  # any: whoever waits for the future has to hear of it
+                if on_error:
+                    on_error(error)
                 future.set_exception(error)
-            del submitted, future, call  # they hold tensors, which must not live until the next call comes
+            del submitted, future, call, on_error  # they hold tensors, which must not live until the next call comes

@@ -30,11 +30,10 @@ def read_settings(kind: Any, word: str, values: dict[str, Any]) -> dict[str, Any
     types, bounds = typing.get_type_hints(kind), bounds_of(kind)
     scope = {f.name: f.default for f in dataclasses.fields(kind)} | values
     before = dict(scope)
-    source = _run(path, scope)
-    passing = _passing_names(source)
+    lines, passing = _bindings(_run(path, scope))
     settings = {}
     for key, value in scope.items():
-        where = f"{path}, line {_line_of(key, source)}: "
+        where = f"{path}, line {lines.get(key, 1)}: "
         if key not in types and not key.startswith("_") and isinstance(value, _VALUES) and key not in passing:
             hint = nearest(key, types)
             raise ConfigError(
@@ -82,10 +81,13 @@ def _line_in(error: BaseException, path: Path) -> str:
     return f", line {lines[-1]}" if lines else ""
 
 
-def _passing_names(source: str) -> set[str]:
-    """Return the names that a settings file binds without assigning to them: of a loop, a `with`, a walrus."""
+def _bindings(source: str) -> tuple[dict[str, int], set[str]]:
+    """Return the last line that binds each name of a settings file, and the names that it only binds in passing.
+
+    Those are of a loop, a `with`, a walrus: nothing is assigned to them.
+    """
     assigned: set[str] = set()
-    bound: set[str] = set()
+    lines: dict[str, int] = {}
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Assign):
             targets = node.targets
@@ -95,14 +97,8 @@ def _passing_names(source: str) -> set[str]:
             targets = []
         assigned |= {name.id for target in targets for name in ast.walk(target) if isinstance(name, ast.Name)}
         if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
-            bound.add(node.id)
-    return bound - assigned
-
-
-def _line_of(key: str, source: str) -> int:
-    """Return the line that assigns to a key last, 1 where none does so by name."""
-    names = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Name) and node.id == key]
-    return max((node.lineno for node in names if isinstance(node.ctx, ast.Store)), default=1)
+            lines[node.id] = max(node.lineno, lines.get(node.id, 1))
+    return lines, lines.keys() - assigned
 
 
 def _of_type(wanted: Any, value: Any, where: str) -> Any:

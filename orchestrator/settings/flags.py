@@ -6,24 +6,23 @@ import dataclasses
 import inspect
 import re
 import typing
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from itertools import zip_longest
 from typing import Annotated, Any
 
 
-def complete(kind: Any, argv: Sequence[str]) -> Iterator[str]:
-    """Yield argv's words, with True for each setting that is on or off and is given without a value."""
+def files_and_flags(kind: Any, argv: Sequence[str]) -> list[tuple[bool, list[str]]]:
+    """Cut argv into runs of settings files (True) and of flags, in order; a word after `--key` is that key's value.
+
+    A setting that is on or off may have none: then it is True.
+    """
     switches = {name for name, its_type in typing.get_type_hints(kind).items() if its_type is bool}
-    for word, following in zip_longest(argv, argv[1:]):
-        is_switch = word.startswith("--") and word[2:].replace("-", "_") in switches
-        yield f"{word}=True" if is_switch and following not in ("True", "False") else word
-
-
-def files_and_flags(argv: Sequence[str]) -> list[tuple[bool, list[str]]]:
-    """Cut argv into runs of settings files (True) and of flags, in order; a word after `--key` is that key's value."""
     runs: list[tuple[bool, list[str]]] = []
     awaits_value = False
-    for word in argv:
+    for word, following in zip_longest(argv, argv[1:]):
+        is_switch = word.startswith("--") and word[2:].replace("-", "_") in switches
+        if is_switch and following not in ("True", "False"):
+            word = f"{word}=True"
         is_flag = word.startswith("-")
         is_file = not is_flag and not awaits_value
         awaits_value = is_flag and "=" not in word

@@ -44,10 +44,12 @@ def storage_options_of(config: StorageSettings, url: str | None = None) -> dict[
         ConfigError: storage_options holds no JSON object, or its file cannot be read; the value is not in the message.
     """
     text = config.storage_options.strip()
+    if not text:
+        return None
     home = _protocol(config.out_dir)
     if home == "file":
         home = _protocol(getattr(config, "init_from", ""))
-    if not text or (url is not None and _protocol(url) not in (home, _protocol(config.out_dir))):
+    if url is not None and _protocol(url) not in (home, _protocol(config.out_dir)):
         return None
     return _with_home(_read(text) if is_options_file(text) else _parse(text, "storage_options"))
 

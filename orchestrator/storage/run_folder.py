@@ -88,8 +88,7 @@ class RunFolder:
 
     def write_whole(self, name: str, text: str, *, is_lasting: bool = True) -> None:
         """Write a file whole or not at all; is_lasting: see `transfer.atomic_write_to`."""
-
-        url = self._url(name)
+        url = f"{self.out_dir.rstrip('/')}/{name}"
 
         def replace(fs: Any) -> None:
             with atomic_write_to(fs, self.path(name), url, is_lasting=is_lasting) as file:
@@ -108,7 +107,7 @@ class RunFolder:
 
     def exists(self, name: str) -> bool:
         """Return whether there is such a file or folder."""
-        what = f"{self._url(name)} cannot be looked for"
+        what = f"{self.out_dir.rstrip('/')}/{name} cannot be looked for"
         return self._connection.call(what, is_there, self.path(name), to=StorageUnavailableError)
 
     def list(self) -> list[str]:
@@ -181,9 +180,6 @@ class RunFolder:
             may_pass=lambda error: isinstance(error, StorageUnavailableError),
             for_s=retry.READ_AGAIN_FOR_S,
         )
-
-    def _url(self, name: str) -> str:
-        return f"{self.out_dir.rstrip('/')}/{name}"
 
 
 def open_run_folder(config: StorageSettings) -> RunFolder:

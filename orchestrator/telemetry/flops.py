@@ -29,7 +29,13 @@ def peak_flops(card: str) -> float | None:
 
 
 class Flops:
-    """A running average, as nanoGPT's. On a CPU we have nothing to compare it with, and do not know it."""
+    """A running average, as nanoGPT's. On a CPU we have nothing to compare it with, and do not know it.
+
+    mfu: model FLOPs utilisation, 1.0 is the card's peak; tflops: TFLOP/s of this GPU. None each while it is not known.
+    """
+
+    mfu: float | None = None
+    tflops: float | None = None
 
     def __init__(self, device: torch.device) -> None:
         self._is_on_gpu = device.type == "cuda"
@@ -39,13 +45,5 @@ class Flops:
     def add(self, per_s: float) -> None:
         """Take in the FLOP/s of an iteration."""
         self._per_s = per_s if self._per_s is None else 0.9 * self._per_s + 0.1 * per_s
-
-    @property
-    def mfu(self) -> float | None:
-        """Model FLOPs utilisation, 1.0 is the card's peak; None while it is not known."""
-        return self._per_s / self._peak if self._per_s is not None and self._peak else None
-
-    @property
-    def tflops(self) -> float | None:
-        """TFLOP/s of this GPU; None while they are not known."""
-        return self._per_s / 1e12 if self._per_s is not None and self._is_on_gpu else None
+        self.mfu = self._per_s / self._peak if self._peak else None
+        self.tflops = self._per_s / 1e12 if self._is_on_gpu else None

@@ -100,7 +100,7 @@ def arm(fault: Fault) -> None:
 
     from orchestrator import loop
     from orchestrator.checkpoint.restore import read_once as reading
-    from orchestrator.checkpoint.save import async_copy as copying
+    from orchestrator.checkpoint.save import to_memory as copying
     from orchestrator.checkpoint.save import upload as durable
     from orchestrator.checkpoint.save.snapshot_buffer import SnapshotBuffer
     from orchestrator.checkpoint.save.to_memory import SnapshotWriter
@@ -165,19 +165,19 @@ def arm(fault: Fault) -> None:
     wrap(SnapshotBuffer, "publish", lambda _slot, name, *_: _iter_of(name), before="seal", after="sealed")
 
     copied = {"tensors": 0, "of": 0, "iter_num": -1}
-    original_copy, original_write = copying._copy_in_host_memory, SnapshotWriter._write
+    original_bytes_of, original_write = copying.bytes_of, SnapshotWriter._write
 
-    def write(self: Any, copy: Any, buffer: Any, plan: Any) -> Any:
+    def write(self: Any, tensors: Any, scaler: Any, is_copied: Any, buffer: Any, plan: Any) -> Any:
         copied.update(tensors=0, of=len(plan.description["tensors"]), iter_num=plan.iter_num)
-        return original_write(self, copy, buffer, plan)
+        return original_write(self, tensors, scaler, is_copied, buffer, plan)
 
-    def copy_in_host_memory(source: memoryview, target: memoryview) -> None:
-        original_copy(source, target)
-        copied["tensors"] += 1
+    def bytes_of(tensor: Any) -> memoryview:
         if copied["tensors"] == copied["of"] // 6:  # of three ranks, each copies about a third
             reached("copy", copied["iter_num"])
+        copied["tensors"] += 1
+        return original_bytes_of(tensor)
 
-    SnapshotWriter._write, copying._copy_in_host_memory = write, copy_in_host_memory  # type: ignore[method-assign]
+    SnapshotWriter._write, copying.bytes_of = write, bytes_of  # type: ignore[method-assign]
 
 
 def _iter_of(path: str) -> int:

@@ -90,19 +90,13 @@ def is_broad(node: ast.expr | None) -> bool:
     )
 
 
-def passes_on(handler: ast.ExceptHandler) -> bool:
-    """Return whether a handler tidies up and raises the very error again."""
-    last = handler.body[-1]
-    return isinstance(last, ast.Raise) and last.exc is None
-
-
 def broad_excepts() -> list[str]:
-    """Return where whatever comes is caught and kept."""
+    """Return where whatever comes is caught, if only to be raised again."""
     found = []
     for module, tree in sources().items():
         for node in ast.walk(tree):
             is_suppress = isinstance(node, ast.Call) and ast.unparse(node.func).endswith("suppress")
-            if (isinstance(node, ast.ExceptHandler) and is_broad(node.type) and not passes_on(node)) or (
+            if (isinstance(node, ast.ExceptHandler) and is_broad(node.type)) or (
                 is_suppress and isinstance(node, ast.Call) and any(map(is_broad, node.args))
             ):
                 found.append(f"{module}:{node.lineno}")

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import time
+from operator import attrgetter
 
 from orchestrator.checkpoint.save.node_topology import NodeTopology
 from orchestrator.checkpoint.save.pinning import Pinned
@@ -41,7 +42,7 @@ class BufferPool:
 
     def free_buffer(self) -> SnapshotBuffer:
         """Return the buffer that is not being uploaded; of two, the one with the older state."""
-        return min((buffer for buffer in self.buffers if not buffer.is_uploading), key=lambda buffer: buffer.iter_num)
+        return min((buffer for buffer in self.buffers if not buffer.is_uploading), key=attrgetter("iter_num"))
 
     def reserve(self, layouts: dict[str, Layout]) -> None:
         """Reserve room for two states of this rank's share; for one, while an earlier attempt's state is here.
@@ -80,8 +81,8 @@ class BufferPool:
                 memory.forget_other_than(self._attempt)
             self.reserve(self.buffers[0].layouts)
 
-    def give_up(self, error: Exception) -> None:
-        """Go on without node memory."""
+    def give_up(self, error: BaseException) -> None:
+        """Go on without node memory, whatever its file system or CUDA has failed with."""
         if not self.is_missing:
             logger.warning(
                 "no more states are kept in node memory, training pauses for every checkpoint: %s",

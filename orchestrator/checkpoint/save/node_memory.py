@@ -54,7 +54,7 @@ class NodeMemory:
         self._alive: int | None = None
         self._stood_in: list[int] = []  # locks, kept until this process ends
         for path in self.path.glob(".slot-*"):  # half-written by a process that was killed: no rank writes this early
-            delete_tree(path)
+            shutil.rmtree(path, ignore_errors=True)
         self._older = {path.name for path in _listed(self.path)}
         self.node_id = _written_once(self.root / ".node", os.urandom(8).hex())
 
@@ -78,7 +78,7 @@ class NodeMemory:
         """
         for path in self.shares_of_earlier(attempt):
             if not path.name.startswith(f"{keep}."):
-                delete_tree(path)
+                shutil.rmtree(path, ignore_errors=True)
 
     def hold_liveness_lock(self, attempt: str, share: int) -> None:
         """Hold a file lock for this share, until it is released or the process ends: the others see that it lives."""
@@ -227,7 +227,7 @@ def _delete_unused(path: Path) -> bool:
         lock = _locked(path / _LOCK, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
         return False
-    delete_tree(path)
+    shutil.rmtree(path, ignore_errors=True)
     os.close(lock)
     return True
 
@@ -255,8 +255,3 @@ def _used_bytes(folder: Path) -> int:
             with suppress(FileNotFoundError):
                 used_bytes += Path(path, file).stat().st_blocks * 512
     return used_bytes
-
-
-def delete_tree(path: Path) -> None:
-    """Delete a folder; if it is not there, or another rank is deleting it, that is fine."""
-    shutil.rmtree(path, ignore_errors=True)

@@ -12,6 +12,7 @@ import time
 from collections import deque
 from dataclasses import dataclass
 from statistics import median
+from typing import NamedTuple
 
 import torch
 
@@ -37,33 +38,21 @@ class SaveIntervals:
     keep: int = 2
 
 
-@dataclass(frozen=True)
-class SaveStatus:
-    """How far a rank is with saving; merged, how far the slowest one is.
+class SaveStatus(NamedTuple):
+    """How far a rank is with saving, in integers for `World.agree`; the highest of each, how far the slowest one is.
 
     is_copying, is_uploading: the previous snapshot, the previous checkpoint is still on its way. A snapshot is whole
         once every rank has published it: until then the one before must not be overwritten anywhere.
-    uploads_ended: how many there were so far, failed ones too.
+    uploads_left: how many have begun and not ended, failed ones among the ended.
     affordable_interval: iterations between snapshots that cost next to nothing.
     without_memory: node memory cannot be used.
     """
 
-    is_copying: bool
-    is_uploading: bool
-    uploads_ended: int = 0
+    is_copying: int
+    is_uploading: int
+    uploads_left: int = 0
     affordable_interval: int = 1
-    without_memory: bool = False
-
-    def to_ints(self) -> list[int]:
-        """Return integers for `World.agree`: the highest of each over all ranks is the most restrictive."""
-        busy = [int(self.is_copying), int(self.is_uploading)]
-        return [*busy, -self.uploads_ended, self.affordable_interval, int(self.without_memory)]
-
-    @classmethod
-    def from_ints(cls, highest: list[int]) -> SaveStatus:
-        """Return the merged status of all ranks from the highest of each of their integers."""
-        is_copying, is_uploading, minus_ended, interval, without_memory = highest
-        return cls(bool(is_copying), bool(is_uploading), -minus_ended, interval, bool(without_memory))
+    without_memory: int = False
 
 
 @dataclass(frozen=True)

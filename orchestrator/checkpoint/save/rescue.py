@@ -10,7 +10,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 
 from orchestrator.checkpoint.save.node_memory import NodeMemory, share_path, spare_memory_bytes
 from orchestrator.checkpoint.save.node_topology import NodeTopology
@@ -49,13 +49,14 @@ class Rescuer:
     @contextmanager
     def rescue_on_failure(self) -> Iterator[None]:
         """If the body fails, such as in a collective whose peer is gone, rescue the state before the error goes on."""
-        try:
-            yield
-        except (UserError, RolledBackError):  # on all ranks alike: nobody wants this state
-            raise
-        except Exception:  # whatever ends the attempt
-            self.rescue()
-            raise
+        with ExitStack() as on_failure:
+            on_failure.callback(self.rescue)
+            try:
+                yield
+            except (UserError, RolledBackError, KeyboardInterrupt, SystemExit):
+                on_failure.pop_all()  # nobody wants this state: all ranks raise alike, or the user ends it all
+                raise
+            on_failure.pop_all()
 
     def rescue(self, stand_in_s: float = STAND_IN_S) -> int | None:
         """Put the state of the last completed iteration into this node's memory; return its number, or None.

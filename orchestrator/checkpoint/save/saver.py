@@ -13,7 +13,7 @@ be used, checkpoints are written straight from the live tensors, and training pa
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -55,26 +55,27 @@ class Saver:
         self._agreed = SaveStatus(is_copying=True, is_uploading=True)  # until all ranks have spoken
         self._is_copy_for_storage = False
         self._storage = CheckpointWriter(world, store, intervals.keep, state.iter_num if state.is_durable else -1)
-        self._memory = SnapshotWriter(state.scaler, world, nodes)
+        files = files_of(forecast(state), world.size, state.placement)
+        kept = state.resumed_from.checkpoint.name if state.resumed_from else ""
+        self._memory = SnapshotWriter(state.scaler, world, nodes, files, kept)
         self._plan = partial(plan_save, world=world, environment=environment)
         self._lock = StateLock()
         self.rescuer = Rescuer(state, world, nodes, self._plan, self._memory, self._lock)
-        files = files_of(forecast(state), world.size, state.placement)
-        self._memory.open(files, keep=state.resumed_from.checkpoint.name if state.resumed_from else "")
 
-    def request(self) -> list[int]:
-        """Return this rank's SaveStatus as integers, for an agreement that runs while a step does."""
+    def request(self) -> SaveStatus:
+        """Return this rank's SaveStatus, for an agreement that runs while a step does."""
         self._memory.cost.step_begins()
         memory, storage = self._memory, self._storage
         interval = self._intervals.snapshot_interval or memory.cost.interval()
         is_copying, is_uploading = memory.copier.is_busy, storage.uploader.is_busy
-        return SaveStatus(is_copying, is_uploading, len(storage.ended), interval, memory.pool.is_missing).to_ints()
+        uploads_left = storage.begun - len(storage.ended)
+        return SaveStatus(is_copying, is_uploading, uploads_left, interval, memory.pool.is_missing)
 
-    def apply(self, highest: list[int]) -> None:
-        """Take what all ranks have agreed on: the highest of each integer."""
+    def apply(self, highest: Sequence[int]) -> None:
+        """Take what all ranks have agreed on: the highest of each integer of their SaveStatus."""
         self._memory.cost.step_ended()
-        self._agreed = SaveStatus.from_ints(highest)
-        self._storage.note_ended(self._agreed.uploads_ended)
+        self._agreed = SaveStatus(*highest)
+        self._storage.note_ended(self._storage.begun - self._agreed.uploads_left)
 
     def take_events(self) -> list[CheckpointEvent]:
         """Return what has become of checkpoints since the last call: the same on all ranks."""

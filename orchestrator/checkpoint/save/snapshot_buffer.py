@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
+import shutil
 from dataclasses import asdict
 from typing import Any
 
 import xxhash
 
 from orchestrator.checkpoint.save.mapping import mapped
-from orchestrator.checkpoint.save.node_memory import NodeMemory, delete_tree, share_path
+from orchestrator.checkpoint.save.node_memory import NodeMemory, share_path
 from orchestrator.checkpoint.store import state_text
 from orchestrator.checkpoint.tensor_file import FileRecord, Layout
 
@@ -63,10 +64,10 @@ class SnapshotBuffer:
         records = {file: asdict(record) for file, record in self.records.items()}
         (self._path / "state.json").write_text(state_text({**state, "files": records}))
         target = share_path(self._memory.path, name, share, shares)
-        delete_tree(target)  # of this attempt: the same state, before it was taken again
+        shutil.rmtree(target, ignore_errors=True)  # of this attempt: the same state, before it was taken again
         self._path.rename(target)
         self._path, self.iter_num = target, int(state["iter_num"])
 
     def delete(self) -> None:
         """Delete the files."""
-        delete_tree(self._path)
+        shutil.rmtree(self._path, ignore_errors=True)

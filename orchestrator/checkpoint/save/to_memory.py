@@ -1,21 +1,22 @@
 """SnapshotWriter: copies states into node memory in the background, while training goes on. Knows no storage.
 
 The loop's thread begins a snapshot and joins its copy before the next change of the state. The copier's thread fills
-the buffer, checksums it and publishes it. If node memory fails, the run goes on without it.
+the buffer, checksums it and publishes it. On a GPU there is no second copy on the device: the bytes go straight into
+the mapped files, which are pinned for that. If node memory fails, the run goes on without it.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 from concurrent.futures import Future, TimeoutError
 from contextlib import suppress
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
+from torch import Tensor
 
-from orchestrator.checkpoint.save.async_copy import AsyncCopy, copy_tensors
 from orchestrator.checkpoint.save.buffers import BufferPool
 from orchestrator.checkpoint.save.gpu import Gpu
 from orchestrator.checkpoint.save.node_topology import NodeTopology
@@ -23,34 +24,36 @@ from orchestrator.checkpoint.save.plan import Files, SavePlan, tensors_in
 from orchestrator.checkpoint.save.policy import SnapshotCost
 from orchestrator.checkpoint.save.snapshot_buffer import SnapshotBuffer
 from orchestrator.checkpoint.state import ScalerValues
-from orchestrator.checkpoint.tensor_file import Layout, layout_of
+from orchestrator.checkpoint.tensor_file import Layout, bytes_of, layout_of
 from orchestrator.distributed.world import World
 from orchestrator.host.background import BackgroundQueue
 
 _ROOM_S = 30.0  # in which the copier ends its current call; to reserve a large buffer takes seconds
+_PIECE_BYTES = 64 * 2**20
 
 
 class SnapshotWriter:
-    """One rank's. pool: its buffers; cost: of its snapshots; copier: its thread; gpu: its streams, None on a CPU."""
+    """One rank's. Made, it shows that this process lives, forgets earlier attempts' states and reserves its buffers.
 
-    def __init__(self, scaler: torch.amp.GradScaler, world: World, nodes: NodeTopology) -> None:
+    files: those of any state of this run. keep: the name of the state that stays until there is a newer one.
+    pool: its buffers; cost: of its snapshots; copier: its thread; gpu: its streams, None on a CPU.
+    """
+
+    def __init__(
+        self, scaler: torch.amp.GradScaler, world: World, nodes: NodeTopology, files: Files, keep: str
+    ) -> None:
         self._scaler, self._world, self._nodes = scaler, world, nodes
         self.gpu = Gpu(world.device, scaler) if world.device.type == "cuda" else None
         self.copier = BackgroundQueue("copy of the state", world.choose_device)
-        self._copy: AsyncCopy | None = None
+        # the copy of the state that was offered: on a CPU done; on a GPU the event at its end, once it is in a stream
+        self._copied: Future[torch.cuda.Event | None] | None = None
         self.pool = BufferPool(nodes, world)
         self.cost = SnapshotCost(world.device, nodes.shares)
-
-    def open(self, files: Files, keep: str) -> None:
-        """Show that this process lives, forget the states of earlier attempts, reserve buffers in the background.
-
-        files: those of any state of this run. keep: the name of the state that stays until there is a newer one.
-        """
-        if memory := self._nodes.memory:
-            memory.hold_liveness_lock(self._world.attempt, self._nodes.share)
-            memory.forget_other_than(self._world.attempt, keep)
-            layouts = self.layouts(files, self._nodes.share)
-            self.copier.submit(partial(self._run, self.pool.reserve, layouts))
+        if nodes.memory:
+            nodes.memory.hold_liveness_lock(world.attempt, nodes.share)
+            nodes.memory.forget_other_than(world.attempt, keep)
+            layouts = self.layouts(files, nodes.share)
+            self.copier.submit(partial(self.pool.reserve, layouts), self.pool.give_up)
 
     def begin(self, plan: SavePlan) -> tuple[SnapshotBuffer, Future[dict[str, Any]]]:
         """Begin a snapshot; return its buffer, and its state.json (but for the records) once it is published.
@@ -58,19 +61,22 @@ class SnapshotWriter:
         Hold the StateLock. Call `join` before anything of the state changes.
         """
         buffer = self.pool.free_buffer()
-        self._copy = AsyncCopy(plan.tensors_on(self._world.rank), ScalerValues(self._scaler), self.gpu)
-        published = self.copier.submit(partial(self._run, self._write, self._copy, buffer, plan.without_tensors()))
+        scaler, self._copied = ScalerValues(self._scaler), Future()
+        tensors = {**plan.tensors_on(self._world.rank), **scaler.tensors}
+        write = partial(self._write, tensors, scaler, self._copied, buffer, plan.without_tensors())
+        published = self.copier.submit(write, self.pool.give_up)
         if len(self.pool.buffers) < 2:
-            self.copier.submit(partial(self._run, self.pool.replace_older_attempts, plan.name))
+            self.copier.submit(partial(self.pool.replace_older_attempts, plan.name), self.pool.give_up)
         return buffer, published
 
     def join(self) -> float:
         """Wait until the state has been copied; return how long that took in seconds, 0.0 if no copy was under way."""
-        if not self._copy:
+        if not self._copied:
             return 0.0
         began_s = time.perf_counter()
-        self._copy.join()
-        self._copy = None
+        if event := self._copied.result():
+            event.synchronize()  # on the host, which can tell how long it takes
+        self._copied = None
         return time.perf_counter() - began_s
 
     def write_now(self, plan: SavePlan, buffer: SnapshotBuffer, share: int) -> None:
@@ -107,20 +113,41 @@ class SnapshotWriter:
         if self._nodes.memory:
             self._nodes.memory.close(is_finished)
 
-    def _run(self, call: Callable[..., Any], *args: Any) -> Any:
-        try:
-            return call(*args)
-        except Exception as error:  # whatever a memory file system or CUDA fails with, training goes on without it
-            self.pool.give_up(error)
-            raise
-
-    def _write(self, copy: AsyncCopy, buffer: SnapshotBuffer, plan: SavePlan) -> dict[str, Any]:
+    def _write(
+        self,
+        tensors: dict[str, Tensor],
+        scaler: ScalerValues,
+        copied: Future[torch.cuda.Event | None],
+        buffer: SnapshotBuffer,
+        plan: SavePlan,
+    ) -> dict[str, Any]:
+        """Copy live tensors into a buffer, publish it, and return its state.json."""
         began_s, cpu_began_s = time.perf_counter(), time.thread_time()
+        event = None
         try:
-            copy.run(buffer.open())
-            description = {**plan.description, "scaler": copy.scaler.state_dict()}
-            buffer.publish(plan.name, self._nodes.share, self._nodes.shares, description)
+            places = {**buffer.open(), **scaler.places}
+            if self.gpu:
+                event = self.gpu.begin_copy(tensors, places)
+            else:
+                copy_tensors(tensors, places)
         finally:
-            copy.release()
+            tensors.clear()  # what comes now takes long: it must not keep live tensors
+            copied.set_result(event)  # even if the copy has failed, the loop goes on
+        if event:
+            event.synchronize()
+        description = {**plan.description, "scaler": scaler.state_dict()}
+        buffer.publish(plan.name, self._nodes.share, self._nodes.shares, description)
         self.cost.copied(time.perf_counter() - began_s, time.thread_time() - cpu_began_s)
         return description
+
+
+def copy_tensors(tensors: dict[str, Tensor], places: dict[str, memoryview]) -> None:
+    """Copy tensors that lie in host memory to their places, by key.
+
+    On this thread alone, and without Python's lock: torch's copy would take the cores of the step.
+    """
+    for name, place in places.items():
+        source = bytes_of(tensors[name])
+        for start in range(0, len(source), _PIECE_BYTES):
+            end = start + _PIECE_BYTES
+            np.copyto(np.frombuffer(place[start:end], np.uint8), np.frombuffer(source[start:end], np.uint8))

@@ -34,7 +34,8 @@ class CheckpointWriter:
     """One rank's. All ranks upload the same checkpoints in the same order.
 
     keep: the number of newest checkpoints that stay, besides the best. uploader: its thread.
-    ended: the uploads that have ended on this rank, failed ones too.
+    begun: how many uploads there were so far. ended: those that have ended on this rank, failed ones too; in the same
+    order on all ranks.
     durable_iter: the iteration whose state is in storage, or on its way there; -1 for none.
     pause_s: how long training has waited for the newest checkpoint.
     """
@@ -43,9 +44,8 @@ class CheckpointWriter:
         self._world, self._side = world, world.side_group()
         self._store, self._keep = store, keep
         self.uploader = BackgroundQueue("upload of a checkpoint", world.choose_device)
-        self.ended: list[
-            CheckpointSaved | CheckpointFailed
-        ] = []  # in the same order on all ranks; the uploader's thread adds to them
+        self.begun = 0
+        self.ended: list[CheckpointSaved | CheckpointFailed] = []  # the uploader's thread adds to them
         self._events: list[CheckpointEvent] = []
         self._told = 0  # how many of the ended ones are among the events
         self._moved_bytes, self._moved_at_s = 0, time.monotonic()
@@ -55,6 +55,7 @@ class CheckpointWriter:
     def upload(self, plan: SavePlan, buffer: SnapshotBuffer, published: Future[dict[str, Any]]) -> None:
         """Upload a snapshot in the background, once it is published in its buffer. Hold the StateLock."""
         buffer.is_uploading = True
+        self.begun += 1
         self.durable_iter, self.pause_s = plan.iter_num, 0.0
         self.uploader.submit(partial(self._upload, plan.without_tensors(), buffer, published))
 
@@ -67,8 +68,9 @@ class CheckpointWriter:
         part = upload(self._store, plan.name, sources, {}, self._note_moved)
         why_not = commit(self._world, self._store, plan.name, part, plan.description, self._keep)
         self.durable_iter, self.pause_s = plan.iter_num, time.perf_counter() - began_s
+        self.begun += 1
         self.ended.append(_record(plan, self.pause_s, why_not))
-        self.note_ended(len(self.ended))
+        self.note_ended(self.begun)
         return self.pause_s
 
     def wait(self) -> None:

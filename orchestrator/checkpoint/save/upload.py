@@ -80,24 +80,17 @@ def commit(
         if not found:
             files = {file: record for part in parts for file, record in part["files"].items()}
             try:
-                found = store.folder.with_retries(_commit, store, name, {**state, "files": files}, world.attempt)
+                if store.folder.with_retries(store.commit, name, {**state, "files": files}, world.attempt):
+                    _prune(store, keep, world.attempt)
+                else:
+                    found = [{"error": "a later attempt of this run writes here now, this one was given up"}]
             except CheckpointError as error:
                 found = [_failure(error)]
-            if not found:
-                _prune(store, keep, world.attempt)
         if not all(failure.get("may_pass", True) for failure in found):
             _discard(store.folder, name)
         return [failure["error"] for failure in found]
 
     return "; ".join(world.on_main(commit_or_discard)) or None
-
-
-def _commit(store: CheckpointStore, name: str, state: dict[str, Any], attempt: str) -> list[dict[str, Any]]:
-    """Commit it; return why not, as `upload` does, if a later attempt writes here."""
-    if store.folder.is_fenced(attempt):
-        return [{"error": "a later attempt of this run writes here now, this one was given up"}]
-    store.commit(name, state)
-    return []
 
 
 def _discard(folder: RunFolder, name: str) -> None:

@@ -7,24 +7,28 @@ from pathlib import Path
 
 from benchmarks.entered import Entered
 from benchmarks.loss_curves import losses_of
+from orchestrator.config import TrainConfig
 from orchestrator.errors import nearest
-from orchestrator.settings.bounds import AT_LEAST_0
+from orchestrator.settings.bounds import bounds_of
 
 
 def test_own_functions_count_until_a_checkpoint_is_there(tmp_path: Path) -> None:
-    entered = Entered(tmp_path)
+    entered, bound = Entered(tmp_path), bounds_of(TrainConfig)["out_dir"]
     before = sys.getprofile()  # a coverage tool's
     try:
         sys.setprofile(entered.hook)
         for _ in range(2):
-            AT_LEAST_0.check("x", 1)
+            bound.check("out_dir", "out")
         (tmp_path / "checkpoint_00000001_ab").mkdir()
         (tmp_path / "checkpoint_00000001_ab" / "state.json").touch()
         nearest("a", ["b"])
     finally:
         sys.setprofile(before)
     found = entered.as_json()
-    assert found["functions"] == {"orchestrator/settings/bounds.py": ["<lambda>", "Bound.check"]}
+    assert found["functions"] == {
+        "orchestrator/config.py": ["_names_a_run"],
+        "orchestrator/settings/bounds.py": ["Bound.check"],
+    }
     assert found["classes"] == ["orchestrator.settings.bounds.Bound"]
 
 

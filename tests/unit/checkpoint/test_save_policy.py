@@ -17,6 +17,7 @@ from orchestrator.checkpoint.save.policy import (
     SnapshotCost,
     affordable_interval,
 )
+from orchestrator.distributed.world import World
 
 NOTHING = Decision()
 MEMORY = Decision(to_memory=True)
@@ -220,8 +221,8 @@ def test_one_slow_step_does_not_count_but_a_lasting_change_does(clock: Clock, mo
 
 
 def test_the_merged_status_of_all_ranks_is_the_most_restrictive_of_each() -> None:
-    ranks = [SaveStatus(True, False, 3, 5, False), SaveStatus(False, True, 2, 1, False), SaveStatus(False, False, 9, 7)]
-    highest = [max(answers) for answers in zip(*(rank.to_ints() for rank in ranks), strict=True)]
-    assert SaveStatus.from_ints(highest) == SaveStatus(True, True, uploads_ended=2, affordable_interval=7)
+    ranks = [SaveStatus(True, False, 6, 5, False), SaveStatus(False, True, 7, 1, False), SaveStatus(False, False, 0, 7)]
+    highest = [max(answers) for answers in zip(*ranks, strict=True)]
+    assert SaveStatus(*highest) == SaveStatus(True, True, uploads_left=7, affordable_interval=7)
     lacking = SaveStatus(False, False, without_memory=True)
-    assert SaveStatus.from_ints(lacking.to_ints()) == lacking
+    assert SaveStatus(*World().agree(lacking).result()) == lacking

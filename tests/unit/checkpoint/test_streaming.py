@@ -44,7 +44,8 @@ def commit(store: CheckpointStore, snapshot: Snapshot) -> Checkpoint:
         state["files"][file] = asdict(record)
         for key, tensor in tensors.items():
             state["tensors"][key] = {"file": file, "shape": list(tensor.shape), "dtype": "float32"}
-    return store.commit(name, state)
+    assert store.commit(name, state, "a")
+    return Checkpoint(name, state)
 
 
 @pytest.fixture

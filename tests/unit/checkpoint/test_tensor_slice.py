@@ -65,7 +65,7 @@ def test_a_checkpoint_of_slices_is_read_as_whole_tensors(tmp_path: Path) -> None
         for file, tensors in plan_of(rank).files_of(rank).items():
             record = write_file(LocalFileSystem(), store.folder.path(plan.name, file), tensor_pieces(tensors))
             records[file] = asdict(record)
-    store.commit(plan.name, {**plan.description, "files": records})
+    store.commit(plan.name, {**plan.description, "files": records}, "local")
     whole = capture(as_rank_sees_it(-1))
     assert tensors_equal(store.read(store.select()), whole)
     assert tensors_equal(store.read(store.select(), model_only=True), replace(whole, optimizer={}))

@@ -149,7 +149,7 @@ def test_a_step_waits_on_the_host_for_the_copy_alone(start: Start, cuda: FakeCud
     saver._agreed = SaveStatus(is_copying=False, is_uploading=False)
     saver.offer(saver.rescuer._state, None)
     settle(saver)
-    saver._memory._copy._done.takes = lambda: time.sleep(0.03)
+    saver._memory._copied.result().takes = lambda: time.sleep(0.03)
     cuda.set_device(0)  # whatever is current here, it is this state's device that counts
     cuda.calls.clear()
     paused_s = saver.paused_s
@@ -184,7 +184,7 @@ def test_a_snapshot_is_read_behind_the_last_change(start: Start, cuda: FakeCuda)
     behind = [call for call in cuda.calls if call.thread == "copy of the state"]
     assert [call.name for call in behind] == ["Event.wait", "stream", "Event.record", "Event.synchronize"]
     assert len({call.what for call in behind}) == 1
-    assert saver._memory._copy is None
+    assert saver._memory._copied is None
     assert kept(saver, 7)
 
 
