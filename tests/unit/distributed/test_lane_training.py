@@ -58,9 +58,8 @@ def train(
     """Train on so many ranks, in pieces of 4 kB, and return the end of it."""
     name = name or f"run-{size}"
     config = replace(config, out_dir=str(folder / name))
-    ended = ranks.train(
-        config, size, folder / f"{name}-{size}.log", prepare=prepare or SmallPieces(), timeout_s=timeout_s
-    )
+    log, prepare = folder / f"{name}-{size}.log", prepare or SmallPieces()
+    ended = ranks.train(config, size, log, prepare=prepare, timeout_s=timeout_s)
     assert ended.is_done, ended.said
     return final_state(config.out_dir)
 

@@ -21,6 +21,7 @@ from orchestrator.driver.registry import storage_for_ray
 from orchestrator.errors import CheckpointError, StorageUnavailableError, UndeletableError
 from orchestrator.storage import location
 from orchestrator.storage.run_folder import RunFolder
+from orchestrator.telemetry.records import AttemptStarting
 from orchestrator.worker import plain
 
 
@@ -73,7 +74,7 @@ def test_a_driver_opens_it_once(tiny: TrainConfig, opened: list[str]) -> None:
     with lease.held(), open_journal(lease) as journal:
         lease.confirm()
         journal.begin()
-        journal.emit("attempt_starting")
+        journal.emit(AttemptStarting(number=1, num_workers=1))
         pickle.loads(pickle.dumps(storage_for_ray(planned.folder)))  # to Ray's controller and workers
     assert opened == [planned.config.out_dir]
 
