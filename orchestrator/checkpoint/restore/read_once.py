@@ -7,10 +7,9 @@ it does not want. Knows no model and not which state it is. A ReadPlan says whic
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from itertools import zip_longest
 from threading import Event
 
 import torch
@@ -19,13 +18,12 @@ from torch import Tensor
 
 from orchestrator.checkpoint.restore.overlap import Overlap
 from orchestrator.checkpoint.restore.read_plan import ReadPlan, Source
+from orchestrator.checkpoint.restore.send_order import SendOrder
 from orchestrator.checkpoint.restore.staging import Staging
 from orchestrator.checkpoint.tensor_file import FileRecord, own_pieces, stream_tensors
 from orchestrator.distributed.world import World
 from orchestrator.errors import CheckpointError
 from orchestrator.storage.run_folder import RunFolder
-
-_RUN_BYTES = 32 * 2**20  # tensors that are sent together
 
 
 class ReadOnce:
@@ -44,14 +42,10 @@ class ReadOnce:
         folder: RunFolder,
     ) -> None:
         self._plan, self._records, self._world, self._folder = plan, records, world, folder
-        self._file_of: dict[str, str] = {}  # by key of a saved slice, in the order of their files
-        self._overlaps: dict[str, list[Overlap]] = {}
-        for file in plan:
-            for each in wanted[file]:
-                self._file_of[each.saved.key] = file
-                self._overlaps.setdefault(each.saved.key, []).append(each)
+        self._order = SendOrder(plan, wanted, world)
+        self._overlaps = self._order.overlaps
         self._read_for_others: dict[str, Tensor] = {}  # by key
-        self._is_there = {key: Event() for key in self._file_of}
+        self._is_there = {key: Event() for key in self._order.file_of}
         is_on_gpu = world.device.type == "cuda"
         self._ready = torch.cuda.current_stream(world.device).record_event() if is_on_gpu else None
         self._begun: set[str] = set()
@@ -61,17 +55,19 @@ class ReadOnce:
 
     def run(self) -> dict[str, dict[str, str]]:
         """Fill the slices on all ranks; return the errors of all ranks: file -> label of its source -> why."""
-        with self._world.part(self._nodes()) as node:
+        with self._world.part(self._order.nodes()) as node:
             return self._run(node)
 
     def _run(self, node: World) -> dict[str, dict[str, str]]:
         thread = ThreadPoolExecutor(1, "restore", initializer=self._world.choose_device)
-        by_node = [file for file in self._plan if 1 < len(self._plan[file]) < self._world.size]
-        by_one = [file for file in self._plan if len(self._plan[file]) == 1 < self._world.size]
+        order = self._order
         try:
             reading = thread.submit(self._read_mine)
-            for world, files in ((node, by_node), (self._world, by_one)):  # each in an order that all in it know
-                for rank, keys in self._in_turns(files):
+            for world, files in (
+                (node, order.by_node),
+                (self._world, order.by_one),
+            ):  # each in an order that all in it know
+                for rank, keys in order.in_turns(files):
                     self._send(rank, keys, world)
             mine = reading.result()
         finally:
@@ -84,40 +80,8 @@ class ReadOnce:
                 errors.setdefault(file, {}).setdefault(label, why)
         for file in sorted(again - errors.keys()):
             if len(self._plan[file]) < self._world.size:
-                self._send(self._sender(file), self._keys(file), node if file in by_node else self._world)
+                self._send(order.sender(file), order.keys(file), node if file in order.by_node else self._world)
         return errors
-
-    def _nodes(self) -> list[tuple[int, ...]]:
-        """Return the ranks of every node, if files are read by one rank of each."""
-        readers = next((its for its in self._plan.values() if 1 < len(its) < self._world.size), {})
-        return sorted(source.ranks for source in readers.values())
-
-    def _keys(self, file: str) -> list[str]:
-        return [key for key in self._file_of if self._file_of[key] == file]
-
-    def _sender(self, file: str) -> int:
-        """Return the rank from which this one has a file."""
-        readers = self._plan[file]
-        return next((rank for rank, source in readers.items() if self._world.rank in source.ranks), next(iter(readers)))
-
-    def _in_turns(self, files: list[str]) -> Iterator[tuple[int, list[str]]]:
-        """Yield which slices in files are sent by whom, in order: the first of every sender, then the next ones."""
-        runs: dict[int, list[list[str]]] = {}
-        for file in files:
-            runs.setdefault(self._sender(file), []).extend(self._cut(self._keys(file)))
-        for turn in zip_longest(*runs.values()):
-            yield from ((rank, keys) for rank, keys in zip(runs, turn, strict=True) if keys)
-
-    def _cut(self, keys: list[str]) -> Iterator[list[str]]:
-        """Yield slices in a file in runs that are large enough to be sent at full speed."""
-        run: list[str] = []
-        for key in keys:
-            run.append(key)
-            if sum(each.live.nbytes for key in run for each in self._overlaps[key]) >= _RUN_BYTES:
-                yield run
-                run = []
-        if run:
-            yield run
 
     def _send(self, rank: int, keys: list[str], world: World) -> None:
         """Send slices from a rank to those that want them: to all at once, or to one after the other."""
@@ -152,7 +116,7 @@ class ReadOnce:
                         self._folder.read_with_retries(self._read, file, source)
                     except CheckpointError as error:
                         errors[file] = [source.label, str(error)]
-                self._let_go(self._keys(file))
+                self._let_go(self._order.keys(file))
         finally:
             self._let_go(self._is_there)  # even if reading failed: the others wait for this rank
         return errors
@@ -178,7 +142,7 @@ class ReadOnce:
             self._is_there[key].set()
 
     def _place_of(self, file: str, key: str, dtype: torch.dtype, shape: list[int]) -> Tensor:
-        if self._file_of.get(key) != file:  # damaged: it must not overwrite a tensor of another file
+        if self._order.file_of.get(key) != file:  # damaged: it must not overwrite a tensor of another file
             raise CheckpointError(f"{file} holds {key}, which is none of its tensors")
         found = self._overlaps[key]
         saved, is_mine = found[0].saved, [self._world.rank in each.wanted.holders for each in found]

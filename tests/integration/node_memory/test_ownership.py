@@ -17,6 +17,7 @@ from orchestrator.config import TrainConfig
 from orchestrator.distributed.device import resolve
 from orchestrator.distributed.world import World
 from orchestrator.errors import ConfigError
+from orchestrator.storage.run_folder import RunFolder
 from orchestrator.training.attempt import Callbacks, Outcome
 from tests.conftest import Undisturbed, final_state, in_steps
 from tests.support import ranks
@@ -31,8 +32,8 @@ def stop_after_nine(_rank: int) -> None:
     calls = iter(range(10**6))
     original = loop.train
 
-    def train(config: TrainConfig, world: World, hooks: Callbacks) -> Outcome:
-        return original(config, world, replace(hooks, stop_request=in_steps(lambda: next(calls) >= 9)))
+    def train(config: TrainConfig, world: World, hooks: Callbacks, folder: RunFolder) -> Outcome:
+        return original(config, world, replace(hooks, stop_request=in_steps(lambda: next(calls) >= 9)), folder)
 
     loop.train = train  # type: ignore[assignment]
 
