@@ -141,39 +141,59 @@ def test_fewer_lanes_than_ranks_are_refused(lanes: TrainConfig, tmp_path: Path) 
 
 
 @dataclass(frozen=True)
-class BadNumbers:
-    """Make the loss of one micro-step not finite, on whichever rank computes it."""
+class BadLosses:
+    """Multiply the loss of micro-steps by a factor, once each, on whichever rank computes them.
 
-    iter_num: int
-    micro_step: int
+    at: (iteration, micro-step).
+    """
+
+    at: tuple[tuple[int, int], ...]
+    factor: float = float("nan")
 
     def __call__(self, rank: int) -> None:
         from orchestrator import loop
-        from orchestrator.distributed.lane_training import LaneTraining
 
         SmallPieces()(rank)
-        at, bad = dict[str, Any](), (self.iter_num, self.micro_step)
+        left, now = set(self.at), dict[str, tuple[int, int]]()
         original_seed, original_call = loop.seed_dropout, LaneTraining.__call__
 
         def seed_dropout(dropout: float, seed: int, iter_num: int, micro_step: int) -> None:
-            at["position"] = (iter_num, micro_step)
+            now["at"] = (iter_num, micro_step)
             original_seed(dropout, seed, iter_num, micro_step)
 
         def call(self: LaneTraining, idx: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
             logits, loss = original_call(self, idx, targets)
-            return logits, loss * float("nan") if at["position"] == bad else loss
+            if now["at"] not in left:
+                return logits, loss
+            left.remove(now["at"])
+            return logits, loss * bad.factor
 
+        bad = self
         loop.seed_dropout = seed_dropout
         LaneTraining.__call__ = call  # type: ignore[method-assign]
 
 
-def test_a_step_that_is_bad_on_one_rank_is_skipped_alike(lanes: TrainConfig, tmp_path: Path) -> None:
-    bad = BadNumbers(3, 7)
-    alone = train(lanes, 1, tmp_path, prepare=bad)
-    assert same(train(lanes, 3, tmp_path, prepare=bad), alone)
+def kinds(run: Path, kind: str) -> list[dict[str, Any]]:
+    return [record for record in metrics_in(str(run)) if record["kind"] == kind]
+
+
+def test_bad_steps_of_one_rank_are_skipped_and_rolled_back_alike(lanes: TrainConfig, tmp_path: Path) -> None:
+    config, bad = replace(lanes, max_bad_steps=2, checkpoint_interval=2), BadLosses(((3, 7), (5, 1), (6, 11)))
+    alone = train(config, 1, tmp_path, prepare=bad)
+    assert same(train(config, 3, tmp_path, prepare=bad), alone)
     for size in (1, 3):
-        skipped = [r["iter"] for r in metrics_in(str(tmp_path / f"run-{size}")) if r["kind"] == "step_skipped"]
-        assert skipped == [3]
+        run = tmp_path / f"run-{size}"
+        assert [record["iter"] for record in kinds(run, "step_skipped")] == [3, 5, 6]
+        assert [(record["to_iter"], record["skipped_iters"]) for record in kinds(run, "rollback")] == [(4, 3)]
+
+
+@pytest.mark.slow
+def test_a_spike_is_seen_alike(lanes: TrainConfig, tmp_path: Path) -> None:
+    config = replace(lanes, loss_spike_z=20.0, max_iters=36, lr_decay_iters=36, checkpoint_interval=36)
+    bad = BadLosses(((33, 5),), factor=40.0)
+    alone = train(config, 1, tmp_path, prepare=bad)
+    assert same(train(config, 3, tmp_path, prepare=bad), alone)
+    assert [[r["iter"] for r in kinds(tmp_path / f"run-{size}", "step_skipped")] for size in (1, 3)] == [[33], [33]]
 
 
 def test_a_rank_is_killed_between_the_exchange_and_the_step(lanes: TrainConfig, tmp_path: Path) -> None:
