@@ -169,7 +169,7 @@ class World:
 
 
 def _transfer(tensors: list[Tensor], move: Callable[[Tensor], Any], *, is_source: bool) -> None:
-    """Move tensors from the source to this rank, or from this rank, in as few messages as pays."""
+    """Move tensors from this rank, the source, or to it: in as few messages as pays."""
     if not is_source:
         for tensor in tensors:
             tensor.detach().zero_()  # receiving into memory that nobody has touched takes three times as long
@@ -179,8 +179,9 @@ def _transfer(tensors: list[Tensor], move: Callable[[Tensor], Any], *, is_source
             continue
         flat = torch.cat([tensor.detach().reshape(-1) for tensor in bucket])
         move(flat)
-        for tensor, part in zip(bucket, torch.split(flat, [tensor.numel() for tensor in bucket]), strict=True):
-            tensor.detach().copy_(part.view_as(tensor))
+        if not is_source:
+            for tensor, part in zip(bucket, torch.split(flat, [tensor.numel() for tensor in bucket]), strict=True):
+                tensor.detach().copy_(part.view_as(tensor))
 
 
 def _buckets(tensors: list[Tensor]) -> Iterator[list[Tensor]]:

@@ -101,8 +101,7 @@ class Guard:
         return self._checked(Rollback(to_iter, iter_num - to_iter, f"{in_a_row} bad steps in a row, {verdict.why}"))
 
     def compare_replicas(self) -> Rollback | None:
-        """Every replica_check_interval iterations, compare the weights that all ranks hold; where they differ, return
-        how far to go.
+        """Compare the weights that all ranks hold, if that is due; where they differ, return how far to go back.
 
         Raises:
             UserError: they do so again and again.
