@@ -81,7 +81,7 @@ def iterate(run: Attempt, model: Parallelism) -> Outcome:
         is_last = state.iter_num >= config.max_iters or bool(stop)
 
         # weights that differ between ranks were damaged: no state that has them may be kept
-        if model.is_replicated and (rollback := guard.compare_replicas()):
+        if rollback := guard.compare_replicas():
             run.roll_back(rollback)
 
         # keep the state in node memory and in storage, as they are due; it is copied while the next step runs

@@ -23,8 +23,6 @@ from orchestrator.distributed.world import World
 class DDPTraining:
     """A whole replica on every rank; DDP averages the gradients. A single rank needs no DDP."""
 
-    is_replicated = True
-
     def __init__(self, model: nn.Module, config: TrainConfig, world: World) -> None:
         self._model, self._config, self._device = model, config, world.device
         self.net = compiled(model, config)

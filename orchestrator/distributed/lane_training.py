@@ -29,8 +29,6 @@ _LARGEST_PART = 0.25  # of the device's free memory, for sums that wait; else th
 class LaneTraining:
     """A whole replica on every rank. W = 1 goes the same way as any other number of ranks."""
 
-    is_replicated = True
-
     def __init__(self, model: nn.Module, config: TrainConfig, world: World, lanes: Lanes) -> None:
         self._model = model
         self.net = compiled(model, config)

@@ -21,13 +21,11 @@ class Parallelism(Protocol):
     net: the model for forward passes without gradients, compiled if config.compile.
     micro_steps: those of an iteration that this rank computes, numbered over all ranks.
     weight: the factor of a micro-step's loss with which the gradients come to the mean over all micro-steps.
-    is_replicated: whether every rank holds all weights, so that ranks can compare theirs.
     """
 
     net: nn.Module
     micro_steps: range
     weight: float
-    is_replicated: bool
 
     def __call__(self, idx: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         """Return the logits and the loss of (B, T) token ids and targets."""

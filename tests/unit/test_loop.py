@@ -183,8 +183,6 @@ def test_an_evaluation_alone_is_stopped_and_changes_nothing(tiny: TrainConfig) -
 class Alone:
     """The least that a Parallelism has to be: one rank, no compiler, no DDP."""
 
-    is_replicated = True
-
     def __init__(self, net: nn.Module, n_micro_steps: int) -> None:
         self.net, self.micro_steps, self.weight = net, range(n_micro_steps), 1 / n_micro_steps
 
