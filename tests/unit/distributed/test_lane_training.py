@@ -73,7 +73,7 @@ def lanes(tiny: TrainConfig) -> TrainConfig:
     return replace(tiny, gradient_accumulation_steps=12, lanes=8, max_iters=7, lr_decay_iters=7)
 
 
-@pytest.mark.parametrize("micro_steps", [12, pytest.param(8, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("micro_steps", [12, *(pytest.param(n, marks=pytest.mark.slow) for n in (8, 40))])
 def test_any_number_of_ranks_ends_with_the_same_bits(lanes: TrainConfig, tmp_path: Path, micro_steps: int) -> None:
     config = replace(lanes, gradient_accumulation_steps=micro_steps)
     alone = train(config, 1, tmp_path)
