@@ -35,6 +35,7 @@ def test_the_mean_gradient_does_not_depend_on_the_number_of_workers(tiny: TrainC
             torch.testing.assert_close(other[name], tensor, rtol=1e-4, atol=1e-7)
 
 
+@pytest.mark.slow
 def test_losses_agree_on_any_number_of_workers(tiny: TrainConfig, tmp_path: Path) -> None:
     """24 iterations at a high learning rate; only the order of summation differs, about 1e-7 of each sum."""
     losses = [trained(tiny, size, tmp_path).val_loss for size in WORLD_SIZES]
