@@ -56,8 +56,9 @@ def test_a_worker_is_killed(
     check(replace(tiny, num_workers=world_size), [fault], ["worker_lost"], undisturbed)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("cluster")
-@pytest.mark.parametrize("rank", [0, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("rank", [0, 1])
 def test_one_rank_raises_while_its_peers_wait(
     tiny: TrainConfig, tmp_path: Path, undisturbed: Undisturbed, rank: int
 ) -> None:
