@@ -186,15 +186,18 @@ def check(config: TrainConfig) -> TrainConfig:
 
 def _check_lanes(config: TrainConfig) -> None:
     if not config.deterministic:
-        raise ConfigError(f"lanes={config.lanes} fixes the order of summation, and deterministic=False does not")
+        raise ConfigError(
+            f"lanes={config.lanes} fixes the order of summation, and deterministic=False does not: leave one of them out"
+        )
     if config.lanes < config.max_workers:
         raise ConfigError(
-            f"lanes={config.lanes} is less than num_workers={config.num_workers}: each worker needs a lane of its own"
+            f"lanes={config.lanes} is less than num_workers={config.num_workers}: each worker needs a lane of its own. "
+            f"Give --lanes={config.max_workers} or more, or none: then we choose"
         )
     if config.lanes > config.gradient_accumulation_steps:
         raise ConfigError(
             f"lanes={config.lanes} is more than gradient_accumulation_steps={config.gradient_accumulation_steps}: each "
-            "lane needs a micro-step of its own"
+            f"lane needs a micro-step of its own. Give --lanes={config.gradient_accumulation_steps} or fewer"
         )
 
 

@@ -32,7 +32,10 @@ def choose_lanes(config: TrainConfig, world: World, state: TrainState) -> int:
     if config.eval_only:  # no gradients
         return saved or 0
     if config.lanes and config.lanes < world.size:
-        raise ConfigError(f"lanes={config.lanes} are too few for {world.size} workers: each needs one of its own")
+        raise ConfigError(
+            f"lanes={config.lanes} are too few for {world.size} workers: each needs one of its own. "
+            f"Give --lanes={world.size} or more, or none: then we choose"
+        )
     if world.size > micro_steps:
         raise ConfigError(
             f"{world.size} workers are more than gradient_accumulation_steps={micro_steps}: each needs a micro-step of "
