@@ -187,7 +187,7 @@ def check(config: TrainConfig) -> TrainConfig:
 def _check_lanes(config: TrainConfig) -> None:
     if not config.deterministic:
         raise ConfigError(
-            f"lanes={config.lanes} fixes the order of summation, and deterministic=False does not: leave one of them out"
+            f"lanes={config.lanes} fixes the order of summation, and deterministic=False does not: leave one out"
         )
     if config.lanes < config.max_workers:
         raise ConfigError(
