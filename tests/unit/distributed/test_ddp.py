@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,8 +17,8 @@ from torch.nn.parallel import DistributedDataParallel
 from orchestrator.config import TrainConfig
 from orchestrator.distributed.ddp import average, wrap
 from orchestrator.distributed.world import World
-from orchestrator.worker.failure import Cause, classify
-from tests.support import ranks
+from orchestrator.worker.failure import Cause
+from tests.support import lost_peer, ranks
 
 
 @dataclass(frozen=True)
@@ -82,55 +81,31 @@ def gradients_of(ddp: DistributedDataParallel, rank: int, *, keeps: bool) -> lis
     return [parameter.grad.clone() for parameter in ddp.parameters() if parameter.grad is not None]
 
 
-def start(target: Callable[..., None], world_size: int, folder: Path) -> None:
-    """Run a function in as many processes, with (rank, world_size, folder), until they end."""
-    starts = [(rank, world_size, folder) for rank in range(world_size)]
-    processes = [ranks._START.Process(target=target, args=args, daemon=True) for args in starts]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join(60)
-        assert process.exitcode == 0
-
-
-def averages(rank: int, world_size: int, folder: Path) -> None:
-    dist.init_process_group("gloo", init_method=(folder / "meeting").as_uri(), rank=rank, world_size=world_size)
+def averages(world: World, folder: Path) -> None:
     torch.manual_seed(1)
     plain, ours = (nn.Sequential(nn.Linear(40, 30), nn.Linear(30, 20)) for _ in range(2))
     ours.load_state_dict(plain.state_dict())
-    theirs = gradients_of(DistributedDataParallel(plain, gradient_as_bucket_view=True), rank, keeps=False)
-    mine = gradients_of(wrap(ours, World(rank, world_size)), rank, keeps=True)
-    torch.save([theirs, mine], folder / f"gradients-{rank}.pt")
-    dist.destroy_process_group()
+    theirs = gradients_of(DistributedDataParallel(plain, gradient_as_bucket_view=True), world.rank, keeps=False)
+    mine = gradients_of(wrap(ours, world), world.rank, keeps=True)
+    torch.save([theirs, mine], folder / f"gradients-{world.rank}.pt")
 
 
 def test_the_average_of_three_ranks_has_the_bits_of_ddps_own(tmp_path: Path) -> None:
-    start(averages, 3, tmp_path)
+    ended = ranks.call(averages, 3, tmp_path / "log", tmp_path)
+    assert ended.is_done, ended.said
     for rank in range(3):
         theirs, mine = torch.load(tmp_path / f"gradients-{rank}.pt")
         assert len(theirs) == len(mine) == 4
         assert all(torch.equal(a, b) and a.abs().max() > 0 for a, b in zip(theirs, mine, strict=True))
 
 
-def lose_a_peer(rank: int, world_size: int, folder: Path) -> None:
-    dist.init_process_group("gloo", init_method=(folder / "meeting").as_uri(), rank=rank, world_size=world_size)
-    ddp = wrap(nn.Linear(500, 500), World(rank, world_size))
-    ddp(torch.ones(1, 500)).sum().backward()
-    if rank == 1:
-        os._exit(0)
-    try:
-        ddp(torch.ones(1, 500)).sum().backward()
-    except Exception as error:
-        kept = classify(error, rank, None).cause
-    else:
-        kept = "went on with half a gradient"
-    (folder / f"ending-{rank}").write_text(kept)
-    os._exit(0)  # a group that has lost a member is not left in order
+def step_with_ddp(world: World) -> Callable[[], object]:
+    net = wrap(nn.Linear(500, 500), world)
+    return lambda: net(torch.ones(1, 500)).sum().backward()
 
 
 def test_a_reduction_that_a_peer_has_left_is_never_taken_for_done(tmp_path: Path) -> None:
-    start(lose_a_peer, 3, tmp_path)
-    assert {(tmp_path / f"ending-{rank}").read_text() for rank in (0, 2)} == {Cause.PEER_LOST}
+    assert lost_peer.causes_of(step_with_ddp, tmp_path) == {Cause.PEER_LOST}
 
 
 def test_a_reduction_that_fails_while_it_runs_fails_the_step(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import signal
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -11,7 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from orchestrator.checkpoint.snapshot import Snapshot, tensors_equal
@@ -21,9 +19,9 @@ from orchestrator.distributed.flat_gradient import FlatGradient
 from orchestrator.distributed.lane_training import LaneTraining
 from orchestrator.distributed.lanes import Lanes
 from orchestrator.distributed.world import World
-from orchestrator.worker.failure import Cause, classify
+from orchestrator.worker.failure import Cause
 from tests.conftest import final_state
-from tests.support import ranks
+from tests.support import lost_peer, ranks
 from tests.support.faults import Fault
 from tests.support.runs import metrics_in
 
@@ -207,35 +205,22 @@ def test_a_rank_is_killed_between_the_exchange_and_the_step(lanes: TrainConfig, 
     assert same(train(config, 4, tmp_path, "killed"), whole)
 
 
-def lose_a_peer(rank: int, world_size: int, folder: Path) -> None:
-    dist.init_process_group("gloo", init_method=(folder / "meeting").as_uri(), rank=rank, world_size=world_size)
+def step_in_lanes(world: World) -> Callable[[], object]:
+    """Return one iteration of a model that each rank computes one micro-step of."""
     config = TrainConfig(device="cpu", compile=False, gradient_accumulation_steps=3, backend="gloo")
-    linear = nn.Linear(500, 500)
-    model = LaneTraining(linear, config, World(rank, world_size), Lanes(3, 3))
+    linear, x = nn.Linear(500, 500), torch.ones(1, 500)
+    model = LaneTraining(linear, config, world, Lanes(3, 3))
     model.net = lambda idx, _: (idx, linear(idx).sum())  # type: ignore[assignment]
-    x = torch.ones(1, 500)
-    with model.accumulate(rank):
-        model(x, x)[1].backward()
-    if rank == 1:
-        os._exit(0)
-    try:
-        with model.accumulate(rank):
+
+    def step() -> None:
+        with model.accumulate(world.rank):
             model(x, x)[1].backward()
-    except Exception as error:
-        kept = classify(error, rank, None).cause
-    else:
-        kept = "went on with half a gradient"
-    (folder / f"ending-{rank}").write_text(kept)
-    os._exit(0)  # a group that has lost a member is not left in order
+
+    return step
 
 
 def test_an_exchange_that_a_peer_has_left_is_a_lost_peer(tmp_path: Path) -> None:
-    processes = [ranks._START.Process(target=lose_a_peer, args=(r, 3, tmp_path), daemon=True) for r in range(3)]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join(60)
-    assert {(tmp_path / f"ending-{rank}").read_text() for rank in (0, 2)} == {Cause.PEER_LOST}
+    assert lost_peer.causes_of(step_in_lanes, tmp_path) == {Cause.PEER_LOST}
 
 
 def test_gradients_exist_once() -> None:
