@@ -27,15 +27,16 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from safetensors.torch import load_file
 from torch import Tensor
 
-from benchmarks.same_bits import ROOT, newest_checkpoint
+from benchmarks.same_bits import ROOT
 from model import GPT, GPTConfig
+from orchestrator.checkpoint.store import CheckpointStore
 from orchestrator.config import TrainConfig
 from orchestrator.distributed.lanes import Lanes, default_lanes
 from orchestrator.distributed.parallelism import Parallelism, parallelize
 from orchestrator.distributed.world import World
+from orchestrator.storage.run_folder import RunFolder
 from orchestrator.training.step import set_learning_rate
 
 SIZES, LANES, MICRO_STEPS = (1, 2, 3, 4), 8, 12
@@ -126,10 +127,9 @@ class Runs:
 
     def final_state(self, name: str) -> dict[str, Tensor]:
         """Return weights and moments by name."""
-        tensors: dict[str, Tensor] = {}
-        for file in sorted(newest_checkpoint(self.folder / name).glob("*.safetensors")):
-            tensors |= {f"{file.name.partition('-')[0]}.{key}": tensor for key, tensor in load_file(file).items()}
-        return tensors
+        store = CheckpointStore(RunFolder(str(self.folder / name)))
+        state = store.read(store.select("latest"))
+        return {**state.model, **state.optimizer}
 
 
 def compare_bits(folder: Path) -> dict[str, Any]:

@@ -20,7 +20,6 @@ from typing import Any
 import numpy as np
 import torch
 import xxhash
-from safetensors.torch import load_file
 
 from benchmarks.gpu.child import LONG_S, Child, Found, Report, Setting, cache_in
 from benchmarks.gpu.watch import in_steps
@@ -117,11 +116,9 @@ def checksums(out_dir: Path) -> dict[str, str]:
     store = CheckpointStore(RunFolder(str(out_dir)))
     if not (last := next(store.newest_first(), None)):
         raise RuntimeError(f"{out_dir} has no checkpoint")
-    found = {}
-    for file in sorted(Path(store.folder.path(last.name)).glob("*.safetensors")):
-        for name, tensor in load_file(file).items():
-            found[f"{file.name.partition('-')[0]} {name}"] = xxhash.xxh3_128(tensor.numpy().tobytes()).hexdigest()
-    return found
+    state = store.read(last)
+    tensors = {**state.model, **state.optimizer}
+    return {name: xxhash.xxh3_128(tensor.numpy().tobytes()).hexdigest() for name, tensor in tensors.items()}
 
 
 def resume_eager(setting: Setting, report: Report) -> None:
