@@ -6,11 +6,13 @@ Plain PyTorch. It must not know how it is trained: nothing here imports the orch
 from model.config import GPTConfig
 from model.gpt import GPT, parameter_shapes
 from model.huggingface import PretrainedError, from_huggingface, huggingface_config, to_huggingface, transpose_if_linear
+from model.lora import LoRAConfig
 from model.pretrained import open_pretrained, read_pretrained_args
 
 __all__ = [
     "GPT",
     "GPTConfig",
+    "LoRAConfig",
     "PretrainedError",
     "from_huggingface",
     "huggingface_config",

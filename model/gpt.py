@@ -25,6 +25,7 @@ from model.cache import KVCache, LayerCache
 from model.config import GPTConfig
 from model.generation import Generators, SamplingPolicy, stream
 from model.linear import Linear
+from model.lora import LoRAConfig, freeze
 from model.pretrained import read_pretrained
 
 log = logging.getLogger(__name__)
@@ -151,10 +152,15 @@ class GPT(nn.Module):
                 nn.init.normal_(param, mean=0.0, std=0.02 / math.sqrt(2 * config.n_layer))
 
     @classmethod
-    def empty(cls, config: GPTConfig, device: torch.device | str = "cpu") -> GPT:
-        """Return a GPT whose weights are still to be filled in: none are drawn, and no memory is touched."""
+    def empty(cls, config: GPTConfig, device: torch.device | str = "cpu", lora: LoRAConfig | None = None) -> GPT:
+        """Return a GPT whose weights are still to be filled in: none are drawn, and no memory is touched.
+
+        lora: freezes them, and adds adapters, which are still to be filled in as well.
+        """
         with _without_weights():
             model = cls(config)
+            if lora:
+                freeze(model, lora)
         model.to_empty(device=device)
         model._tie_weights()  # which are two tensors now
         return model
@@ -312,16 +318,22 @@ class GPT(nn.Module):
         count = sum(p.numel() for p in self.parameters())
         return count - self.transformer.wpe.weight.numel() if non_embedding else count
 
+    def _num_frozen_params(self) -> int:
+        frozen = [p for p in self.parameters() if not p.requires_grad and p is not self.transformer.wpe.weight]
+        return sum(p.numel() for p in frozen)
+
     def estimate_mfu(self, fwdbwd_per_iter: float, dt: float, peak_flops: float = A100_BF16_FLOPS) -> float:
         """Return model FLOPs utilisation: the share of peak_flops (per second) that went into the model.
 
         fwdbwd_per_iter: sequences of block_size per iteration. dt: seconds per iteration.
+        A frozen weight has no gradient, which is a third of the work of one that is trained.
 
         Source: PaLM, appendix B, https://arxiv.org/abs/2204.02311
         """
         cfg = self.config
         head_size = cfg.n_embd // cfg.n_head
-        flops_per_token = 6 * self.get_num_params() + 12 * cfg.n_layer * cfg.n_head * head_size * cfg.block_size
+        weights = 6 * self.get_num_params() - 2 * self._num_frozen_params()
+        flops_per_token = weights + 12 * cfg.n_layer * cfg.n_head * head_size * cfg.block_size
         flops_per_iter = flops_per_token * cfg.block_size * fwdbwd_per_iter
         return flops_per_iter / dt / peak_flops
 

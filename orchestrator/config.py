@@ -45,6 +45,12 @@ RunFolderName = Annotated[str, Bound("a path or URL with a last part to name the
 FolderName = Annotated[str, Bound("the name of a folder under data_dir", holds=re.compile(r"[^/. ]").search)]
 WorkerCount = Annotated[int | str, Bound("1 or more, or a range such as 2-8", holds=_is_count)]
 GpuShare = Annotated[float | None, AT_LEAST_0]
+LORA_TARGETS = ("c_attn", "c_proj", "c_fc", "attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj", "all-linear")
+_are_targets = Bound(
+    f"some of {', '.join(LORA_TARGETS)}, with commas between",
+    holds=lambda words: all(word.strip() in LORA_TARGETS for word in words.split(",")),
+)
+LoRATargets = Annotated[str, _are_targets]
 _DEVICE = re.compile(r"cpu|(cuda|mps|xpu)(:\d+)?")
 Device = Annotated[str, Bound("cpu, cuda or cuda:<index>", holds=_DEVICE.fullmatch)]
 
@@ -82,6 +88,15 @@ class TrainConfig:
     bias: bool = False  # biases in Linear and LayerNorm layers
     activation_checkpointing: bool = False  # save memory: keep a block's input, compute the rest again; a third slower
     loss_chunk: NonNegativeInt = 0  # save memory: make the logits of this many tokens at a time; 0 = of a micro-step
+    # LoRA
+    lora_rank: NonNegativeInt = 0  # train two matrices of this rank beside frozen layers of init_from; 0 = all weights
+    lora_alpha: PositiveFloat = 16.0  # an adapter's output counts lora_alpha / lora_rank times
+    lora_dropout: Fraction = 0.0  # probability, 0 up to 1, of what goes into adapters
+    lora_targets: LoRATargets = (
+        "c_attn"  # layers with an adapter: c_attn, c_proj, c_fc, attn.c_proj, mlp.c_proj; or all-linear
+    )
+    lora_base_dtype: Literal["float32", "bfloat16"] = "float32"  # in which frozen matrices are held
+    lora_base: str = ""  # where the frozen weights lie, if the run does not find them where it began with them
     # optimizer
     learning_rate: PositiveFloat = 6e-4  # the highest learning rate
     max_iters: NonNegativeInt = 600000  # iterations in all
@@ -171,6 +186,11 @@ def check(config: TrainConfig) -> TrainConfig:
         raise ConfigError(
             f"init_from={config.init_from!r} is neither {', '.join(starts)} nor an existing ckpt.pt, Hugging Face "
             f"folder or run{nearest(config.init_from, starts)}"
+        )
+    if config.lora_rank and config.init_from == "scratch":
+        raise ConfigError(
+            f"lora_rank={config.lora_rank} trains adapters of a model that is there, and init_from=scratch has none: "
+            "give --init_from=gpt2-xl, a ckpt.pt, a Hugging Face folder or a run"
         )
     if config.init_weights_only and config.init_from == "scratch":
         raise ConfigError(

@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from model import LoRAConfig
+
 MOMENTS = ("exp_avg", "exp_avg_sq")  # that AdamW keeps of every parameter
 
 
@@ -26,15 +28,50 @@ class ParamGroup:
 
 
 @dataclass(frozen=True)
+class Base:
+    """The frozen weights beside which adapters are trained: no part of the state, but it is worth nothing without them.
+
+    source: as init_from names it. revision: a run's checkpoint, a commit at the Hub, "" for a file or folder.
+    checksum: of the weights as they are held (restore/base.py), "" where nobody has computed it.
+    """
+
+    source: str
+    revision: str = ""
+    checksum: str = ""
+
+
+@dataclass(frozen=True)
+class Adapters:
+    """What a state of adapters belongs to. Its LoRAConfig has no dropout: that is the next attempt's own."""
+
+    lora: LoRAConfig
+    base: Base
+
+    def to_json(self) -> dict[str, Any]:
+        """Return it as JSON values."""
+        found = asdict(self.lora)
+        del found["dropout"]
+        return {**found, "targets": list(self.lora.targets), "base": asdict(self.base)}
+
+    @classmethod
+    def from_json(cls, value: dict[str, Any]) -> Adapters:
+        """Return what such JSON values describe."""
+        lora = LoRAConfig(value["rank"], value["alpha"], tuple(value["targets"]), value["base_dtype"])
+        return cls(lora, Base(**value["base"]))
+
+
+@dataclass(frozen=True)
 class Snapshot:
     """nanoGPT's six (model, optimizer, model_args, iter_num, best_val_loss, config) plus the GradScaler.
 
     model: nanoGPT's state-dict names -> tensors, the tied `lm_head.weight` left out (it is `transformer.wte.weight`).
+        Of a run that trains adapters, these alone (model/lora.py).
     optimizer: `exp_avg.<parameter>`, `exp_avg_sq.<parameter>` and `step` (float32 scalar); empty when only the
         model was read, or when nothing was stepped yet.
     param_groups: empty where the source has no optimizer.
     val_loss: the validation loss of exactly this state, None where it was not evaluated.
     guard: the losses and bad steps so far (training/guard.py), and how many rollbacks the state knows of.
+    adapters: to which base model they belong, None where all weights are trained.
     """
 
     model: dict[str, Tensor]
@@ -47,11 +84,14 @@ class Snapshot:
     config: dict[str, Any] = field(default_factory=dict)
     scaler: dict[str, Any] = field(default_factory=dict)
     guard: dict[str, Any] = field(default_factory=dict)
+    adapters: Adapters | None = None
 
 
 def describe(snapshot: Snapshot) -> dict[str, Any]:
     """Return everything of a snapshot but its tensors, as JSON values."""
+    adapters = {"adapters": snapshot.adapters.to_json()} if snapshot.adapters else {}
     return {
+        **adapters,
         "iter_num": snapshot.iter_num,
         "best_val_loss": snapshot.best_val_loss,
         "val_loss": snapshot.val_loss,
@@ -73,7 +113,9 @@ def undescribe(description: dict[str, Any], model: dict[str, Tensor], optimizer:
         key: description[key] for key in ("model_args", "iter_num", "best_val_loss", "val_loss", "config", "scaler")
     }
     guard = description.get("guard", {})
-    return Snapshot(model=model, optimizer=optimizer, param_groups=groups, guard=guard, **plain)
+    found = description.get("adapters")
+    adapters = Adapters.from_json(found) if found else None
+    return Snapshot(model=model, optimizer=optimizer, param_groups=groups, guard=guard, adapters=adapters, **plain)
 
 
 def tensors_equal(a: Snapshot, b: Snapshot) -> bool:

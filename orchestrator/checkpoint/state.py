@@ -10,9 +10,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
 from model import GPT, GPTConfig
-from orchestrator.checkpoint.snapshot import MOMENTS, ParamGroup, Snapshot
+from model.lora import init_adapters
+from orchestrator.checkpoint.snapshot import MOMENTS, Adapters, ParamGroup, Snapshot
 from orchestrator.checkpoint.store import Checkpoint
 from orchestrator.checkpoint.tensor_file import bytes_of
 from orchestrator.checkpoint.tensor_slice import Placement, TensorSlice, replicate
@@ -45,6 +47,7 @@ class TrainState:
     evaluated_at: the iteration whose evaluation, if one was due, is done; val_loss: its validation loss, if it was due.
     guard: the losses and bad steps so far, as JSON values (training/guard.py).
     placement: which rank holds which part of which tensor.
+    adapters: to which base model they belong, where they alone are trained; the model's other weights are no state.
     """
 
     model: GPT
@@ -58,6 +61,12 @@ class TrainState:
     guard: dict[str, Any] = field(default_factory=dict)
     resumed_from: Resumed | None = None
     placement: Placement = replicate
+    adapters: Adapters | None = None
+
+    @property
+    def trained(self) -> dict[str, Parameter]:
+        """The parameters that steps change, by name."""
+        return {name: each for name, each in self.model.named_parameters() if each.requires_grad}
 
     @property
     def is_evaluated(self) -> bool:
@@ -95,17 +104,31 @@ class ScalerValues:
         return {**self._known, **{name: copy.item() for name, copy in self._copies.items()}}
 
 
-def build_state(config: TrainConfig, model_args: dict[str, Any], world: World, *, is_empty: bool = False) -> TrainState:
-    """Build the model, its optimizer and scaler; with is_empty, their values are still to be filled in."""
+def build_state(
+    config: TrainConfig,
+    model_args: dict[str, Any],
+    world: World,
+    *,
+    is_empty: bool = False,
+    adapters: Adapters | None = None,
+) -> TrainState:
+    """Build the model, its optimizer and scaler; with is_empty, their values are still to be filled in.
+
+    adapters: they are trained, and begin as new ones; the values of the base model's weights are still to be filled in.
+    """
     torch.manual_seed(config.seed)
     args = GPTConfig(**model_args)
-    model = GPT.empty(args, world.device) if is_empty else GPT(args).to(world.device)
+    if adapters:
+        model = GPT.empty(args, world.device, replace(adapters.lora, dropout=config.lora_dropout))
+        init_adapters(model)
+    else:
+        model = GPT.empty(args, world.device) if is_empty else GPT(args).to(world.device)
     model.transformer.recompute, model.loss_chunk = config.activation_checkpointing, config.loss_chunk
     optimizer = model.configure_optimizers(
         config.weight_decay, config.learning_rate, (config.beta1, config.beta2), world.device.type
     )
     scaler = torch.amp.GradScaler(world.device.type, enabled=config.dtype == "float16")
-    return TrainState(model, optimizer, scaler, config={})
+    return TrainState(model, optimizer, scaler, config={}, adapters=adapters)
 
 
 def capture(state: TrainState, val_loss: float | None = None, scaler: dict[str, Any] | None = None) -> Snapshot:
@@ -113,7 +136,7 @@ def capture(state: TrainState, val_loss: float | None = None, scaler: dict[str, 
 
     scaler: the GradScaler's state where the caller reads it by itself; else, with float16 on a GPU, this waits for it.
     """
-    names: dict[Tensor, str] = {parameter: name for name, parameter in state.model.named_parameters()}
+    names: dict[Tensor, str] = {parameter: name for name, parameter in state.trained.items()}
     optimizer: dict[str, Tensor] = {}
     if state.optimizer.state:  # in the model's order, whatever the optimizer's own: equal states are equal files
         kept = state.optimizer.state
@@ -140,6 +163,7 @@ def capture(state: TrainState, val_loss: float | None = None, scaler: dict[str, 
         config=state.config,
         scaler=state.scaler.state_dict() if scaler is None else scaler,
         guard=deepcopy(state.guard),
+        adapters=state.adapters,
     )
 
 
@@ -157,7 +181,7 @@ def allocate_moments(state: TrainState, world: World) -> None:
 
     Their values are still to come. A moment of which this rank holds nothing is on device meta.
     """
-    names = {parameter: name for name, parameter in state.model.named_parameters()}
+    names = {parameter: name for name, parameter in state.trained.items()}
     coming = forecast(state)
     slices = state.placement({**coming.model, **coming.optimizer}, world.size)
     held = {each.name: each.tensor for each in slices if world.rank in each.holders}

@@ -21,7 +21,7 @@ import torch
 import xxhash
 from torch import Tensor
 
-from orchestrator.checkpoint.snapshot import Snapshot, undescribe
+from orchestrator.checkpoint.snapshot import Adapters, Snapshot, undescribe
 from orchestrator.checkpoint.tensor_file import FileRecord, read_tensors
 from orchestrator.checkpoint.tensor_slice import TensorSlice, assemble
 from orchestrator.errors import CheckpointError, UndeletableError, nearest
@@ -30,6 +30,7 @@ from orchestrator.storage.run_folder import RunFolder
 logger = logging.getLogger(__name__)
 
 FORMAT_VERSION = 1
+ADAPTER_FORMAT_VERSION = 2  # of a state that is adapters alone: a program that knows none of them must refuse it
 _CHOICES = ("auto", "latest", "best")
 _NAME = re.compile(r"checkpoint_(\d{8,})_(\w+)")
 _WITHDRAWN_TEXT = '{"withdrawn": true}'
@@ -50,6 +51,12 @@ class Checkpoint:
     def val_loss(self) -> float | None:
         value = self.state["val_loss"]
         return None if value is None else float(value)
+
+    @property
+    def adapters(self) -> Adapters | None:
+        """The base model of a state that is adapters alone."""
+        found = self.state.get("adapters")
+        return Adapters.from_json(found) if found else None
 
     @property
     def is_evaluated(self) -> bool:
@@ -264,9 +271,10 @@ def parse_state(text: bytes, path: str) -> dict[str, Any]:
         checksum, version = state.pop("checksum"), int(state["format_version"])
     except (ValueError, AttributeError, KeyError, TypeError):
         raise CheckpointError(f"{path} is damaged: it is not whole JSON") from None
-    if version != FORMAT_VERSION:
-        remedy = "update this program" if version > FORMAT_VERSION else "read it with the program that wrote it"
-        raise CheckpointError(f"{path} has format {version}: {remedy}, this one knows {FORMAT_VERSION}")
+    if version not in (FORMAT_VERSION, ADAPTER_FORMAT_VERSION):
+        newest = ADAPTER_FORMAT_VERSION
+        remedy = "update this program" if version > newest else "read it with the program that wrote it"
+        raise CheckpointError(f"{path} has format {version}: {remedy}, this one knows {FORMAT_VERSION} and {newest}")
     if checksum != _checksum(state):
         raise CheckpointError(f"{path} is damaged: its checksum differs from the one recorded when it was written")
     return state

@@ -38,6 +38,7 @@ class ExportConfig:
     out_dir: str = "out"  # the run's folder, a path or URL; one with a ckpt.pt or a Hugging Face folder, as well
     format: str = "nanogpt"  # nanogpt: a ckpt.pt for nanoGPT's train.py and sample.py; hf: a Hugging Face folder
     storage_options: str = ""  # fsspec's options of out_dir: a JSON object, or the path of a .json file that holds one
+    lora_base: str = ""  # of a run of adapters: where the frozen weights lie, if not where it began with them
     to: str = ""  # the file (nanogpt) or folder (hf) to write, a path or URL; it must be given
     checkpoint: str = "auto"  # latest, best, a name; auto: the latest, or the best if always_save_checkpoint=False
     overwrite: bool = False  # write even if something is there

@@ -27,6 +27,7 @@ class InspectConfig:
 
     out_dir: str = "out"  # the run's folder, a path or URL
     storage_options: str = ""  # fsspec's options of out_dir: a JSON object, or the path of a .json file that holds one
+    lora_base: str = ""  # of a run of adapters: where the frozen weights lie, if not where it began with them
     memory_dir: str = "/dev/shm"  # where this node keeps the newest states of a run that goes on or was killed
     verify: bool = False  # read every byte, compare checksums, and look for values that are not finite
     init_from: str = (

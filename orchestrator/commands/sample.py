@@ -58,6 +58,7 @@ class SampleConfig:
     stop_at_end: bool = True  # a sample ends where the model ends its text; False: it goes on, as nanoGPT's do
     checkpoint: str = "auto"  # of a run: best, latest, a name; auto: the best if it has always_save_checkpoint=False
     storage_options: str = ""  # fsspec's options of out_dir: a JSON object, or the path of a .json file that holds one
+    lora_base: str = ""  # of a run of adapters: where the frozen weights lie, if not where it began with them
     data_dir: str = "data"  # where the dataset lies that tells the characters of a ckpt.pt
 
 

@@ -32,6 +32,7 @@ from orchestrator.errors import UserError
 logger = logging.getLogger(__name__)
 
 _LOSSES, _ENOUGH_LOSSES = 100, 30  # of which the median counts; before there are enough, no loss is a spike
+_INTEGERS = {2: torch.int16, 4: torch.int32}  # by the size of what they stand for
 _TIMES_AT_ONE_PLACE = 3
 _MAD_TO_SIGMA = 1.4826  # of a normal distribution; Source: Rousseeuw and Croux 1993
 _LEAST_SIGMA = 1e-3  # of the median: losses that hardly scatter make no spike of a small step
@@ -142,7 +143,7 @@ def spike_of(loss: float, before: Sequence[float]) -> float:
 
 def digest_of(weights: Iterable[Tensor]) -> str:
     """Return a hash of weights: of each tensor's bits added up as integers, where the tensor lies."""
-    sums = [tensor.detach().view(torch.int32).sum(dtype=torch.int64) for tensor in weights]
+    sums = [tensor.detach().view(_INTEGERS[tensor.itemsize]).sum(dtype=torch.int64) for tensor in weights]
     return xxhash.xxh3_64(torch.stack(sums).cpu().numpy().tobytes()).hexdigest() if sums else ""
 
 

@@ -9,10 +9,11 @@ from __future__ import annotations
 import enum
 import re
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
+from orchestrator.checkpoint.snapshot import Base
 from orchestrator.checkpoint.store import CheckpointStore
 from orchestrator.config import GPT2_NAMES
 from orchestrator.errors import CheckpointError, ConfigError, StorageUnavailableError, nearest
@@ -41,6 +42,9 @@ class SourceSettings(StorageSettings, Protocol):
 
     @property
     def init_from(self) -> str: ...
+
+    @property
+    def lora_base(self) -> str: ...
 
 
 @dataclass(frozen=True)
@@ -109,6 +113,33 @@ def find_source(
             f"one of these, or {', '.join(GPT2_NAMES)}"
         )
     return _chosen(found, which, key)
+
+
+def find_base(config: SourceSettings, base: Base) -> ModelSource:
+    """Return the source of the weights that a state of adapters belongs to: where it began, or lora_base says.
+
+    Raises:
+        ConfigError, CheckpointError: nothing is there, or it cannot be reached.
+    """
+    where = config.lora_base or base.source
+    remedy = "Put the weights back there, or give --lora_base=PATH, where they lie now"
+    try:
+        source = find_source(_At(where, config.out_dir, config.storage_options))
+    except (CheckpointError, ConfigError) as error:
+        raise CheckpointError(f"the base model of these adapters is missing: {error}. {remedy}") from None
+    if source.kind is Kind.RUN and not config.lora_base:
+        source = replace(source, which=base.revision)
+    return source
+
+
+@dataclass(frozen=True)
+class _At:
+    """SourceSettings that name a place."""
+
+    init_from: str
+    out_dir: str
+    storage_options: str
+    lora_base: str = ""
 
 
 def refuse_missing(config: SourceSettings) -> None:

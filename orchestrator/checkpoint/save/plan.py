@@ -11,7 +11,7 @@ from torch import Tensor
 
 from orchestrator.checkpoint.snapshot import Snapshot, describe
 from orchestrator.checkpoint.state import TrainState, capture
-from orchestrator.checkpoint.store import FORMAT_VERSION, checkpoint_name
+from orchestrator.checkpoint.store import ADAPTER_FORMAT_VERSION, FORMAT_VERSION, checkpoint_name
 from orchestrator.checkpoint.tensor_slice import Placement, TensorSlice, replicate
 from orchestrator.distributed.world import World
 
@@ -55,7 +55,7 @@ def plan_save(
     snapshot = capture(state, val_loss, scaler)
     files = files_of(snapshot, world.size, state.placement)
     description = {
-        "format_version": FORMAT_VERSION,
+        "format_version": ADAPTER_FORMAT_VERSION if snapshot.adapters else FORMAT_VERSION,
         **describe(snapshot),
         "is_evaluated": state.is_evaluated,
         "environment": environment,
