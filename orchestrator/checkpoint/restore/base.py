@@ -1,0 +1,110 @@
+"""The base model of adapters: frozen weights, which no checkpoint holds. Ranks load them, the driver checks them.
+
+state.json names them, with a checksum. Whoever restores adapters reads the weights once, from where they were or where
+lora_base says, and compares the checksum.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import replace
+
+from torch import Tensor
+
+from model.lora import frozen_parameters
+from orchestrator.checkpoint.formats.base import base_checksum, base_of, cropped, held
+from orchestrator.checkpoint.formats.sources import ModelSource, find_base
+from orchestrator.checkpoint.formats.weights import look_at, read_source, using
+from orchestrator.checkpoint.restore.import_tensors import Import, read_on_ranks
+from orchestrator.checkpoint.snapshot import Adapters, Snapshot
+from orchestrator.checkpoint.state import TrainState
+from orchestrator.checkpoint.tensor_file import checksum
+from orchestrator.checkpoint.tensor_slice import by_tensor, replicate
+from orchestrator.config import TrainConfig
+from orchestrator.distributed.world import World
+from orchestrator.errors import CheckpointError
+from orchestrator.storage.identity import identity_of
+
+_SHAPE_KEYS = ("n_layer", "n_head", "n_embd", "vocab_size", "bias", "activation")
+
+
+def fill_base(state: TrainState, found: Import, world: World) -> None:
+    """Fill the frozen weights of a run that begins, and note their checksum.
+
+    Raises:
+        CheckpointError: on every rank alike, if some values are not finite.
+    """
+    assert state.adapters
+    sums = found.fill(by_tensor(replicate(_frozen(state), world.size)), world, checksums=True)
+    base = replace(state.adapters.base, checksum=base_checksum(sums))
+    state.adapters = replace(state.adapters, base=base)
+
+
+def load_base(config: TrainConfig, state: TrainState, world: World) -> None:
+    """Fill the frozen weights of adapters that go on.
+
+    Raises:
+        CheckpointError: on every rank alike, if they are missing, damaged or other ones.
+    """
+    assert state.adapters
+    base, block_size = state.adapters.base, state.model.config.block_size
+    where = config.lora_base or base.source
+
+    def read() -> Snapshot:
+        snapshot = read_source(find_base(config, base), model_only=True)
+        _check_whole(snapshot, where)
+        return replace(snapshot, model={name: cropped(name, x, block_size) for name, x in snapshot.model.items()})
+
+    found = read_on_ranks(f"the base model {where}", identity_of(where), read, world)
+    live = by_tensor(replicate(_frozen(state), world.size))
+    if differing := live.keys() ^ found.shapes.keys():
+        raise _other(where, f"it lacks or adds tensors: {', '.join(sorted(differing)[:5])}")
+    sums = base_checksum(found.fill(live, world, checksums=True))
+    if base.checksum not in ("", sums):
+        raise _other(where, "its checksum differs from the one in the run's state")
+    state.adapters = replace(state.adapters, base=replace(base, checksum=sums))
+
+
+def check_base(config: TrainConfig, adapters: Adapters, block_size: int) -> None:
+    """Check, before anything is started, that a run of adapters will find its base model.
+
+    Weights on a disk of this machine are read through once. Of others only the sizes are compared; the ranks do the
+    rest.
+
+    Raises:
+        CheckpointError: they are missing, damaged or other ones.
+    """
+    source = find_base(config, adapters.base)
+    if not source.is_local:
+        _check_whole(look_at(source, model_only=True), source.where)
+        return
+    found = using(source, lambda weights: _sum_of(weights.tensors, adapters, block_size))
+    if adapters.base.checksum not in ("", found):
+        raise _other(source.where, "its checksum differs from the one in the run's state")
+
+
+def new_base(source: ModelSource) -> Adapters:
+    raise NotImplementedError(base_of(source))
+
+
+def _sum_of(tensors: Iterable[tuple[str, Tensor]], adapters: Adapters, block_size: int) -> str:
+    sums = {
+        name: checksum(held(cropped(name, tensor, block_size), adapters.lora.base_dtype)) for name, tensor in tensors
+    }
+    return base_checksum(sums)
+
+
+def _frozen(state: TrainState) -> dict[str, Tensor]:
+    return frozen_parameters(state.model.named_parameters())
+
+
+def _check_whole(snapshot: Snapshot, where: str) -> None:
+    if snapshot.adapters:
+        raise CheckpointError(f"{where} holds adapters, which cannot be the base model of others: give the whole model")
+
+
+def _other(where: str, why: str) -> CheckpointError:
+    return CheckpointError(
+        f"{where} is not the base model that these adapters were trained beside: {why}. Give --lora_base=PATH, where "
+        "the right one lies"
+    )
