@@ -17,7 +17,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from model.config import GPTConfig
 from model.linear import Linear
 
 ALL_LINEAR = "all-linear"
@@ -58,15 +57,6 @@ class LoRAConfig:
     def has_adapter(self, layer: str) -> bool:
         """Return whether a layer has one; layer: its full name, `transformer.h.0.attn.c_attn`."""
         return layer.endswith(tuple(f".{target}" for target in self.targets))
-
-    def check_fits(self, config: GPTConfig) -> None:
-        """Check the rank against the width: a product of larger matrices has no more freedom.
-
-        Raises:
-            ValueError: it is over the width.
-        """
-        if self.rank > config.n_embd:
-            raise ValueError(f"the rank must be at most the width, n_embd={config.n_embd}, got {self.rank}")
 
 
 def targets_of(words: str) -> tuple[str, ...]:

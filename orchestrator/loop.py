@@ -96,7 +96,7 @@ def iterate(run: Attempt, model: Parallelism) -> Outcome:
         lr = set_learning_rate(state.optimizer, config, state.iter_num)
         losses = []
         for micro_step in model.micro_steps:
-            seed_dropout(state.model.config.dropout, config.seed, state.iter_num, micro_step)
+            seed_dropout(max(config.dropout, config.lora_dropout), config.seed, state.iter_num, micro_step)
             with model.accumulate(micro_step):
                 with autocast(config):
                     _, loss = model(X, Y)

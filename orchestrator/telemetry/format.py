@@ -77,8 +77,9 @@ def _evaluation(r: Evaluation) -> str:
 
 def _begin(r: Begin) -> str:
     origin = f"resuming {r.from_} ({_source(r)})" if r.from_ else "beginning"
+    trained = f" ({r.num_trained / 1e6:.2f}M of them trained)" if r.num_trained is not None else ""
     return (
-        f"{origin} at iteration {r.iter} of {r.max_iters}: {r.num_params / 1e6:.2f}M parameters, "
+        f"{origin} at iteration {r.iter} of {r.max_iters}: {r.num_params / 1e6:.2f}M parameters{trained}, "
         f"{r.tokens_per_iter:,} tokens per iteration, {r.world_size} worker(s) on {r.device}, {r.dtype}"
     )
 

@@ -22,7 +22,7 @@ from typing import Any, ClassVar, get_args
 class Begin:
     """An attempt begins, with the state `from_` (None: a new one); the fields behind it tell how that was read.
 
-    lanes: in which gradients are summed, 0 for DDP's order.
+    lanes: in which gradients are summed, 0 for DDP's order. num_trained: of num_params, None for all.
     """
 
     kind: ClassVar = "begin"
@@ -33,6 +33,7 @@ class Begin:
     size_bytes: int | None = None
     from_storage_bytes: int | None = None
     num_params: int
+    num_trained: int | None = None
     tokens_per_iter: int
     world_size: int
     device: str

@@ -317,6 +317,7 @@ def _begin(config: TrainConfig, world: World, state: TrainState, lanes: int) -> 
         size_bytes=resumed.size_bytes if resumed else None,
         from_storage_bytes=resumed.from_storage_bytes if resumed else None,
         num_params=state.model.get_num_params(),
+        num_trained=sum(each.numel() for each in state.trained.values()) if state.adapters else None,
         tokens_per_iter=tokens_per_iter(config),
         world_size=world.size,
         device=str(world.device),

@@ -14,7 +14,7 @@ from orchestrator.errors import DataError
 
 logger = logging.getLogger(__name__)
 
-_WHERE_THINGS_ARE = {"out_dir", "init_from", "storage_options", "data_dir", "memory_dir", "resubmit"}
+_WHERE_THINGS_ARE = {"out_dir", "init_from", "storage_options", "data_dir", "memory_dir", "resubmit", "lora_base"}
 _OF_THE_DATA = {"tokenizer", "epoch_began"}
 _KEPT_BY_THE_OPTIMIZER = {"beta1", "beta2", "weight_decay"}  # as saved; the restore tells it
 _IN_THE_FINGERPRINT = {"num_workers", "device", "backend", "compile", "dtype", "lanes"}

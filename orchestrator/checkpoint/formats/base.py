@@ -8,6 +8,7 @@ import xxhash
 from torch import Tensor
 
 from model.lora import BASE_DTYPES
+from model.names import POSITIONS
 
 
 def held(tensor: Tensor, base_dtype: str) -> Tensor:
@@ -24,3 +25,8 @@ def base_checksum(per_tensor: Mapping[str, str]) -> str:
     """
     lines = "".join(f"{name}:{per_tensor[name]}\n" for name in sorted(per_tensor))
     return xxhash.xxh3_128_hexdigest(lines.encode())
+
+
+def cropped(name: str, tensor: Tensor, block_size: int) -> Tensor:
+    """Return a parameter of a model with block_size positions: a view of the first ones, if it is their table."""
+    return tensor[:block_size] if name.endswith(POSITIONS) else tensor

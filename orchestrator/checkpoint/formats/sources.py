@@ -13,10 +13,13 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
+from fsspec.implementations.local import LocalFileSystem
+
 from orchestrator.checkpoint.snapshot import Base
 from orchestrator.checkpoint.store import CheckpointStore
 from orchestrator.config import GPT2_NAMES
 from orchestrator.errors import CheckpointError, ConfigError, StorageUnavailableError, nearest
+from orchestrator.host.machine import seen_as
 from orchestrator.storage.identity import is_on_disk
 from orchestrator.storage.options import StorageSettings, storage_options_of
 from orchestrator.storage.run_folder import RunFolder
@@ -34,6 +37,7 @@ class Kind(enum.Enum):
     RUN = "a run"
     NANOGPT = "nanoGPT's ckpt.pt"
     HUGGINGFACE = "a Hugging Face folder"
+    ADAPTER = "a peft adapter"
     HUB = "a GPT-2 of the Hugging Face Hub"
 
 
@@ -130,6 +134,16 @@ def find_base(config: SourceSettings, base: Base) -> ModelSource:
     if source.kind is Kind.RUN and not config.lora_base:
         source = replace(source, which=base.revision)
     return source
+
+
+def identity_of(where: str) -> str | None:
+    """Return a name for a source that all nodes that see the same one have in common, None if this node has it not.
+
+    where: a path or URL, or the name of a GPT-2.
+    """
+    if where in GPT2_NAMES or not is_on_disk(where):
+        return where
+    return seen_as(LocalFileSystem._strip_protocol(where))
 
 
 @dataclass(frozen=True)

@@ -88,6 +88,10 @@ def read_source(source: ModelSource, *, model_only: bool = False) -> Snapshot:
         return replace(_outline(source, found), model=named)
 
 
+def read_merged(source: ModelSource) -> Snapshot:
+    raise NotImplementedError(source)
+
+
 def look_at(source: ModelSource, model_only: bool = False) -> Snapshot:
     """Return a source's state without the content of its tensors, and find faults as far as that is cheap.
 

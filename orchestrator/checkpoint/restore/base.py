@@ -12,8 +12,8 @@ from dataclasses import replace
 from torch import Tensor
 
 from model.lora import frozen_parameters
-from orchestrator.checkpoint.formats.base import base_checksum, base_of, cropped, held
-from orchestrator.checkpoint.formats.sources import ModelSource, find_base
+from orchestrator.checkpoint.formats.base import base_checksum, cropped, held
+from orchestrator.checkpoint.formats.sources import find_base, identity_of
 from orchestrator.checkpoint.formats.weights import look_at, read_source, using
 from orchestrator.checkpoint.restore.import_tensors import Import, read_on_ranks
 from orchestrator.checkpoint.snapshot import Adapters, Snapshot
@@ -23,9 +23,6 @@ from orchestrator.checkpoint.tensor_slice import by_tensor, replicate
 from orchestrator.config import TrainConfig
 from orchestrator.distributed.world import World
 from orchestrator.errors import CheckpointError
-from orchestrator.storage.identity import identity_of
-
-_SHAPE_KEYS = ("n_layer", "n_head", "n_embd", "vocab_size", "bias", "activation")
 
 
 def fill_base(state: TrainState, found: Import, world: World) -> None:
@@ -81,10 +78,6 @@ def check_base(config: TrainConfig, adapters: Adapters, block_size: int) -> None
     found = using(source, lambda weights: _sum_of(weights.tensors, adapters, block_size))
     if adapters.base.checksum not in ("", found):
         raise _other(source.where, "its checksum differs from the one in the run's state")
-
-
-def new_base(source: ModelSource) -> Adapters:
-    raise NotImplementedError(base_of(source))
 
 
 def _sum_of(tensors: Iterable[tuple[str, Tensor]], adapters: Adapters, block_size: int) -> str:

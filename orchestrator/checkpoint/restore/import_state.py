@@ -7,11 +7,11 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from model.lora import is_adapter
 from orchestrator.checkpoint.restore.base import fill_base, load_base
 from orchestrator.checkpoint.restore.import_tensors import read_on_ranks
 from orchestrator.checkpoint.restore.init_from import (
     Vocabulary,
-    adapters_to_train,
     check_fits,
     read_initial_state,
     source_identity,
@@ -43,15 +43,14 @@ def import_state(config: TrainConfig, world: World, data: Vocabulary, folder: Ru
     found = read_on_ranks(title, source_identity(config), read, world, may_be_nowhere=is_resume)
     saved = found.snapshot()
     world.on_main(check_fits, config, config.init_from, saved, data)
-    adapters = adapters_to_train(config, saved)
     args = {**saved.model_args, "dropout": config.dropout}
-    state = build_state(config, args, world, is_empty=True, adapters=adapters)
-    if adapters and not saved.adapters:
+    state = build_state(config, args, world, is_empty=True, adapters=saved.adapters)
+    if saved.adapters and not any(map(is_adapter, found.shapes)):
         fill_base(state, found, world)
         return state
     found.fill(by_tensor(slices_to_fill(state, set(found.shapes), world)), world)
     set_step_counts(state)
     adopt(state, saved, world)
-    if adapters:
+    if saved.adapters:
         load_base(config, state, world)
     return state

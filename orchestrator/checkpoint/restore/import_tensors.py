@@ -110,9 +110,7 @@ def read_on_ranks(
     """
     origins = world.gather_json(identity)
     if not may_be_nowhere and not any(origins):
-        raise CheckpointError(
-            f"{title}: no worker's node has it; copy it to one, or give a path or URL that all see"
-        )
+        raise CheckpointError(f"{title}: no worker's node has it; copy it to one, or give a path or URL that all see")
     first = next((rank for rank, origin in enumerate(origins) if origin), 0)
     reader_of = [origins.index(origin) if origin else first for origin in origins]
     is_first, is_reader = world.rank == first, reader_of[world.rank] == world.rank

@@ -10,25 +10,30 @@ import logging
 from dataclasses import dataclass, replace
 from typing import Any
 
-from fsspec.implementations.local import LocalFileSystem
 from torch import Tensor
 
+from model.names import POSITIONS
 from orchestrator.checkpoint.formats.nanogpt import NO_LOSS
-from orchestrator.checkpoint.formats.sources import Kind, ModelSource, find_source
-from orchestrator.checkpoint.formats.weights import look_at, read_source, tokenizer_json
+from orchestrator.checkpoint.formats.sources import Kind, ModelSource, find_source, identity_of
+from orchestrator.checkpoint.formats.weights import look_at, read_merged, read_source, tokenizer_json
+from orchestrator.checkpoint.restore.adapters import (
+    adapters_to_train,
+    check_adapters,
+    check_rank,
+    check_same_adapters,
+    told,
+)
+from orchestrator.checkpoint.restore.base import check_base
 from orchestrator.checkpoint.snapshot import Snapshot
 from orchestrator.checkpoint.store import CheckpointStore
-from orchestrator.config import GPT2_NAMES, TrainConfig
+from orchestrator.config import TrainConfig
 from orchestrator.data.vocabulary import PADDED_GPT2_VOCAB_SIZE, difference, is_padded
 from orchestrator.errors import CheckpointError, ConfigError, DataError, FinishedRunError
-from orchestrator.host.machine import seen_as
-from orchestrator.storage.identity import is_on_disk
 from orchestrator.storage.run_folder import RunFolder
 
 logger = logging.getLogger(__name__)
 
 _SHAPE_KEYS = ("n_layer", "n_head", "n_embd", "block_size", "bias", "vocab_size")
-_POSITIONS = "transformer.wpe.weight"
 _DIFFERENT_TOKENS = "Prepare the text again with the model's tokens, or begin with --init_from=scratch"
 
 
@@ -69,6 +74,8 @@ def check_start(config: TrainConfig, store: CheckpointStore, data: Vocabulary | 
         check_same_run(config, saved.state, data or Vocabulary(saved.state["model_args"]["vocab_size"]))
         if saved.is_evaluated:
             check_unfinished(config, saved.iter_num, saved.name)
+        if saved.adapters:
+            check_base(config, saved.adapters, config.block_size)
         return StartingPoint(saved.state["model_args"], saved.iter_num, f"continuing {saved.name} in {config.out_dir}")
     store.check_not_lost()
     if config.max_iters == 0 and not config.eval_only:
@@ -78,11 +85,16 @@ def check_start(config: TrainConfig, store: CheckpointStore, data: Vocabulary | 
         return StartingPoint(scratch_args(config, size), 0, "initializing a new model from scratch")
     source = source_of(config, store.folder)
     model_only = config.init_weights_only or config.eval_only
-    found = _as_begun(config, look_at(source, model_only))
+    found = look_at(source, model_only)
+    check_adapters(config, found.adapters, source)
+    if found.adapters:
+        check_base(config, found.adapters, config.block_size)
+    found = _as_begun(config, source, found)
     if config.init_from == "resume":
         check_unfinished(config, found.iter_num, "ckpt.pt")
     check_fits(config, source.where, found, data)
     args = {**found.model_args, "block_size": config.block_size}
+    check_rank(config, args)
     return StartingPoint(args, found.iter_num, f"initializing from {_told(source)}{_told_of(config, found)}")
 
 
@@ -136,6 +148,7 @@ def check_same_run(config: TrainConfig, saved: dict[str, Any], data: Vocabulary)
             f"out_dir={config.out_dir} holds a run, which goes on with all of its state; init_weights_only=True begins "
             f"a new one: give --init_from={config.out_dir} and another --out_dir, or leave it out to go on"
         )
+    check_same_adapters(config, saved.get("adapters"))
     if config.init_from != "resume":
         _check_same_beginning(config, began, remedy)
     if config.init_from == "scratch":
@@ -207,6 +220,11 @@ def source_of(config: TrainConfig, folder: RunFolder | None = None) -> ModelSour
         CheckpointError: nothing is there; with init_from=resume, no ckpt.pt.
     """
     source = find_source(config, config.init_checkpoint, "init_checkpoint", folder)
+    if config.init_from == "resume" and config.lora_rank:
+        raise ConfigError(
+            f"lora_rank={config.lora_rank} trains adapters in a run of their own: give --init_from={source.where} and "
+            "another --out_dir"
+        )
     if config.init_from == "resume" and source.kind is not Kind.NANOGPT:
         raise CheckpointError(
             f"init_from=resume, but out_dir={config.out_dir} holds neither a checkpoint nor nanoGPT's ckpt.pt: "
@@ -216,34 +234,36 @@ def source_of(config: TrainConfig, folder: RunFolder | None = None) -> ModelSour
 
 
 def source_identity(config: TrainConfig) -> str | None:
-    """Return a name for the source of a run's initial state, None if this node does not have it.
-
-    All nodes that see the same source have the same name for it: its path or URL, in storage, at the Hub or on a file
-    server.
-    """
-    source = f"{config.out_dir.rstrip('/')}/ckpt.pt" if config.init_from == "resume" else config.init_from
-    if source in GPT2_NAMES or not is_on_disk(source):
-        return source
-    return seen_as(LocalFileSystem._strip_protocol(source))
+    """Return the identity (sources.py) of the source of a run's initial state, None if this node does not have it."""
+    return identity_of(f"{config.out_dir.rstrip('/')}/ckpt.pt" if config.init_from == "resume" else config.init_from)
 
 
 def read_initial_state(config: TrainConfig, folder: RunFolder | None = None) -> Snapshot:
     """Read the state that init_from names, cut to block_size if it has longer positions.
 
+    With lora_rank, whole weights are no state, but the base model of adapters that are still to be made: the snapshot's
+    `adapters` names its own tensors.
+
     Raises:
         CheckpointError, ConfigError: it is missing, damaged or too short for block_size.
     """
     source = source_of(config, folder)
-    snapshot = _as_begun(config, read_source(source, model_only=config.init_weights_only or config.eval_only))
+    snapshot = read_source(source, model_only=config.init_weights_only or config.eval_only)
+    check_adapters(config, snapshot.adapters, source)
+    if snapshot.adapters and not config.lora_rank:
+        snapshot = read_merged(source)
+    snapshot = _as_begun(config, source, snapshot)
     check_fits(config, source.where, snapshot, None)
     return _crop(snapshot, config.block_size)
 
 
-def _as_begun(config: TrainConfig, found: Snapshot) -> Snapshot:
+def _as_begun(config: TrainConfig, source: ModelSource, found: Snapshot) -> Snapshot:
     """Return the state with which a new run begins, without the values that are about the run it comes from."""
-    if not config.init_weights_only:
-        return replace(found, guard={}, val_loss=None)
-    return Snapshot(found.model, {}, (), found.model_args, 0, NO_LOSS, config=found.config)
+    adapters = adapters_to_train(config, source, found.adapters)
+    becomes_base = adapters and not found.adapters
+    if config.init_weights_only or becomes_base:
+        return Snapshot(found.model, {}, (), found.model_args, 0, NO_LOSS, config=found.config, adapters=adapters)
+    return replace(found, guard={}, val_loss=None, adapters=adapters)
 
 
 def _told(source: ModelSource) -> str:
@@ -252,6 +272,8 @@ def _told(source: ModelSource) -> str:
 
 
 def _told_of(config: TrainConfig, found: Snapshot) -> str:
+    if found.adapters and not found.iter_num:
+        return f", with adapters: {told(found.adapters.lora)}"
     if config.init_weights_only:
         return ", its weights alone"
     return f", at iteration {found.iter_num}" if found.iter_num else ""
@@ -261,7 +283,7 @@ def _crop(snapshot: Snapshot, block_size: int) -> Snapshot:
     """Keep the first block_size positions, of the weights and of their moments (nanoGPT's crop_block_size)."""
 
     def cut(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        return {name: x[:block_size].clone() if name.endswith(_POSITIONS) else x for name, x in tensors.items()}
+        return {name: x[:block_size].clone() if name.endswith(POSITIONS) else x for name, x in tensors.items()}
 
     args = {**snapshot.model_args, "block_size": block_size}
     return replace(snapshot, model=cut(snapshot.model), optimizer=cut(snapshot.optimizer), model_args=args)

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 
+from orchestrator.checkpoint.restore.base import load_base
 from orchestrator.checkpoint.restore.import_state import import_state
 from orchestrator.checkpoint.restore.init_from import Vocabulary, check_same_run
 from orchestrator.checkpoint.restore.overlap import overlaps
@@ -65,9 +66,12 @@ def restore_or_initialize(
         if is_undone(saved.state, rollbacks):
             continue
         world.collectively(check_same_run, config, saved.state, data)
-        state = build_state(config, {**saved.state["model_args"], "dropout": config.dropout}, world, is_empty=True)
+        args = {**saved.state["model_args"], "dropout": config.dropout}
+        state = build_state(config, args, world, is_empty=True, adapters=saved.adapters)
         if resumed := fill_from(state, sources, world, store, model_only=config.eval_only):
             state.resumed_from = resumed
+            if state.adapters:
+                load_base(config, state, world)
             return state
     world.on_main(store.check_not_lost)
     if config.init_from == "scratch":

@@ -1,0 +1,108 @@
+"""Whether a run's adapters are those that the settings ask for: of the run in out_dir, and of what init_from names."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from model.lora import LoRAConfig, targets_of
+from orchestrator.checkpoint.formats.sources import Kind, ModelSource
+from orchestrator.checkpoint.snapshot import Adapters, Base
+from orchestrator.config import TrainConfig
+from orchestrator.errors import ConfigError
+
+
+def lora_of(config: TrainConfig) -> LoRAConfig | None:
+    """Return the adapters that the settings ask for, None for none. Dropout is the next attempt's own."""
+    if not config.lora_rank:
+        return None
+    return LoRAConfig(config.lora_rank, config.lora_alpha, targets_of(config.lora_targets), config.lora_base_dtype)
+
+
+def told(lora: LoRAConfig) -> str:
+    """Return the flags that ask for such adapters."""
+    targets = ",".join(lora.targets)
+    flags = f"--lora_rank={lora.rank} --lora_alpha={lora.alpha:g} --lora_targets={targets}"
+    return flags if lora.base_dtype == "float32" else f"{flags} --lora_base_dtype={lora.base_dtype}"
+
+
+def check_same_adapters(config: TrainConfig, saved: dict[str, Any] | None) -> None:
+    """Compare the adapters of the run in out_dir, as its state.json has them, with the settings.
+
+    With init_from=resume the settings may leave them out, as they may leave out a shape.
+
+    Raises:
+        ConfigError: they differ.
+    """
+    wanted, has = lora_of(config), Adapters.from_json(saved).lora if saved else None
+    if wanted == has or (wanted is None and config.init_from == "resume"):
+        return
+    asked = told(wanted) if wanted else "--lora_rank=0"
+    if not has:
+        raise ConfigError(
+            f"out_dir={config.out_dir} holds a run that trains all weights, asked for {asked}. Leave lora_rank out to "
+            f"go on, or train adapters of its model: --init_from={config.out_dir} and another --out_dir"
+        )
+    raise ConfigError(
+        f"out_dir={config.out_dir} holds a run that trains adapters, {told(has)}, asked for {asked}: give those "
+        "settings or another --out_dir"
+    )
+
+
+def check_adapters(config: TrainConfig, found: Adapters | None, source: ModelSource) -> None:
+    """Compare the adapters of the source that init_from names with the settings.
+
+    Raises:
+        ConfigError: they differ, or all weights are to be trained and nothing says that they are to be merged.
+    """
+    wanted = lora_of(config)
+    if found is None:
+        return
+    has = found.lora
+    if wanted is None:
+        if config.init_weights_only or config.eval_only:
+            return
+        raise ConfigError(
+            f"init_from={config.init_from} holds adapters. To go on with them, give {told(has)}; to train all weights "
+            "of the model that they make, give --init_weights_only=True"
+        )
+    if source.kind is Kind.ADAPTER:  # which does not say in which type the rest is held
+        has = replace(has, base_dtype=wanted.base_dtype)
+    if wanted != has:
+        raise ConfigError(
+            f"init_from={config.init_from} holds adapters, {told(has)}, asked for {told(wanted)}: give those settings, "
+            "or merge them (`orchestrator export --format=hf`) and begin with that folder"
+        )
+
+
+def check_rank(config: TrainConfig, model_args: dict[str, Any]) -> None:
+    """Check that the rank is not over the model's width: a product of larger matrices can do no more.
+
+    Raises:
+        ConfigError: it is.
+    """
+    width = model_args["n_embd"]
+    if config.lora_rank > width:
+        raise ConfigError(
+            f"lora_rank={config.lora_rank} is over the model's width, n_embd={width}: give --lora_rank={width} or less; "
+            "8 to 64 is usual"
+        )
+
+
+def adapters_to_train(config: TrainConfig, source: ModelSource, found: Adapters | None) -> Adapters | None:
+    """Return the adapters of a run that begins with a source, None where all weights are trained.
+
+    found: the source's own, which go on; otherwise it is the base model of new ones.
+    """
+    wanted = lora_of(config)
+    if wanted is None:
+        return None
+    return Adapters(wanted, found.base if found else base_of(source))
+
+
+def base_of(source: ModelSource) -> Base:
+    """Return the name of a source as a base model."""
+    where = str(Path(source.where).absolute()) if source.is_local else source.where
+    revision = source.store().select(source.which).name if source.kind is Kind.RUN else ""
+    return Base(where, revision)
