@@ -99,7 +99,7 @@ def iterate(run: Attempt, model: Parallelism) -> Outcome:
             seed_dropout(max(config.dropout, config.lora_dropout), config.seed, state.iter_num, micro_step)
             with model.accumulate(micro_step):
                 with autocast(config):
-                    _, loss = model(X, Y)
+                    loss = model(X, Y)[1]  # a name for the logits would keep them in memory
                 losses.append(loss.detach())
                 state.scaler.scale(loss * model.weight).backward()  # type: ignore[no-untyped-call]
             X, Y = next(batches)  # drawn and sent while the GPU is still at the backward pass

@@ -5,27 +5,15 @@ Must not know how a model counts its FLOPs, nor who shows them.
 
 from __future__ import annotations
 
-import re
-
 import torch
 
-# Dense bfloat16, per second, of the first line that a card's name matches. Source: NVIDIA's datasheets
-_PEAK_FLOPS = (
-    (r"A100", 312e12),
-    (r"L40S", 362e12),
-    (r"H100 PCIe", 756e12),
-    (r"H100 NVL", 835e12),
-    (r"H100|H200", 989e12),
-    (r"B200", 2250e12),
-)
-_SLICE = r"\bMIG\b"  # a part of a card
+from orchestrator.capacity.cards import card_named
 
 
 def peak_flops(card: str) -> float | None:
     """Return a card's FLOP/s at most, by the name that CUDA gives it, None where they are not known."""
-    if re.search(_SLICE, card):
-        return None
-    return next((peak for name, peak in _PEAK_FLOPS if re.search(rf"\b({name})\b", card)), None)
+    found = card_named(card)
+    return found.flops if found else None
 
 
 class Flops:

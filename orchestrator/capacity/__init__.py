@@ -1,0 +1,1 @@
+"""Arithmetic about a run that has not begun: memory, traffic, storage, time. Imports neither torch nor Ray."""
