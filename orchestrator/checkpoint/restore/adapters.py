@@ -85,8 +85,8 @@ def check_rank(config: TrainConfig, model_args: dict[str, Any]) -> None:
     width = model_args["n_embd"]
     if config.lora_rank > width:
         raise ConfigError(
-            f"lora_rank={config.lora_rank} is over the model's width, n_embd={width}: give --lora_rank={width} or less; "
-            "8 to 64 is usual"
+            f"lora_rank={config.lora_rank} is over the model's width, n_embd={width}: give --lora_rank={width} or "
+            "less; 8 to 64 is usual"
         )
 
 
