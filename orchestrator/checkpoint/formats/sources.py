@@ -129,10 +129,10 @@ def find_base(config: SourceSettings, base: Base) -> ModelSource:
     remedy = "Put the weights back there, or give --lora_base=PATH, where they lie now"
     try:
         source = find_source(_At(where, config.out_dir, config.storage_options))
+        if source.kind is Kind.RUN and not config.lora_base:  # which may have deleted it
+            source = replace(source, which=source.store().select(base.revision).name)
     except (CheckpointError, ConfigError) as error:
         raise CheckpointError(f"the base model of these adapters is missing: {error}. {remedy}") from None
-    if source.kind is Kind.RUN and not config.lora_base:
-        source = replace(source, which=base.revision)
     return source
 
 
