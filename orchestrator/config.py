@@ -180,10 +180,12 @@ def check(config: TrainConfig) -> TrainConfig:
     if config.lanes:
         _check_lanes(config)
     starts = ("scratch", "resume", *GPT2_NAMES)
-    if not (config.init_from in starts or "://" in config.init_from or os.path.lexists(config.init_from)):
+    is_there = config.init_from in starts or "://" in config.init_from or os.path.lexists(config.init_from)
+    if not is_there and not config.lora_base:  # a run of adapters goes on without the place where it began
+        remedy = ". Adapters go on where it has moved to: give --lora_base=PATH too" if config.lora_rank else ""
         raise ConfigError(
             f"init_from={config.init_from!r} is neither {', '.join(starts)} nor an existing ckpt.pt, Hugging Face "
-            f"folder or run{nearest(config.init_from, starts)}"
+            f"folder or run{nearest(config.init_from, starts)}{remedy}"
         )
     if config.lora_rank and config.init_from == "scratch":
         raise ConfigError(

@@ -6,8 +6,9 @@ lora_base says, and compares the checksum.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
+from typing import TypeVar
 
 from torch import Tensor
 
@@ -22,7 +23,9 @@ from orchestrator.checkpoint.tensor_file import checksum
 from orchestrator.checkpoint.tensor_slice import by_tensor, replicate
 from orchestrator.config import TrainConfig
 from orchestrator.distributed.world import World
-from orchestrator.errors import CheckpointError
+from orchestrator.errors import CheckpointError, StorageUnavailableError
+
+T = TypeVar("T")
 
 
 def fill_base(state: TrainState, found: Import, world: World) -> None:
@@ -48,7 +51,8 @@ def load_base(config: TrainConfig, state: TrainState, world: World) -> None:
     where = config.lora_base or base.source
 
     def read() -> Snapshot:
-        snapshot = read_source(find_base(config, base), model_only=True)
+        source = find_base(config, base)
+        snapshot = _readable(where, lambda: read_source(source, model_only=True))
         _check_whole(snapshot, where)
         return replace(snapshot, model={name: cropped(name, x, block_size) for name, x in snapshot.model.items()})
 
@@ -73,9 +77,11 @@ def check_base(config: TrainConfig, adapters: Adapters, block_size: int) -> None
     """
     source = find_base(config, adapters.base)
     if not source.is_local:
-        _check_whole(look_at(source, model_only=True), source.where)
+        _check_whole(_readable(source.where, lambda: look_at(source, model_only=True)), source.where)
         return
-    found = using(source, lambda weights: _sum_of(weights.tensors, adapters, block_size))
+    found = _readable(
+        source.where, lambda: using(source, lambda weights: _sum_of(weights.tensors, adapters, block_size))
+    )
     if adapters.base.checksum not in ("", found):
         raise _other(source.where, "its checksum differs from the one in the run's state")
 
@@ -94,6 +100,23 @@ def _frozen(state: TrainState) -> dict[str, Tensor]:
 def _check_whole(snapshot: Snapshot, where: str) -> None:
     if snapshot.adapters:
         raise CheckpointError(f"{where} holds adapters, which cannot be the base model of others: give the whole model")
+
+
+def _readable(where: str, read: Callable[[], T]) -> T:
+    """Return what `read` makes of a base model.
+
+    Raises:
+        CheckpointError: it is damaged; the message tells the remedy.
+    """
+    try:
+        return read()
+    except StorageUnavailableError:
+        raise
+    except CheckpointError as error:
+        raise CheckpointError(
+            f"{where}, the base model of these adapters, cannot be read: {error}. Restore it from a copy, or give "
+            "--lora_base=PATH, where one lies"
+        ) from None
 
 
 def _other(where: str, why: str) -> CheckpointError:
