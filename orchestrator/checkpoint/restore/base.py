@@ -6,6 +6,8 @@ lora_base says, and compares the checksum.
 
 from __future__ import annotations
 
+import logging
+import time
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from typing import TypeVar
@@ -26,6 +28,7 @@ from orchestrator.distributed.world import World
 from orchestrator.errors import CheckpointError, StorageUnavailableError
 
 T = TypeVar("T")
+logger = logging.getLogger(__name__)
 
 
 def fill_base(state: TrainState, found: Import, world: World) -> None:
@@ -47,6 +50,7 @@ def load_base(config: TrainConfig, state: TrainState, world: World) -> None:
         CheckpointError: on every rank alike, if they are missing, damaged or other ones.
     """
     assert state.adapters
+    began_s = time.perf_counter()
     base, block_size = state.adapters.base, state.model.config.block_size
     where = config.lora_base or base.source
 
@@ -64,6 +68,9 @@ def load_base(config: TrainConfig, state: TrainState, world: World) -> None:
     if base.checksum not in ("", sums):
         raise _other(where, "its checksum differs from the one in the run's state")
     state.adapters = replace(state.adapters, base=replace(base, checksum=sums))
+    if world.is_main:
+        held_bytes, taken_s = sum(tensor.nbytes for tensor in _frozen(state).values()), time.perf_counter() - began_s
+        logger.info("the base model %s: %.2f GB held, read and compared in %.1f s", where, held_bytes / 1e9, taken_s)
 
 
 def check_base(config: TrainConfig, adapters: Adapters, block_size: int) -> None:
