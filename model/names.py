@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 HEAD, EMBEDDING = "lm_head.weight", "transformer.wte.weight"  # one tensor under two names
+POSITIONS = "transformer.wpe.weight"
 MASK_BUFFERS = (".attn.bias", ".attn.masked_bias")  # causal masks that some files store as if they were weights
 
 # What DDP and DataParallel put before a name, and what torch.compile, DeepSpeed, FSDP and checkpointing put anywhere.
