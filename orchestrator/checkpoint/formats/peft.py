@@ -10,7 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import save_file
+from safetensors.torch import save
 
 from model import peft_config, to_peft
 from model.huggingface import HUB_OWNER
@@ -32,6 +32,6 @@ def write_peft(snapshot: Snapshot, folder_or_url: str | Path, *, storage_options
     source = f"{HUB_OWNER}/{base.source}" if base.source in GPT2_NAMES else base.source
     lora = replace(snapshot.adapters.lora, dropout=float(snapshot.config.get("lora_dropout", 0.0)))
     with atomic_write(f"{folder}/{ADAPTER_FILES[0]}", storage_options) as scratch_file:
-        save_file(to_peft(snapshot.model), scratch_file, metadata={"format": "pt"})
+        scratch_file.write_bytes(save(to_peft(snapshot.model), metadata={"format": "pt"}))
     with atomic_write(f"{folder}/{ADAPTER_CONFIG}", storage_options) as scratch_file:  # last: by it, a folder is known
         scratch_file.write_text(json.dumps(peft_config(lora, source, base.revision), indent=2) + "\n")
