@@ -24,7 +24,10 @@ from benchmarks.topics import prepare_topics
 from orchestrator.checkpoint.snapshot import Snapshot
 from orchestrator.config import TrainConfig
 from orchestrator.data.gpt2_vocabulary import load_gpt2_encoding
+from orchestrator.distributed.device import resolve
+from orchestrator.distributed.world import World
 from orchestrator.errors import DataError
+from orchestrator.loop import train
 from tests.support.proxy import FaultyProxy
 from tests.support.servers import S3Server, ServerMissingError, SFTPServer
 
@@ -47,8 +50,33 @@ def memory_dir() -> Iterator[str]:
 @pytest.fixture
 def tiny(data_dir: str, memory_dir: str, tmp_path: Path) -> TrainConfig:
     """Settings of a run that takes milliseconds per iteration; dropout is on, so that its seeds matter."""
+    return tiny_settings(data_dir, memory_dir, tmp_path / "run")
+
+
+@pytest.fixture
+def adapters(tiny: TrainConfig, base_run: str) -> TrainConfig:
+    """Settings of such a run that trains adapters, with all that may make a difference to them."""
+    return replace(
+        tiny,
+        init_from=base_run,
+        lora_rank=2,
+        lora_dropout=0.1,
+        lora_targets="all-linear",
+        lora_base_dtype="bfloat16",
+    )
+
+
+@pytest.fixture(scope="session")
+def base_run(data_dir: str, memory_dir: str, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The folder of a run of two iterations, whose weights are the base model of adapters."""
+    config = tiny_settings(data_dir, memory_dir, tmp_path_factory.mktemp("base") / "run")
+    train(resolve(replace(config, max_iters=2)), World(attempt="base"))
+    return config.out_dir
+
+
+def tiny_settings(data_dir: str, memory_dir: str, out_dir: Path) -> TrainConfig:
     return TrainConfig(
-        out_dir=str(tmp_path / "run"),
+        out_dir=str(out_dir),
         data_dir=data_dir,
         dataset="tiny",
         n_layer=2,
@@ -79,11 +107,12 @@ Undisturbed = Callable[[TrainConfig, int], Snapshot]
 @pytest.fixture(scope="session")
 def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Undisturbed:
     """The final state of a tiny run that nothing happens to, with torchrun instead of Ray, for any world size."""
-    known: dict[tuple[int, ...], Snapshot] = {}
+    known: dict[tuple[int | str, ...], Snapshot] = {}
 
     def final(config: TrainConfig, world_size: int) -> Snapshot:
         lanes = (config.lanes, config.gradient_accumulation_steps, config.deterministic)
-        key = (world_size, config.max_iters, *lanes)
+        lora = (config.lora_rank, config.lora_targets, config.lora_base_dtype)
+        key = (world_size, config.max_iters, *lanes, *lora)
         if key not in known:
             out_dir = str(tmp_path_factory.mktemp("undisturbed") / "run")
             train_with_torchrun(replace(config, out_dir=out_dir), world_size)

@@ -43,14 +43,36 @@ def test_killed_worker_changes_no_bit(
     tiny: TrainConfig, tmp_path: Path, undisturbed: Undisturbed, world_size: int, point: str, rank: int, iter_num: int
 ) -> None:
     fault = Fault(point, iter_num, rank, tmp_path / "fired")
-    config = replace(tiny, num_workers=world_size)
+    check_that_a_kill_changes_no_bit(replace(tiny, num_workers=world_size), fault, undisturbed)
+
+
+@pytest.mark.usefixtures("cluster")
+@pytest.mark.parametrize(
+    ("point", "rank", "iter_num"),
+    [
+        ("exchanged", 1, 13),
+        pytest.param("optimizer", 0, 10, marks=pytest.mark.slow),
+        pytest.param("copy", 1, 12, marks=pytest.mark.slow),
+        pytest.param("write", 2, 16, marks=pytest.mark.slow),
+        pytest.param("commit", 0, 12, marks=pytest.mark.slow),
+        pytest.param("evaluate", 1, 16, marks=pytest.mark.slow),
+    ],
+)
+def test_killed_worker_changes_no_bit_of_adapters(
+    adapters: TrainConfig, tmp_path: Path, undisturbed: Undisturbed, point: str, rank: int, iter_num: int
+) -> None:
+    fault = Fault(point, iter_num, rank, tmp_path / "fired")
+    check_that_a_kill_changes_no_bit(replace(adapters, num_workers=3), fault, undisturbed)
+
+
+def check_that_a_kill_changes_no_bit(config: TrainConfig, fault: Fault, undisturbed: Undisturbed) -> None:
     outcome = launch(config, worker_with(fault))
     assert fault.marker.exists(), "the fault did not fire"
     assert outcome.iter_num == config.max_iters
     assert attempts(config.out_dir) == 2
     assert causes(config.out_dir) == ["worker_lost"]
     assert steps_repeated(config.out_dir) == 0
-    expected = undisturbed(tiny, world_size)
+    expected = undisturbed(config, config.max_workers)
     assert tensors_equal(final_state(config.out_dir), expected)
     assert final_state(config.out_dir).best_val_loss == expected.best_val_loss
 

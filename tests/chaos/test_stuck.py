@@ -58,6 +58,16 @@ def test_a_worker_is_killed(
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("cluster")
+@pytest.mark.parametrize(("point", "deterministic"), [("exchanged", True), ("forward", True), ("reduce", False)])
+def test_a_worker_that_trains_adapters_is_killed(
+    adapters: TrainConfig, tmp_path: Path, undisturbed: Undisturbed, point: str, deterministic: bool
+) -> None:
+    fault = Fault(point, 13, 1, tmp_path / "fired")
+    check(replace(adapters, num_workers=3, deterministic=deterministic), [fault], ["worker_lost"], undisturbed)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("cluster")
 @pytest.mark.parametrize("rank", [0, 1])
 def test_one_rank_raises_while_its_peers_wait(
     tiny: TrainConfig, tmp_path: Path, undisturbed: Undisturbed, rank: int

@@ -72,11 +72,24 @@ def tiny_vocab(config: TrainConfig) -> int:
 
 
 @pytest.mark.parametrize(
-    "change", [{}, {"sampling": "epoch"}, {"dtype": "bfloat16"}, {"dtype": "float16"}, {"decay_lr": False}]
+    ("trained", "change"),
+    [
+        ("tiny", {}),
+        ("tiny", {"sampling": "epoch"}),
+        ("tiny", {"dtype": "bfloat16"}),
+        ("tiny", {"dtype": "float16"}),
+        ("tiny", {"decay_lr": False}),
+        ("adapters", {"dtype": "float16"}),
+        ("adapters", {"lora_targets": "c_attn", "lora_base_dtype": "float32", "dropout": 0.0}),
+        ("adapters", {"activation_checkpointing": True, "loss_chunk": 16}),
+    ],
 )
-def test_a_stopped_run_goes_on_with_the_same_bits(tiny: TrainConfig, tmp_path: Path, change: dict[str, Any]) -> None:
-    undisturbed = replace(tiny, out_dir=str(tmp_path / "undisturbed"), **change)
-    disturbed = replace(tiny, **change)
+def test_a_stopped_run_goes_on_with_the_same_bits(
+    trained: str, change: dict[str, Any], tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    config: TrainConfig = request.getfixturevalue(trained)
+    undisturbed = replace(config, out_dir=str(tmp_path / "undisturbed"), **change)
+    disturbed = replace(config, **change)
     run(undisturbed)
     outcome, _ = run(disturbed, stop_after=9)
     assert outcome == Outcome(10, outcome.best_val_loss, stopped=True)

@@ -6,13 +6,16 @@ lora_base says, and compares the checksum.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import logging
+import time
+from collections.abc import Callable, Iterable
 from dataclasses import replace
+from typing import TypeVar
 
 from torch import Tensor
 
 from model.lora import frozen_parameters
-from orchestrator.checkpoint.formats.base import base_checksum, cropped, held
+from orchestrator.checkpoint.formats.base import OTHER_CHECKSUM, another_base, base_checksum, cropped, held
 from orchestrator.checkpoint.formats.sources import find_base, identity_of
 from orchestrator.checkpoint.formats.weights import look_at, read_source, using
 from orchestrator.checkpoint.restore.import_tensors import Import, read_on_ranks
@@ -22,7 +25,10 @@ from orchestrator.checkpoint.tensor_file import checksum
 from orchestrator.checkpoint.tensor_slice import by_tensor, replicate
 from orchestrator.config import TrainConfig
 from orchestrator.distributed.world import World
-from orchestrator.errors import CheckpointError
+from orchestrator.errors import CheckpointError, StorageUnavailableError
+
+T = TypeVar("T")
+logger = logging.getLogger(__name__)
 
 
 def fill_base(state: TrainState, found: Import, world: World) -> None:
@@ -44,28 +50,32 @@ def load_base(config: TrainConfig, state: TrainState, world: World) -> None:
         CheckpointError: on every rank alike, if they are missing, damaged or other ones.
     """
     assert state.adapters
+    began_s = time.perf_counter()
     base, block_size = state.adapters.base, state.model.config.block_size
     where = config.lora_base or base.source
 
     def read() -> Snapshot:
-        snapshot = read_source(find_base(config, base), model_only=True)
-        _check_whole(snapshot, where)
+        source = find_base(config, base)
+        snapshot = _readable(where, lambda: read_source(source, model_only=True))
         return replace(snapshot, model={name: cropped(name, x, block_size) for name, x in snapshot.model.items()})
 
     found = read_on_ranks(f"the base model {where}", identity_of(where), read, world)
     live = by_tensor(replicate(_frozen(state), world.size))
     if differing := live.keys() ^ found.shapes.keys():
-        raise _other(where, f"it lacks or adds tensors: {', '.join(sorted(differing)[:5])}")
+        raise another_base(where, f"it lacks or adds tensors: {', '.join(sorted(differing)[:5])}")
     sums = base_checksum(found.fill(live, world, checksums=True))
     if base.checksum not in ("", sums):
-        raise _other(where, "its checksum differs from the one in the run's state")
+        raise another_base(where, OTHER_CHECKSUM)
     state.adapters = replace(state.adapters, base=replace(base, checksum=sums))
+    if world.is_main:
+        held_bytes, taken_s = sum(tensor.nbytes for tensor in _frozen(state).values()), time.perf_counter() - began_s
+        logger.info("the base model %s: %.2f GB held, read and compared in %.1f s", where, held_bytes / 1e9, taken_s)
 
 
 def check_base(config: TrainConfig, adapters: Adapters, block_size: int) -> None:
     """Check, before anything is started, that a run of adapters will find its base model.
 
-    Weights on a disk of this machine are read through once. Of others only the sizes are compared; the ranks do the
+    Weights on a disk of this machine are read through once. Of others only the headers are read; the ranks do the
     rest.
 
     Raises:
@@ -73,11 +83,13 @@ def check_base(config: TrainConfig, adapters: Adapters, block_size: int) -> None
     """
     source = find_base(config, adapters.base)
     if not source.is_local:
-        _check_whole(look_at(source, model_only=True), source.where)
+        _readable(source.where, lambda: look_at(source, model_only=True))
         return
-    found = using(source, lambda weights: _sum_of(weights.tensors, adapters, block_size))
+    found = _readable(
+        source.where, lambda: using(source, lambda weights: _sum_of(weights.tensors, adapters, block_size))
+    )
     if adapters.base.checksum not in ("", found):
-        raise _other(source.where, "its checksum differs from the one in the run's state")
+        raise another_base(source.where, OTHER_CHECKSUM)
 
 
 def _sum_of(tensors: Iterable[tuple[str, Tensor]], adapters: Adapters, block_size: int) -> str:
@@ -91,13 +103,18 @@ def _frozen(state: TrainState) -> dict[str, Tensor]:
     return frozen_parameters(state.model.named_parameters())
 
 
-def _check_whole(snapshot: Snapshot, where: str) -> None:
-    if snapshot.adapters:
-        raise CheckpointError(f"{where} holds adapters, which cannot be the base model of others: give the whole model")
+def _readable(where: str, read: Callable[[], T]) -> T:
+    """Return what `read` makes of a base model.
 
-
-def _other(where: str, why: str) -> CheckpointError:
-    return CheckpointError(
-        f"{where} is not the base model that these adapters were trained beside: {why}. Give --lora_base=PATH, where "
-        "the right one lies"
-    )
+    Raises:
+        CheckpointError: it is damaged; the message tells the remedy.
+    """
+    try:
+        return read()
+    except StorageUnavailableError:
+        raise
+    except CheckpointError as error:
+        raise CheckpointError(
+            f"{where}, the base model of these adapters, cannot be read: {error}. Restore it from a copy, or give "
+            "--lora_base=PATH, where one lies"
+        ) from None

@@ -248,6 +248,8 @@ def read_initial_state(config: TrainConfig, folder: RunFolder | None = None) -> 
         CheckpointError, ConfigError: it is missing, damaged or too short for block_size.
     """
     source = source_of(config, folder)
+    if config.lora_rank and source.kind is Kind.RUN:  # a base model is one checkpoint, and no other instead of it
+        source = replace(source, which=source.store().select(source.which).name)
     snapshot = read_source(source, model_only=config.init_weights_only or config.eval_only)
     check_adapters(config, snapshot.adapters, source)
     if snapshot.adapters and not config.lora_rank:
