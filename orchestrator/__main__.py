@@ -29,6 +29,8 @@ orchestrator: train nanoGPT models on Ray, on machines that come and go.
 
   orchestrator prepare NAME [--text=FILE ...]        make a dataset from text
   orchestrator train [configs/x.py] [--key=value]    train, or go on with what out_dir holds
+  orchestrator plan [configs/x.py] [--key=value] [--gpu=A10G]
+                                                     tell what a run needs, and whether it fits, before you pay
   orchestrator sample --out_dir=RUN                  print text from a run, a ckpt.pt or GPT-2
   orchestrator export --out_dir=RUN --format=nanogpt --to=ckpt.pt
                                                      write a run, a ckpt.pt or GPT-2 for nanoGPT, Hugging Face or peft
@@ -58,6 +60,16 @@ Train a GPT on Ray, on the cluster that this machine is in or on this machine al
 
 A settings file is Python that assigns the keys below (`batch_size = 12`), nanoGPT's own files included. Files and
 --key=value come in any order and number; the later one wins. The same command, given again, goes on where it was.""",
+    "plan": """\
+Tell what a run needs before you pay for it: memory of a GPU and a node, storage, network, and whether it fits. Where it
+does not, we look for the cheapest change of settings. We read no weights, start nothing and write nothing.
+
+  orchestrator plan configs/finetune_gpt2_xl.py                   on every card that we know
+  orchestrator plan configs/finetune_gpt2_xl.py --num_workers=2-8 --gpu=A10G
+  orchestrator plan configs/finetune_gpt2_xl.py --gpu=24GB --json
+
+--gpu is A10G, L4, A100-40, L40S, A100-80, H100 or a size such as 24GB; --json prints one JSON object. All other keys
+are those of `train`, listed here. The figures come from formulas; we have measured them on a CPU, on no GPU.""",
     "sample": """\
 Print text from a model as it is drawn.
 
@@ -116,10 +128,10 @@ def train(argv: Sequence[str]) -> int:
         from orchestrator.driver.resubmit import resubmit
 
         return resubmit([sys.executable, "-m", "orchestrator", "train", *argv, "--resubmit=False"])
-    from orchestrator.driver.preflight import plan
+    from orchestrator.driver import preflight
 
     try:
-        planned = plan(config)  # before Ray is imported, so that a mistake is answered in two seconds
+        planned = preflight.plan(config)  # before Ray is imported, so that a mistake is answered in two seconds
     except FinishedRunError as finished:  # a repeated job does not fail
         print(finished)
         print(_next_steps(config))
@@ -164,6 +176,17 @@ def _program() -> str:
     return "orchestrator" if shutil.which("orchestrator") else os.path.relpath(sys.argv[0])
 
 
+def plan(argv: Sequence[str]) -> int:
+    """Tell what a run needs."""
+    from orchestrator.commands import plan as planning
+
+    gpu, is_json, words = planning.own_flags(argv)
+    config = check(_parse(TrainConfig, words, "plan"))
+    found = planning.forecast(config, planning.model_args_of(config), gpu)
+    print(planning.to_json(found) if is_json else planning.to_text(found, words))
+    return 0
+
+
 def sample(argv: Sequence[str]) -> int:
     """Print text from a model."""
     from orchestrator.commands import sample as sampling
@@ -205,6 +228,7 @@ def _parse(kind: type[C], argv: Sequence[str], command: str) -> C:
 COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
     "prepare": prepare,
     "train": train,
+    "plan": plan,
     "sample": sample,
     "export": export,
     "inspect": inspect,

@@ -19,9 +19,8 @@ from torch.profiler import ProfilerActivity, profile
 
 from model import LoRAConfig
 from model.lora import frozen_parameters
-from orchestrator.capacity.advice import with_adapters
 from orchestrator.capacity.gpu import gpu_memory, held_sums, lanes_of
-from orchestrator.capacity.shape import ModelShape, targets_of
+from orchestrator.capacity.shape import shape_of, targets_of
 from orchestrator.checkpoint.restore.init_from import scratch_args
 from orchestrator.checkpoint.snapshot import Adapters, Base
 from orchestrator.checkpoint.state import TrainState, build_state
@@ -88,7 +87,7 @@ def measure_here(keys: dict[str, Any]) -> Measured:
         for _ in range(2):
             iterate(config, state, model, X)
     all_bytes = peak_bytes(profiler)
-    shape = shape_of(config)
+    shape = shape_of(config, scratch_args(config, VOCAB_SIZE))
     planned = gpu_memory(config, shape, on_gpu=False)
     trained_bytes = sum(each.nbytes for each in state.trained.values())
     weights_bytes = sum(each.nbytes for each in state.model.parameters())
@@ -110,13 +109,6 @@ def built(config: TrainConfig) -> TrainState:
     return state
 
 
-def shape_of(config: TrainConfig) -> ModelShape:
-    """Return the sizes of the model that a configuration trains."""
-    keys = ("n_layer", "n_head", "n_embd", "block_size", "bias")
-    plain = ModelShape(**{key: getattr(config, key) for key in keys}, vocab_size=VOCAB_SIZE)
-    return with_adapters(plain, config)
-
-
 def iterate(config: TrainConfig, state: TrainState, model: Parallelism, tokens: Tensor) -> None:
     """Take a step as the loop does."""
     for micro_step in model.micro_steps:
@@ -135,8 +127,9 @@ def peak_bytes(profiler: profile) -> int:
     assert profiler.profiler
     results = profiler.profiler.kineto_results
     assert results
-    events = [each for each in results.events() if each.name() == "[memory]"]
-    return max(accumulate(each.nbytes() for each in sorted(events, key=lambda each: each.start_ns())))
+    events: list[Any] = [each for each in results.events() if each.name() == "[memory]"]
+    sizes: list[int] = [each.nbytes() for each in sorted(events, key=lambda each: each.start_ns())]
+    return max(accumulate(sizes))
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ from typing import Any
 
 from orchestrator.capacity.cards import Card
 from orchestrator.capacity.gpu import gpu_memory
-from orchestrator.capacity.shape import ModelShape, targets_of
+from orchestrator.capacity.shape import ModelShape, with_adapters
 from orchestrator.config import TrainConfig
 
 Change = dict[str, Any]  # key -> value
@@ -35,13 +35,6 @@ def advise(config: TrainConfig, shape: ModelShape, card: Card) -> Change | None:
 def flags_of(change: Change) -> str:
     """Return a change as flags."""
     return " ".join(f"--{key}={value}" for key, value in change.items())
-
-
-def with_adapters(shape: ModelShape, config: TrainConfig) -> ModelShape:
-    """Return the shape with the adapters that the settings ask for."""
-    if not config.lora_rank:
-        return replace(shape, rank=0, targets=())
-    return replace(shape, rank=config.lora_rank, targets=targets_of(config.lora_targets))
 
 
 def _fits(config: TrainConfig, shape: ModelShape, card: Card) -> bool:

@@ -135,6 +135,13 @@ def _in_last_block_backward(kept: KeptTensors) -> Iterator[Moment]:
 
 
 def _in_embedding(kept: KeptTensors) -> Moment:
-    """The embedding's gradient and the head's, which are one matrix: their sum is a third."""
+    """The embedding's gradient and the head's, which are one matrix: PyTorch adds them up in place.
+
+    Not so where the head's is a transposed view, in float32 without chunks.
+    """
     matrix = 0 if kept.shape.rank else FLOAT32 * kept.shape.embedding
-    return Moment("the embedding's backward", passing=max(FLOAT32 * kept.x + 2 * matrix, 3 * matrix))
+    is_view = not kept.is_mixed and not kept.config.loss_chunk
+    return Moment(
+        "the embedding's backward",
+        passing=2 * matrix + (max(matrix, FLOAT32 * kept.x) if is_view else FLOAT32 * kept.x),
+    )

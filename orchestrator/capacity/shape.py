@@ -1,8 +1,11 @@
-"""ModelShape: how many values a GPT and its adapters have, and how much they compute. Knows no bytes, no settings."""
+"""ModelShape: how many values a GPT and its adapters have, and how much they compute. Knows no bytes."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
+
+from orchestrator.config import TrainConfig
 
 LAYERS = {  # of a block: (in, out) in widths
     "attn.c_attn": (1, 3),
@@ -11,6 +14,12 @@ LAYERS = {  # of a block: (in, out) in widths
     "mlp.c_proj": (4, 1),
 }
 ALL_LINEAR = "all-linear"
+GPT2_SIZES = {  # n_layer, n_head, n_embd; model/pretrained.py has them too, and needs PyTorch
+    "gpt2": (12, 12, 768),
+    "gpt2-medium": (24, 16, 1024),
+    "gpt2-large": (36, 20, 1280),
+    "gpt2-xl": (48, 25, 1600),
+}
 
 
 def targets_of(words: str) -> tuple[str, ...]:
@@ -94,3 +103,16 @@ class ModelShape:
         if self.rank:
             total += attention  # which has no matrix to freeze
         return total + (blocks if recompute else 0) + (head if recompute_head else 0)
+
+
+def shape_of(config: TrainConfig, model_args: dict[str, Any]) -> ModelShape:
+    """Return the sizes of the model that is trained: GPTConfig's arguments, cut and frozen as the settings say."""
+    keys = ("n_layer", "n_head", "n_embd", "vocab_size", "bias")
+    plain = ModelShape(**{key: model_args[key] for key in keys}, block_size=config.block_size)
+    return with_adapters(plain, config)
+
+
+def with_adapters(shape: ModelShape, config: TrainConfig) -> ModelShape:
+    """Return a model with the adapters that the settings ask for."""
+    rank = config.lora_rank
+    return replace(shape, rank=rank, targets=targets_of(config.lora_targets) if rank else ())

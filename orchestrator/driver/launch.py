@@ -40,6 +40,7 @@ from orchestrator.driver.driver import Driver, Worker
 from orchestrator.driver.fit import fit
 from orchestrator.driver.journal import open_journal
 from orchestrator.driver.lease import Lease
+from orchestrator.driver.memory_check import memory_warning
 from orchestrator.driver.preflight import Plan
 from orchestrator.driver.ray_output import LOG_FILE, ray_output
 from orchestrator.driver.registry import REGISTRY_FILE
@@ -162,6 +163,8 @@ def _train_on_ray(driver: Driver) -> dict[str, Any]:
         driver.ray_output.log_to(_log_folder(driver) / LOG_FILE)
         logger.info("%s", plan.start.summary)
         if driver.is_first_try:
+            if gpus_per_worker >= 1 and (warning := memory_warning(config, plan.start.model_args, ray.nodes())):
+                logger.warning("%s", warning)
             log_passed_variables(os.environ)
         job = Job.of(config, **ids, cwd=str(Path.cwd()), mailbox=open_mailbox())
         each = {"CPU": config.cpus_per_worker} | ({"GPU": gpus_per_worker} if gpus_per_worker else {})

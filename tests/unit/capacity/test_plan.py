@@ -1,0 +1,224 @@
+"""Cards, lanes, traffic, nodes and advice: arithmetic, by itself and as `orchestrator plan` prints it."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from model.lora import ALL_LINEAR, LAYERS
+from model.lora import targets_of as layers_that_words_mean
+from model.pretrained import GPT2_SIZES
+from orchestrator.__main__ import main
+from orchestrator.capacity import shape as shapes
+from orchestrator.capacity.advice import advise
+from orchestrator.capacity.cards import OFFERED, card_named, card_of
+from orchestrator.capacity.gpu import MARGIN, PIECE_BYTES, gpu_memory, held_sums, workers_with_most
+from orchestrator.capacity.node import node_needs
+from orchestrator.capacity.shape import ModelShape, shape_of, targets_of, with_adapters
+from orchestrator.capacity.traffic import bytes_per_iteration, compute_s, network_share
+from orchestrator.commands.plan import model_args_of
+from orchestrator.config import LORA_TARGETS, TrainConfig, check, parse
+from orchestrator.distributed import flat_gradient, lane_training
+from orchestrator.distributed.lanes import Lanes
+from orchestrator.driver.memory_check import memory_warning
+from orchestrator.errors import ConfigError
+
+ROOT = Path(__file__).parents[3]
+XL = {"n_layer": 48, "n_head": 25, "n_embd": 1600, "vocab_size": 50257, "bias": True}
+
+
+def xl(**keys: Any) -> tuple[TrainConfig, ModelShape]:
+    config = TrainConfig(**{"init_from": "gpt2-xl", "batch_size": 1, "gradient_accumulation_steps": 32, **keys})
+    return config, shape_of(config, XL)
+
+
+def test_what_is_written_twice_is_the_same() -> None:
+    keys = ("n_layer", "n_head", "n_embd")
+    assert {name: dict(zip(keys, sizes, strict=True)) for name, sizes in shapes.GPT2_SIZES.items()} == GPT2_SIZES
+    assert (tuple(shapes.LAYERS), shapes.ALL_LINEAR) == (LAYERS, ALL_LINEAR)
+    assert all(targets_of(words) == layers_that_words_mean(words) for words in (*LORA_TARGETS, "c_fc,c_attn"))
+    assert PIECE_BYTES == flat_gradient.PIECE_BYTES
+    from orchestrator.capacity.gpu import _LARGEST_PART
+
+    assert _LARGEST_PART == lane_training._LARGEST_PART
+
+
+@pytest.mark.parametrize(
+    ("name", "card"),
+    [
+        ("A10G", "A10G"),
+        ("NVIDIA A10G", "A10G"),
+        ("NVIDIA L4", "L4"),
+        ("NVIDIA L40S", "L40S"),
+        ("A100-40G", "A100-40"),
+        ("NVIDIA A100-SXM4-40GB", "A100-40"),
+        ("A100", "A100-80"),
+        ("H100", "H100"),
+    ],
+)
+def test_cards_are_known_by_ray_s_and_cuda_s_names(name: str, card: str) -> None:
+    found = card_named(name)
+    assert found
+    assert found.name == card
+
+
+def test_gpu_is_a_card_or_a_size() -> None:
+    assert [card_of(name).name for name in OFFERED] == list(OFFERED)
+    assert card_of("a10g").memory_bytes == card_of("24GB").memory_bytes == 24e9
+    with pytest.raises(ConfigError, match="did you mean L40S"):
+        card_of("L40X")
+
+
+def test_xl_needs_lora_on_24_gb_and_nothing_on_80() -> None:
+    config, shape = xl(num_workers="2-8", dropout=0.1)
+    assert advise(config, shape, card_of("A100-80")) == {}
+    assert advise(config, shape, card_of("24GB")) == {"lora_rank": 8}
+    assert advise(config, shape, card_of("12GB")) == {"lora_rank": 8, "lora_base_dtype": "bfloat16"}
+    assert advise(config, shape, card_of("1GB")) is None
+
+
+def test_advice_keeps_the_global_batch_and_takes_one_change_before_two() -> None:
+    config = TrainConfig(n_layer=12, n_embd=768, batch_size=12, gradient_accumulation_steps=40)
+    shape = shape_of(config, {"n_layer": 12, "n_head": 12, "n_embd": 768, "vocab_size": 50304, "bias": False})
+    changes = [advise(config, shape, card_of(f"{size}GB")) for size in (40, 15, 9, 7, 5)]
+    assert changes[0] == {}
+    assert changes[1] == {"activation_checkpointing": True}  # a new model has nothing to freeze
+    assert all(changes[1:])
+    for change, size in zip(changes, (40, 15, 9, 7, 5), strict=True):
+        assert change is not None
+        changed = replace(config, **change)
+        assert changed.batch_size * changed.gradient_accumulation_steps == 12 * 40
+        assert gpu_memory(changed, with_adapters(shape, changed)).fits(size * 10**9)
+        for key in change:  # none of them is there for nothing
+            if key not in ("batch_size", "gradient_accumulation_steps"):
+                left = replace(changed, **{key: getattr(config, key)})
+                assert not gpu_memory(left, shape).fits(size * 10**9)
+
+
+def test_a_margin_is_left() -> None:
+    config, shape = xl()
+    total = gpu_memory(config, shape).total
+    assert gpu_memory(config, shape).fits(int(total / (1 - MARGIN)) + 1)
+    assert not gpu_memory(config, shape).fits(int(total / (1 - MARGIN)) - 1)
+
+
+def test_sums_that_wait_go_where_there_is_room() -> None:
+    config, shape = xl(num_workers="2-8")
+    workers = workers_with_most(config)
+    held_bytes = held_sums(config, workers) * 4 * shape.trained_params
+    assert held_sums(config, workers) == max(Lanes(32, 32).most_held_sums(size) for size in range(2, 9)) > 0
+    on_small, on_large = (gpu_memory(config, shape, card_of(size)) for size in ("40GB", "400GB"))
+    assert (on_small.items["lane buffers"], on_small.host_bytes) == (0, held_bytes)
+    assert (on_large.items["lane buffers"], on_large.host_bytes) == (held_bytes, 0)
+    assert held_sums(replace(config, num_workers=8), 8) == 0
+
+
+@pytest.mark.parametrize("workers", [2, 4, 8])
+def test_with_a_lane_for_each_worker_traffic_is_a_rings(workers: int) -> None:
+    config, shape = xl(num_workers=workers)
+    ring = 2 * (workers - 1) / workers * 4 * shape.trained_params
+    assert bytes_per_iteration(config, shape, workers) == pytest.approx(ring, rel=1e-6)
+    ddp = replace(config, deterministic=False)
+    assert bytes_per_iteration(ddp, shape, workers) == pytest.approx(ring, rel=1e-6)
+
+
+def test_a_worker_whose_lanes_are_several_trees_sends_more() -> None:
+    config, shape = xl(num_workers="2-8")
+    assert bytes_per_iteration(config, shape, 3) > 1.5 * bytes_per_iteration(replace(config, lanes=8), shape, 2)
+    alone, _ = xl(num_workers=1)
+    assert bytes_per_iteration(alone, shape, 1) == 0
+
+
+def test_lora_saves_states_and_traffic() -> None:
+    config, shape = xl(num_workers=8)
+    lora, adapters = xl(num_workers=8, lora_rank=8)
+    assert node_needs(lora, adapters, 0).state < 0.002 * node_needs(config, shape, 0).state
+    assert bytes_per_iteration(lora, adapters, 8) < 0.002 * bytes_per_iteration(config, shape, 8)
+    assert compute_s(lora, adapters, 8, 1e12) < 0.75 * compute_s(config, shape, 8, 1e12)
+
+
+def test_a_node_keeps_two_states_and_storage_those_that_are_asked_for() -> None:
+    config, shape = xl(keep_checkpoints=3)
+    needs = node_needs(config, shape, 10**9)
+    assert needs.state == 12 * shape.base_params
+    assert (needs.memory_dir, needs.storage) == (2 * needs.state, 5 * needs.state)
+    assert needs.host > needs.memory_dir + 10**9
+    assert node_needs(replace(config, memory_dir=""), shape, 0).memory_dir == 0
+
+
+def node(accelerator: str, alive: bool = True) -> dict[str, Any]:
+    return {"Alive": alive, "Resources": {"CPU": 8.0, "GPU": 1.0, f"accelerator_type:{accelerator}": 1.0}}
+
+
+def test_train_warns_of_what_will_not_fit_and_names_the_remedy() -> None:
+    config, _ = xl(num_workers="2-8")
+    warning = memory_warning(config, XL, [node("A100"), node("A10G")])
+    assert "A10G has 24 GB" in warning
+    assert "--lora_rank=8" in warning
+    lora = replace(config, lora_rank=8)
+    assert memory_warning(lora, XL, [node("A10G")]) == ""
+    for nodes in (
+        [node("A100")],
+        [node("A10G", alive=False)],
+        [node("unheard-of")],
+        [{"Alive": True, "Resources": {}}],
+    ):
+        assert memory_warning(config, XL, nodes) == ""
+
+
+def config_of(file: str) -> TrainConfig:
+    return check(parse(TrainConfig, [str(ROOT / "configs" / file)], "test"))
+
+
+@pytest.mark.parametrize("card", ["A100-40", "L40S"])
+def test_the_network_takes_less_than_a_third_of_an_iteration_of_xl(card: str) -> None:
+    config = config_of("finetune_gpt2_xl.py")
+    shape, found = shape_of(config, model_args_of(config)), card_of(card)
+    assert found.memory_bytes
+    assert found.flops
+    assert gpu_memory(config, shape, found).fits(found.memory_bytes)
+    for workers in range(config.min_workers, config.max_workers + 1):
+        assert network_share(config, shape, workers, 25, found.flops) < 1 / 3
+
+
+@pytest.mark.parametrize("card", ["A10G", "L4"])
+def test_xl_with_adapters_fits_24_gb_and_the_network_takes_a_tenth_at_most(card: str) -> None:
+    config = config_of("finetune_gpt2_xl_lora.py")
+    shape, found = shape_of(config, model_args_of(config)), card_of(card)
+    assert found.memory_bytes
+    assert found.flops
+    assert gpu_memory(config, shape, found).fits(found.memory_bytes)
+    for workers in range(config.min_workers, config.max_workers + 1):
+        assert network_share(config, shape, workers, 10, found.flops) < 0.1
+
+
+def test_the_command_tells_people_and_programs(capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["plan", "--init_from=gpt2-xl", "--batch_size=1", "--num_workers=2-8"]
+    assert main([*words, "--gpu", "A10G"]) == 0
+    text = capsys.readouterr().out
+    assert "does not fit" in text
+    assert "orchestrator train --init_from=gpt2-xl --batch_size=1 --num_workers=2-8 --lora_rank=8" in text
+    assert main([*words, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert [each["name"] for each in found["cards"]] == list(OFFERED)
+    for each in found["cards"]:
+        assert each["total_bytes"] == sum(each["items"].values())
+        assert each["fits"] == (each["total_bytes"] <= (1 - found["margin"]) * each["memory_bytes"])
+    assert main([*words, "--gpu=A1G"]) == 2
+    assert "did you mean A10G" in capsys.readouterr().err
+
+
+def test_the_plan_needs_no_torch_and_writes_nothing(tmp_path: Path) -> None:
+    code = (
+        "import sys; from orchestrator.__main__ import main; code = main(['plan', '--init_from=gpt2', '--gpu=24GB']); "
+        "print(code, 'torch' in sys.modules, 'ray' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "0 False False"
+    assert not list(tmp_path.iterdir())
