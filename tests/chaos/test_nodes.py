@@ -235,14 +235,23 @@ class KilledWhenThere(Fault):
         super().fire()
 
 
-@STUCK
+@pytest.mark.parametrize(
+    ("trained", "gets_stuck"),
+    [("tiny", False), ("adapters", False), pytest.param("tiny", True, marks=pytest.mark.stuck_collectives)],
+)
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("cluster", [4], indirect=True)
 def test_the_same_bits_whatever_machines_came_and_went(
-    cluster: Cluster, tiny: TrainConfig, tmp_path: Path, undisturbed: Undisturbed, gets_stuck: bool
+    cluster: Cluster,
+    trained: str,
+    gets_stuck: bool,
+    tmp_path: Path,
+    undisturbed: Undisturbed,
+    request: pytest.FixtureRequest,
 ) -> None:
     """4 workers, 3, 1, 2 and 4: no number of them shows in the end."""
-    config = replace(settings(tiny), num_workers="1-4", lanes=8, gradient_accumulation_steps=12, max_iters=300)
+    known: TrainConfig = request.getfixturevalue(trained)
+    config = replace(settings(known), num_workers="1-4", lanes=8, gradient_accumulation_steps=12, max_iters=300)
     nodes, room = tmp_path / "nodes", tmp_path / "room"
     faults = [
         NodeKilled("forward", 60, 3, tmp_path / "node"),

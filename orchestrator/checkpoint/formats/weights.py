@@ -105,7 +105,7 @@ def read_source(source: ModelSource, *, model_only: bool = False) -> Snapshot:
 
 
 def read_merged(source: ModelSource) -> Snapshot:
-    """Return the plain model that a source's adapters and their base are together; no other source's memory is used.
+    """Return the plain model that a source's adapters and their base model are together, whole in memory.
 
     Raises:
         CheckpointError: the adapters or their base are missing or damaged, or the base is another model.
