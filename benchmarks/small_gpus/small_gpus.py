@@ -1,8 +1,9 @@
-"""What fits small GPUs: how well `orchestrator plan` foretells the memory of a step.
+"""What fits small GPUs: how well `orchestrator plan` foretells a step's memory, and adapters beside all weights.
 
-plan_error   the largest error of 12 configurations, each trained here on a CPU: the peak of what PyTorch's
-             allocator gives out for a step, beside the plan's formulas for a CPU; at most 0.05
-plan_s       `orchestrator plan` for gpt2-xl from command to exit, in seconds; at most 5
+plan_error         the largest error of 12 configurations, each trained here on a CPU: the peak of what PyTorch's
+                   allocator gives out for a step, beside the plan's formulas for a CPU; at most 0.05
+plan_s             `orchestrator plan` for gpt2-xl from command to exit, in seconds; at most 5
+lora_state_ratio   and the others of adapters: see lora.py
 """
 
 from __future__ import annotations
@@ -10,13 +11,20 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
+from benchmarks.small_gpus.lora import run_lora
 from benchmarks.small_gpus.plan import run_plan
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare this benchmark's options: none."""
+    """Declare this benchmark's options."""
+    parser.add_argument("--only", choices=("plan", "lora"), help="one half of the figures (default: both)")
 
 
-def run(args: argparse.Namespace) -> dict[str, Any]:  # noqa: ARG001
+def run(args: argparse.Namespace) -> dict[str, Any]:
     """Measure, print and return the figures."""
-    return run_plan()
+    found: dict[str, Any] = {}
+    if args.only != "lora":
+        found |= run_plan()
+    if args.only != "plan":
+        found |= run_lora()
+    return found

@@ -180,8 +180,9 @@ def _head(found: Forecast) -> str:
     dtype = "bfloat16" if config.dtype == "auto" else config.dtype
     workers = f"{config.num_workers} worker(s)".replace("-", " to ")
     return (
-        f"{shape.base_params / 1e6:.0f}M parameters{trained}; {workers}, {dtype}; micro-steps of {config.batch_size} x "
-        f"{config.block_size} tokens, {config.gradient_accumulation_steps} in an iteration"
+        f"{shape.base_params / 1e6:.0f}M parameters{trained}, vocabulary of {shape.vocab_size}; {workers}, {dtype}; "
+        f"micro-steps of {config.batch_size} x {config.block_size} tokens, {config.gradient_accumulation_steps} in an "
+        "iteration"
     )
 
 

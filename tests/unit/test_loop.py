@@ -6,6 +6,7 @@ import errno
 import logging
 import math
 import re
+import weakref
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -392,3 +393,25 @@ def test_config_and_tokenizer_are_stored_with_the_state(tiny: TrainConfig) -> No
     assert state.config["n_embd"] == tiny.n_embd
     assert state.config["tokenizer"]["kind"] == "char"
     assert asdict(tiny).keys() <= state.config.keys()
+
+
+def test_no_micro_step_keeps_the_logits_of_the_one_before(tiny: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    given, were_alive = list[weakref.ref[Tensor]](), list[bool]()
+
+    class Watched:
+        def __init__(self, model: Any) -> None:
+            self._model = model
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(self._model, name)
+
+        def __call__(self, idx: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+            were_alive.append(any(each() is not None for each in given))
+            logits, loss = self._model(idx, targets)
+            given.append(weakref.ref(logits))
+            return logits, loss
+
+    wrap = loop.parallelize
+    monkeypatch.setattr(loop, "parallelize", lambda *args: Watched(wrap(*args)))
+    run(replace(tiny, max_iters=2))
+    assert were_alive == [False] * 2 * tiny.gradient_accumulation_steps
