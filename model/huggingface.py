@@ -14,6 +14,7 @@ from torch import Tensor
 from model.config import GPT2_VOCAB_SIZE, GPTConfig
 from model.names import EMBEDDING, HEAD, MASK_BUFFERS, renamed, without_wrappers
 
+HUB_OWNER = "openai-community"  # of GPT-2 at the Hub
 # OpenAI's GPT-2 keeps these as Conv1D, (in, out), where nn.Linear holds (out, in).
 TRANSPOSED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
 ACTIVATION_NAMES = {"gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "gelu": "gelu"}

@@ -27,8 +27,19 @@ from model.huggingface import (
     names_in,
     transpose_if_linear,
 )
+from model.lora import LoRAConfig
 from model.names import EMBEDDING, HEAD, differences
-from model.weight_files import Folder, Stored, adapter_only, folder_at, hub_folder, stored_tensors
+from model.peft import adapter_names, base_of_config, lora_config
+from model.weight_files import (
+    ADAPTER_CONFIG,
+    ADAPTER_FILES,
+    Folder,
+    Stored,
+    adapter_only,
+    folder_at,
+    hub_folder,
+    stored_tensors,
+)
 
 # Source: config.json of https://huggingface.co/openai-community/gpt2 and its three larger siblings
 GPT2_SIZES = {
@@ -102,16 +113,17 @@ def read_pretrained_args(source: str) -> dict[str, Any]:
 
 
 @contextmanager
-def open_pretrained(source: str, shapes_of: ShapesOf, fs: Any = None) -> Iterator[Pretrained]:
+def open_pretrained(source: str, shapes_of: ShapesOf, fs: Any = None, revision: str = "") -> Iterator[Pretrained]:
     """Lend pretrained weights of which the headers only were read. Files that are fetched are deleted afterwards.
 
     source: a key of GPT2_SIZES, a folder, or an fsspec URL such as s3://bucket/gpt2.
     fs: the filesystem of the folder, connected as it has to be; default: as fsspec connects to it by itself.
+    revision: of a Hub name, see `hub_folder`.
 
     Raises:
         PretrainedError: the source is unreachable, incomplete, damaged or not a GPT-2.
     """
-    with _folder_of(source, fs) as folder:
+    with _folder_of(source, fs, revision) as folder:
         args, config = (read_pretrained_args(source), {}) if source in GPT2_SIZES else _read_config(folder)
         names, left_out = _names_in(stored := stored_tensors(folder), source)
         ours = {name: stored[old] for name, old in names.items()}
@@ -138,10 +150,54 @@ def read_pretrained(
         return found.args, found.state(views=views)
 
 
+@dataclass(frozen=True)
+class PretrainedAdapter:
+    """An adapter that peft saved, whose adapter_config.json and tensors fit each other.
+
+    base, revision: of the model that it was made for, as its maker named them. stored: its tensors by our names.
+    """
+
+    lora: LoRAConfig
+    base: str
+    revision: str
+    stored: dict[str, Stored]
+
+    def tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """Yield each parameter once, float32."""
+        for name, each in self.stored.items():
+            yield name, each.read().float()
+
+
 @contextmanager
-def _folder_of(source: str, fs: Any) -> Iterator[Folder]:
+def open_adapter(source: str, fs: Any = None) -> Iterator[PretrainedAdapter]:
+    """Lend an adapter of peft's of which the headers only were read. Files that are fetched are deleted afterwards.
+
+    source, fs: see `open_pretrained`.
+
+    Raises:
+        PretrainedError: the folder is unreachable, incomplete or damaged, or holds an adapter that we do not compute.
+    """
+    with _folder_of(source, fs) as folder:
+        try:
+            with folder.open(ADAPTER_CONFIG) as file:
+                content = json.loads(file.read())
+        except (FileNotFoundError, ValueError) as error:
+            raise PretrainedError(f"{source}: {ADAPTER_CONFIG}: {error}") from error
+        stored = stored_tensors(folder, ADAPTER_FILES)
+        try:
+            names = adapter_names(stored)
+            lora = lora_config(content, names)
+        except PretrainedError as error:
+            raise PretrainedError(f"{source}: {error}") from None
+        ours = {name: stored[old] for name, old in names.items()}
+        _check_types(ours, source)
+        yield PretrainedAdapter(lora, *base_of_config(content), ours)
+
+
+@contextmanager
+def _folder_of(source: str, fs: Any, revision: str = "") -> Iterator[Folder]:
     if source in GPT2_SIZES:
-        yield hub_folder(source)
+        yield hub_folder(source, revision)
         return
     try:
         fs, path = (fs, fs._strip_protocol(source)) if fs else fsspec.url_to_fs(source)
@@ -191,6 +247,10 @@ def _check_fits(stored: dict[str, Stored], shapes: Shapes, source: str) -> None:
     found = {name: each.shape for name, each in stored.items()}
     if faults := differences({**expected, **({HEAD: expected[EMBEDDING]} if HEAD in found else {})}, found):
         raise PretrainedError(f"{source}: tensors do not fit its config.json: {faults}")
+    _check_types(stored, source)
+
+
+def _check_types(stored: dict[str, Stored], source: str) -> None:
     for name, each in stored.items():
         if not each.dtype.is_floating_point:
             kind = str(each.dtype).removeprefix("torch.")

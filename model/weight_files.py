@@ -23,7 +23,7 @@ from fsspec.implementations.local import LocalFileSystem
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from model.huggingface import PretrainedError
+from model.huggingface import HUB_OWNER, PretrainedError
 
 TENSOR_FILES = (
     "model.safetensors",
@@ -31,8 +31,8 @@ TENSOR_FILES = (
     "pytorch_model.bin",
     "pytorch_model.bin.index.json",
 )
+ADAPTER_CONFIG, ADAPTER_FILES = "adapter_config.json", ("adapter_model.safetensors", "adapter_model.bin")  # peft's
 _OF_OTHERS = ("tf_model.h5", "flax_model.msgpack")  # of other frameworks
-_ADAPTER = "adapter_config.json"
 _DTYPES = {
     **{"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16},
     **{"I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8},
@@ -78,13 +78,13 @@ class Folder:
             return False
 
 
-def stored_tensors(folder: Folder) -> dict[str, Stored]:
-    """Return the tensors of the first of TENSOR_FILES that is there, by the file's names.
+def stored_tensors(folder: Folder, files: tuple[str, ...] = TENSOR_FILES) -> dict[str, Stored]:
+    """Return the tensors of the first of these files that is there, by the file's names.
 
     Raises:
         PretrainedError: none is there, or what is there is damaged, incomplete or holds more than tensors.
     """
-    for name in TENSOR_FILES:
+    for name in files:
         try:
             found = _shards(name, folder) if name.endswith(".index.json") else _tensors_of(name, folder)
         except FileNotFoundError as error:
@@ -94,11 +94,11 @@ def stored_tensors(folder: Folder) -> dict[str, Stored]:
         except ValueError as error:
             raise _unreadable(name, folder, error) from error
         return found
-    if refusal := adapter_only(folder):
+    if files == TENSOR_FILES and (refusal := adapter_only(folder)):
         raise refusal
     others = [name for name in _OF_OTHERS if folder.has(name)]
     hint = f"; {' and '.join(others)} is of another framework: save the model from PyTorch" if others else ""
-    raise PretrainedError(f"{folder.title}: none of {', '.join(TENSOR_FILES)} there{hint}")
+    raise PretrainedError(f"{folder.title}: none of {', '.join(files)} there{hint}")
 
 
 def _unreadable(name: str, folder: Folder, error: Exception) -> PretrainedError:
@@ -108,12 +108,12 @@ def _unreadable(name: str, folder: Folder, error: Exception) -> PretrainedError:
 
 
 def adapter_only(folder: Folder) -> PretrainedError | None:
-    """Return why a folder without weights of its own is refused, if it is that of an adapter, as PEFT saves it."""
-    if not folder.has(_ADAPTER):
+    """Return why a folder without weights of its own is no model, if it is that of an adapter, as peft saves it."""
+    if not folder.has(ADAPTER_CONFIG):
         return None
     return PretrainedError(
-        f"{folder.title} holds an adapter ({_ADAPTER}), which is no model: merge it into the one that it was made for "
-        "(PEFT's merge_and_unload), save that, and give its folder"
+        f"{folder.title} holds an adapter ({ADAPTER_CONFIG}), which is no model: merge it into the one that it was "
+        "made for (peft's merge_and_unload), save that, and give its folder"
     )
 
 
@@ -253,18 +253,21 @@ def folder_at(source: str, fs: Any, path: str, scratch: Path) -> Folder:
     return Folder(source, fetch, open_file)
 
 
-def hub_folder(model_type: str) -> Folder:
-    """Return a folder of the Hugging Face Hub, or of its local cache where the Hub was visited before."""
+def hub_folder(model_type: str, revision: str = "") -> Folder:
+    """Return a folder of the Hugging Face Hub, or of its local cache where the Hub was visited before.
+
+    revision: a commit, branch or tag; default: the newest that is here, else at the Hub.
+    """
     # Imported here: it is slow to import, and only those who fetch from the Hub need it.
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
     def fetch(name: str) -> Path:
-        repo = f"openai-community/{model_type}"
+        repo, commit = f"{HUB_OWNER}/{model_type}", revision or None
         with suppress(LocalEntryNotFoundError):  # the Hub is asked, which takes half a minute offline, if need be only
-            return Path(hf_hub_download(repo, name, local_files_only=True))
+            return Path(hf_hub_download(repo, name, revision=commit, local_files_only=True))
         try:
-            return Path(hf_hub_download(repo, name))
+            return Path(hf_hub_download(repo, name, revision=commit))
         except EntryNotFoundError as e:
             if isinstance(e, LocalEntryNotFoundError):  # neither the Hub nor the cache answered
                 raise _unreachable(model_type, e) from e
@@ -275,9 +278,25 @@ def hub_folder(model_type: str) -> Folder:
     return Folder(model_type, fetch, lambda name: fetch(name).open("rb"))
 
 
+def hub_commit(model_type: str, revision: str = "") -> str:
+    """Return the commit of the weights that `hub_folder` has fetched to this machine, "" if it has fetched none.
+
+    Source: the layout of the Hub's cache, snapshots/<commit>/<file>, https://huggingface.co/docs/huggingface_hub
+    """
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    for name in TENSOR_FILES:
+        with suppress(LocalEntryNotFoundError):
+            repo = f"{HUB_OWNER}/{model_type}"
+            path = Path(hf_hub_download(repo, name, revision=revision or None, local_files_only=True))
+            return path.parent.name if path.parent.parent.name == "snapshots" else ""
+    return ""
+
+
 def _unreachable(model_type: str, cause: Exception) -> PretrainedError:
     return PretrainedError(
         f"{model_type}: cannot reach the Hugging Face Hub ({type(cause).__name__}: {cause}). Download config.json and "
-        f"model.safetensors of openai-community/{model_type} on a machine that can, and pass the path or URL of their "
+        f"model.safetensors of {HUB_OWNER}/{model_type} on a machine that can, and pass the path or URL of their "
         "folder instead of the name."
     )

@@ -31,7 +31,7 @@ orchestrator: train nanoGPT models on Ray, on machines that come and go.
   orchestrator train [configs/x.py] [--key=value]    train, or go on with what out_dir holds
   orchestrator sample --out_dir=RUN                  print text from a run, a ckpt.pt or GPT-2
   orchestrator export --out_dir=RUN --format=nanogpt --to=ckpt.pt
-                                                     write a run, a ckpt.pt or GPT-2 for nanoGPT or Hugging Face
+                                                     write a run, a ckpt.pt or GPT-2 for nanoGPT, Hugging Face or peft
   orchestrator inspect --out_dir=RUN                 list what a run holds, or what a ckpt.pt is
   orchestrator report --out_dir=RUN                  where its time went: goodput, and every failure by phase
 
@@ -65,17 +65,19 @@ Print text from a model as it is drawn.
   orchestrator sample --out_dir=out/quickstart --start="ROMEO:" --num_samples=2 --max_new_tokens=100
   orchestrator sample --init_from=gpt2-xl --start=FILE:prompt.txt
   orchestrator sample --init_from=ckpt.pt
-  orchestrator sample --init_from=out/quickstart --checkpoint=best""",
+  orchestrator sample --init_from=out/quickstart --checkpoint=best
+  orchestrator sample --out_dir=out/adapters --lora_base=gpt2-folder""",
     "export": """\
 Write a model's state in a format that other programs read: a run's, a ckpt.pt's, or GPT-2 weights'.
 
   orchestrator export --out_dir=out/quickstart --format=nanogpt --to=ckpt.pt
   orchestrator export --out_dir=out/quickstart --format=hf --to=exported --checkpoint=best
+  orchestrator export --out_dir=out/adapters --format=peft --to=exported     adapters alone; others merge them
   orchestrator export --init_from=ckpt.pt --format=hf --to=exported
   orchestrator export --init_from=gpt2 --to=gpt2.pt""",
     "inspect": """\
 List the checkpoints that a run holds: iteration, validation loss, size, and which are the latest and the best.
-Of a ckpt.pt or a Hugging Face folder it tells the model, its tokenizer and how it is stored.
+Of a ckpt.pt, a Hugging Face folder or an adapter it tells the model, its tokenizer and how it is stored.
 
   orchestrator inspect --out_dir=out/quickstart
   orchestrator inspect --out_dir=s3://bucket/run --verify

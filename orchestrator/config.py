@@ -92,9 +92,7 @@ class TrainConfig:
     lora_rank: NonNegativeInt = 0  # train two matrices of this rank beside frozen layers of init_from; 0 = all weights
     lora_alpha: PositiveFloat = 16.0  # an adapter's output counts lora_alpha / lora_rank times
     lora_dropout: Fraction = 0.0  # probability, 0 up to 1, of what goes into adapters
-    lora_targets: LoRATargets = (
-        "c_attn"  # layers with an adapter: c_attn, c_proj, c_fc, attn.c_proj, mlp.c_proj; or all-linear
-    )
+    lora_targets: LoRATargets = "c_attn"  # layers with adapters: c_attn, c_proj, c_fc, mlp.c_proj, ...; or all-linear
     lora_base_dtype: Literal["float32", "bfloat16"] = "float32"  # in which frozen matrices are held
     lora_base: str = ""  # where the frozen weights lie, if the run does not find them where it began with them
     # optimizer

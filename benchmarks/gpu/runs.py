@@ -23,6 +23,7 @@ import xxhash
 
 from benchmarks.gpu.child import LONG_S, Child, Found, Report, Setting, cache_in
 from benchmarks.gpu.watch import in_steps
+from model.lora import is_adapter
 from orchestrator.checkpoint.store import CheckpointStore
 from orchestrator.config import TrainConfig, check
 from orchestrator.distributed.device import resolve
@@ -139,6 +140,18 @@ def resume_compiled(setting: Setting, report: Report) -> None:
     out_dir = str(setting.folder / "killed" / "out")
     warm = setting.start(TRAIN, "warm", cache, out_dir=out_dir, changes=more).finish(LONG_S)
     report.figure("first_step_s_with_a_full_cache", warm.figures.get("first_step_s"))
+
+
+def resume_adapters(setting: Setting, report: Report) -> None:
+    """Kill and resume a run that trains adapters beside a base model in bfloat16, made by a run before."""
+    base = setting.folder / "base" / "out"
+    settings(setting, base, {})
+    _need(setting.call(TRAIN, "base", LONG_S, out_dir=str(base), changes={"max_iters": 1}))
+    lora = {"lora_rank": 8, "lora_targets": "all-linear", "lora_dropout": 0.1, "lora_base_dtype": "bfloat16"}
+    is_equal, _ = _kill_and_resume(setting, report, "", {"init_from": str(base), **lora})
+    report.claim("a run of adapters that was killed ends with the bits of an undisturbed one", is_equal)
+    kept = {name for name in checksums(setting.folder / "killed" / "out") if name != "step"}
+    report.claim("its checkpoint holds adapters alone", all(map(is_adapter, kept)), f"{len(kept)} tensors")
 
 
 def _kill_and_resume(

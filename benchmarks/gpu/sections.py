@@ -27,6 +27,7 @@ SECTIONS = (
     Section("resume_compiled", "benchmarks.gpu.runs:resume_compiled", 90, 160, on_cpu=True),
     Section("two_ranks", "benchmarks.gpu.runs:two_ranks", 60, 110, on_cpu=True),
     Section("resume_eager", "benchmarks.gpu.runs:resume_eager", 50, 110, on_cpu=True),
+    Section("resume_adapters", "benchmarks.gpu.runs:resume_adapters", 50, 110, on_cpu=True),
     Section("rescue_after_step", "benchmarks.gpu.rescue:rescue_after_step", 20, 70, on_cpu=True),
     Section("rescue_before_first_step", "benchmarks.gpu.rescue:rescue_before_first_step", 25, 70, on_cpu=True),
     Section("rescue_float16", "benchmarks.gpu.rescue:rescue_float16", 20, 70, on_cpu=True),

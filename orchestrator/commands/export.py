@@ -10,9 +10,10 @@ from pathlib import Path
 
 from orchestrator.checkpoint.formats.huggingface import write_huggingface
 from orchestrator.checkpoint.formats.nanogpt import write_nanogpt
+from orchestrator.checkpoint.formats.peft import write_peft
 from orchestrator.checkpoint.formats.run_tokenizer import whole_json
-from orchestrator.checkpoint.formats.sources import Kind, ModelSource, find_source, refuse_missing
-from orchestrator.checkpoint.formats.weights import Weights, tokenizer_of, using
+from orchestrator.checkpoint.formats.sources import Kind, ModelSource, find_base, find_source, refuse_missing
+from orchestrator.checkpoint.formats.weights import Weights, look_at, tokenizer_of, using
 from orchestrator.checkpoint.snapshot import Snapshot
 from orchestrator.data.tokenizers import Tokenizer
 from orchestrator.errors import ConfigError, DataError, nearest
@@ -22,7 +23,7 @@ from orchestrator.storage.transfer import exists
 
 logger = logging.getLogger(__name__)
 
-FORMATS = ("nanogpt", "hf")
+FORMATS = ("nanogpt", "hf", "peft")
 _IN_CHECKPOINT = re.compile(r"(^|/)checkpoint_\d{8,}_\w+(/|$)")
 # What a Hugging Face folder has beside its weights, for whoever turns text into tokens and back.
 _TOKENIZER_FILES = (
@@ -36,10 +37,10 @@ class ExportConfig:
     """What to write, and where."""
 
     out_dir: str = "out"  # the run's folder, a path or URL; one with a ckpt.pt or a Hugging Face folder, as well
-    format: str = "nanogpt"  # nanogpt: a ckpt.pt for nanoGPT's train.py and sample.py; hf: a Hugging Face folder
+    format: str = "nanogpt"  # nanogpt: a ckpt.pt for nanoGPT; hf: a Hugging Face folder; peft: a folder of adapters
     storage_options: str = ""  # fsspec's options of out_dir: a JSON object, or the path of a .json file that holds one
     lora_base: str = ""  # of a run of adapters: where the frozen weights lie, if not where it began with them
-    to: str = ""  # the file (nanogpt) or folder (hf) to write, a path or URL; it must be given
+    to: str = ""  # the file (nanogpt) or folder (hf, peft) to write, a path or URL; it must be given
     checkpoint: str = "auto"  # latest, best, a name; auto: the latest, or the best if always_save_checkpoint=False
     overwrite: bool = False  # write even if something is there
     init_from: str = (
@@ -49,7 +50,7 @@ class ExportConfig:
 
 
 def export(config: ExportConfig) -> str:
-    """Write the state and return a line that says what was written.
+    """Write the state and return a line that says what was written. Adapters are merged, but for peft's format.
 
     Raises:
         UserError: the format is unknown, there is no such state, or the target exists or cannot be written.
@@ -65,7 +66,9 @@ def export(config: ExportConfig) -> str:
         raise ConfigError(f"--to={config.to} is a folder: give the file to write, {config.to.rstrip('/')}/ckpt.pt")
     source = find_source(config, config.checkpoint)
     _refuse_its_own(config, source)
-    name = using(source, _writer(config, source), model_only=config.format == "hf")
+    _check_adapters(config, source)
+    is_peft = config.format == "peft"
+    name = using(source, _writer(config, source), model_only=config.format != "nanogpt", merge=not is_peft)
     return f"wrote {name} to {config.to}"
 
 
@@ -80,6 +83,23 @@ def _refuse_its_own(config: ExportConfig, source: ModelSource) -> None:
     is_harmless = source.kind is Kind.RUN and config.format == "nanogpt" and not _IN_CHECKPOINT.search(there)
     if is_inside and not is_harmless:
         raise ConfigError(f"--to={config.to} lies in what is exported, {source.where}: give a place of its own")
+
+
+def _check_adapters(config: ExportConfig, source: ModelSource) -> None:
+    """Check that adapters are there where they alone are written, and else that their base is not written over.
+
+    Raises:
+        ConfigError: they are not, or it is.
+    """
+    may_be_adapters = source.kind in (Kind.RUN, Kind.ADAPTER)
+    adapters = look_at(source, model_only=True).adapters if may_be_adapters else None
+    if config.format != "peft":
+        if adapters:
+            _refuse_its_own(config, find_base(config, adapters.base))
+    elif not adapters:
+        raise ConfigError(
+            f"format=peft writes adapters, and {source.where} holds a whole model: give --format=hf or --format=nanogpt"
+        )
 
 
 def _writer(config: ExportConfig, source: ModelSource) -> Callable[[Weights], str]:
@@ -102,7 +122,11 @@ def _writer(config: ExportConfig, source: ModelSource) -> Callable[[Weights], st
         )
         return weights.name
 
-    return write_nanogpts if config.format == "nanogpt" else write_huggingfaces
+    def write_pefts(weights: Weights) -> str:
+        write_peft(replace(weights.snapshot, model=dict(weights.tensors)), config.to, storage_options=options)
+        return weights.name
+
+    return {"nanogpt": write_nanogpts, "hf": write_huggingfaces, "peft": write_pefts}[config.format]
 
 
 def _tokenizer(source: ModelSource, snapshot: Snapshot, data_dir: str) -> Tokenizer | None:

@@ -1,4 +1,4 @@
-"""List what a run's folder holds, or tell what a ckpt.pt or a Hugging Face folder is."""
+"""List what a run's folder holds, or tell what a ckpt.pt, a Hugging Face folder or an adapter is."""
 
 from __future__ import annotations
 
@@ -14,11 +14,14 @@ from orchestrator.checkpoint.formats.nanogpt import NO_LOSS
 from orchestrator.checkpoint.formats.sources import Kind, ModelSource, find_source, refuse_missing
 from orchestrator.checkpoint.formats.weights import Weights, tokenizer_json, using
 from orchestrator.checkpoint.save.node_memory import run_path, share_path, states_in
+from orchestrator.checkpoint.snapshot import Adapters
 from orchestrator.checkpoint.store import Checkpoint, CheckpointStore, best, newest_name_first
 from orchestrator.checkpoint.tensor_file import FileRecord, stream_tensors
 from orchestrator.data.vocabulary import name_of
 from orchestrator.errors import CheckpointError
 from orchestrator.storage.run_folder import RUN_FILE
+
+ALL_FINITE = "all finite"
 
 
 @dataclass(frozen=True)
@@ -63,7 +66,29 @@ def _table(config: InspectConfig, source: ModelSource) -> str:
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
     lanes = found[0].state["config"].get("lanes") if found else 0
     in_lanes = f", gradients summed in {lanes} lanes" if lanes else ""
-    return "\n".join([f"{source.where}: {len(found)} checkpoint(s){in_lanes}", *lines])
+    adapters = found[0].adapters if found else None
+    notes = [f"  {key}: {text}" for key, text in _adapter_rows(adapters).items()] if adapters else []
+    notes += [f"  base's values: {_base_state(source, adapters)}"] if adapters and config.verify else []
+    return "\n".join([f"{source.where}: {len(found)} checkpoint(s){in_lanes}", *notes, *lines])
+
+
+def _adapter_rows(adapters: Adapters) -> dict[str, str]:
+    lora, base = adapters.lora, adapters.base
+    revision = f" at {base.revision}" if base.revision else ""
+    return {
+        "adapters": f"LoRA of rank {lora.rank}, alpha {lora.alpha:g}, on {', '.join(lora.targets)}",
+        "base model": f"{base.source}{revision}, its matrices held in {lora.base_dtype}",
+    }
+
+
+def _base_state(source: ModelSource, adapters: Adapters) -> str:
+    """Read adapters and their base model; return whether that is the one beside which they were trained."""
+    known = "verified" if adapters.base.checksum else "nothing tells its checksum"
+    try:
+        values = using(source, _values)
+    except CheckpointError as error:
+        return str(error)
+    return f"{known}, {values}" if values == ALL_FINITE else values
 
 
 def _row(
@@ -133,15 +158,17 @@ def describe_model(source: ModelSource, data_dir: str, verify: bool) -> str:
         CheckpointError: it is missing, damaged or does not fit itself.
     """
     try:
-        rows = using(source, lambda weights: _model_rows(weights, data_dir, verify), model_only=False)
+        rows = using(
+            source, lambda weights: _model_rows(source, weights, data_dir, verify), model_only=False, merge=False
+        )
     except CheckpointError as error:  # of the optimizer, perhaps, which may be another one
-        rows = using(source, lambda weights: _model_rows(weights, data_dir, verify))
+        rows = using(source, lambda weights: _model_rows(source, weights, data_dir, verify), merge=False)
         rows["optimizer"] = str(error)
     width = max(map(len, rows))
     return "\n".join([f"{source.where}: {source.kind.value}", *(f"  {k.ljust(width)}  {v}" for k, v in rows.items())])
 
 
-def _model_rows(weights: Weights, data_dir: str, verify: bool) -> dict[str, str]:
+def _model_rows(source: ModelSource, weights: Weights, data_dir: str, verify: bool) -> dict[str, str]:
     snapshot = weights.snapshot
     args = snapshot.model_args
     count = sum(tensor.numel() for tensor in snapshot.model.values())
@@ -155,8 +182,10 @@ def _model_rows(weights: Weights, data_dir: str, verify: bool) -> dict[str, str]
         "parameters": f"{count:,} ({count / 1e6:.2f}M)",
         "stored as": ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in weights.dtypes)),
         "tokenizer": name_of(tokenizer) if tokenizer else "not known",
+        **(_adapter_rows(snapshot.adapters) if snapshot.adapters else {}),
         "optimizer": "AdamW's moments" if snapshot.optimizer else "none",
         **({"values": _values(weights)} if verify else {}),
+        **({"base's values": _base_state(source, snapshot.adapters)} if verify and snapshot.adapters else {}),
     }
 
 
@@ -166,4 +195,4 @@ def _values(weights: Weights) -> str:
             pass
     except CheckpointError as error:
         return str(error)
-    return "all finite"
+    return ALL_FINITE

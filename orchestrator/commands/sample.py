@@ -1,4 +1,4 @@
-"""Print text from a model as it is drawn: nanoGPT's sample.py, for a run, a ckpt.pt, Hugging Face folders and GPT-2.
+"""Print text from a model as it is drawn: nanoGPT's sample.py, for a run, a ckpt.pt, Hugging Face's folders and GPT-2.
 
 Knows no Ray and nothing of training.
 """
@@ -112,10 +112,11 @@ def load(config: SampleConfig) -> tuple[GPT, Tokenizer]:
     """
     source = find_source(config, config.checkpoint)
     is_pretrained = source.kind in (Kind.HUGGINGFACE, Kind.HUB)
+    draws = source.kind in (Kind.RUN, Kind.NANOGPT)
 
     def build_whole(weights: Weights) -> tuple[GPT, Weights]:
         torch.manual_seed(config.seed)  # again, where a damaged checkpoint was tried before
-        return build(weights.snapshot, weights.tensors, draws=not is_pretrained), weights
+        return build(weights.snapshot, weights.tensors, draws=draws), weights
 
     model, weights = using(source, build_whole)
     logger.info(

@@ -11,7 +11,7 @@ from model import parameter_shapes
 from orchestrator.checkpoint.save.plan import files_of, tensor_index, tensors_in
 from orchestrator.checkpoint.save.upload import commit, upload
 from orchestrator.checkpoint.snapshot import Snapshot, describe
-from orchestrator.checkpoint.store import FORMAT_VERSION, checkpoint_name
+from orchestrator.checkpoint.store import ADAPTER_FORMAT_VERSION, FORMAT_VERSION, checkpoint_name
 from orchestrator.checkpoint.tensor_file import tensor_pieces
 from orchestrator.distributed.world import World
 from tests.support.runs import checkpoints_in
@@ -30,7 +30,8 @@ def random_state(args: dict[str, object], iter_num: int = 5) -> Snapshot:
 def save_run(out_dir: Path, snapshot: Snapshot) -> str:
     store, name = checkpoints_in(str(out_dir)), checkpoint_name(snapshot.iter_num, "local")
     files = files_of(snapshot, world_size=1)
-    described = {"format_version": FORMAT_VERSION, **describe(snapshot), "environment": {}, "saved_at_s": 0.0}
+    version = ADAPTER_FORMAT_VERSION if snapshot.adapters else FORMAT_VERSION
+    described = {"format_version": version, **describe(snapshot), "environment": {}, "saved_at_s": 0.0}
     part = upload(store, name, {file: partial(tensor_pieces, tensors_in(slices)) for file, slices in files.items()}, {})
     assert commit(World(), store, name, part, {**described, "tensors": tensor_index(files)}, keep=9) is None
     return name

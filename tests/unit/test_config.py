@@ -348,7 +348,7 @@ def test_help_groups_the_keys_under_titles(help_boxes: str) -> None:
             keys[title[1]] = []
         elif key := re.match(r"\W+--(\w+) ", line.replace("-h, --help", "")):
             keys[list(keys)[-1]].append(key[1])
-    assert list(keys) == ["run", "data", "model", "optimizer", "cluster", "recovery", "checkpoints", "logging"]
+    assert list(keys) == ["run", "data", "model", "LoRA", "optimizer", "cluster", "recovery", "checkpoints", "logging"]
     assert [key for group in keys.values() for key in group] == [
         field.name for field in dataclasses.fields(TrainConfig)
     ]

@@ -1,14 +1,25 @@
-"""The base model of adapters as it is held in memory, and its checksum. Knows no source and no live model."""
+"""The base model of adapters: its values as they are held in memory, their checksum, and what both are together.
+
+Knows no source (`weights.py`) and no live model.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
 
+import torch
 import xxhash
 from torch import Tensor
 
-from model.lora import BASE_DTYPES
-from model.names import POSITIONS
+from model import parameter_shapes
+from model.lora import BASE_DTYPES, adapter_shapes, merged
+from model.names import POSITIONS, differences
+from orchestrator.checkpoint.snapshot import Snapshot
+from orchestrator.checkpoint.tensor_file import checksum
+from orchestrator.errors import CheckpointError
+
+OTHER_CHECKSUM = "its checksum differs from the one in the run's state"
 
 
 def held(tensor: Tensor, base_dtype: str) -> Tensor:
@@ -30,3 +41,55 @@ def base_checksum(per_tensor: Mapping[str, str]) -> str:
 def cropped(name: str, tensor: Tensor, block_size: int) -> Tensor:
     """Return a parameter of a model with block_size positions: a view of the first ones, if it is their table."""
     return tensor[:block_size] if name.endswith(POSITIONS) else tensor
+
+
+def another_base(where: str, why: str) -> CheckpointError:
+    """Return the error that a model is not the one beside which adapters were trained."""
+    return CheckpointError(
+        f"{where} is not the base model that these adapters were trained beside: {why}. Give --lora_base=PATH, where "
+        "the right one lies"
+    )
+
+
+def check_adapters_fit(adapters: Snapshot, title: str) -> None:
+    """Check that adapters have the layers and shapes of their model_args.
+
+    Raises:
+        CheckpointError: they have not.
+    """
+    assert adapters.adapters
+    expected = adapter_shapes(parameter_shapes(adapters.model_args), adapters.adapters.lora)
+    if faults := differences(expected, {name: tuple(tensor.shape) for name, tensor in adapters.model.items()}):
+        raise CheckpointError(f"{title}: its tensors do not fit its settings and its base model: {faults}")
+
+
+def merged_outline(adapters: Snapshot) -> Snapshot:
+    """Return the plain model that adapters and their base are together, without content."""
+    model = {name: torch.empty(shape, device="meta") for name, shape in parameter_shapes(adapters.model_args).items()}
+    return replace(adapters, model=model, optimizer={}, param_groups=(), scaler={}, adapters=None)
+
+
+def merged_tensors(
+    adapters: Snapshot, base: Snapshot, tensors: Iterable[tuple[str, Tensor]], where: str
+) -> Iterator[tuple[str, Tensor]]:
+    """Yield each parameter of that plain model, float32, as the base's tensors come.
+
+    base: an outline of the base model. where: what messages call it. Whether it is the right one is known at the end.
+
+    Raises:
+        CheckpointError: it is another model than the one beside which the adapters were trained.
+    """
+    assert adapters.adapters
+    lora, expected = adapters.adapters.lora, adapters.adapters.base.checksum
+    block_size = adapters.model_args["block_size"]
+    shapes = {name: tuple(cropped(name, tensor, block_size).shape) for name, tensor in base.model.items()}
+    if faults := differences(parameter_shapes(adapters.model_args), shapes):
+        raise another_base(where, faults)
+    found: dict[str, str] = {}
+    for name, tensor in tensors:
+        whole = cropped(name, tensor, block_size)
+        if expected:
+            found[name] = checksum(held(whole, lora.base_dtype))
+        yield name, merged(name, whole, adapters.model, lora)
+    if expected and base_checksum(found) != expected:
+        raise another_base(where, OTHER_CHECKSUM)

@@ -1,4 +1,4 @@
-"""Where a model comes from: a run of ours or one checkpoint of it, a ckpt.pt, a Hugging Face folder, or a GPT-2 name.
+"""Where a model comes from: a run of ours or one checkpoint of it, a ckpt.pt, a folder of Hugging Face's, a GPT-2 name.
 
 `train`, `sample`, `export` and `inspect` resolve the same words here, into the same sources and with the same refusals.
 Reads no tensor (`weights.py`).
@@ -15,6 +15,8 @@ from typing import Any, Protocol
 
 from fsspec.implementations.local import LocalFileSystem
 
+from model import hub_commit
+from model.weight_files import ADAPTER_CONFIG, TENSOR_FILES
 from orchestrator.checkpoint.snapshot import Base
 from orchestrator.checkpoint.store import CheckpointStore
 from orchestrator.config import GPT2_NAMES
@@ -28,7 +30,7 @@ _CHECKPOINT = re.compile(r"checkpoint_\d{8,}_\w+")
 _NANOGPT_ENDS = (".pt", ".pth")
 _WEIGHT_ENDS = (".safetensors", ".index.json", ".gguf", ".h5", ".msgpack", ".onnx")
 _WEIGHT_FILE = re.compile(r"(pytorch_model|adapter_model).*\.bin")
-_FOLDER_FILES = ("config.json", "adapter_config.json")  # by which a Hugging Face folder is known
+_FOLDER_FILES = ("config.json", ADAPTER_CONFIG)  # by which a Hugging Face folder is known
 
 
 class Kind(enum.Enum):
@@ -55,8 +57,9 @@ class SourceSettings(StorageSettings, Protocol):
 class ModelSource:
     """A model that is there.
 
-    where: its path, URL or name. which: the checkpoint, of a run.
+    where: its path, URL or name. which: the checkpoint, of a run; the revision, of a Hub name, or auto.
     folder: where a run or a Hugging Face folder lies.
+    settings: by which it was found; of adapters, they tell where the base model lies.
     """
 
     kind: Kind
@@ -64,11 +67,17 @@ class ModelSource:
     which: str = "auto"
     options: dict[str, Any] | None = field(default=None, repr=False)
     folder: RunFolder | None = field(default=None, repr=False, compare=False)
+    settings: SourceSettings | None = field(default=None, repr=False, compare=False)
 
     def store(self) -> CheckpointStore:
         """Return the checkpoints of a run."""
         assert self.folder
         return CheckpointStore(self.folder)
+
+    @property
+    def revision(self) -> str:
+        """Which state of a Hub name is asked for; "" for the newest."""
+        return self.which if self.kind is Kind.HUB and self.which != "auto" else ""
 
     @property
     def is_local(self) -> bool:
@@ -86,6 +95,10 @@ def find_source(
     Raises:
         ConfigError, CheckpointError: nothing of the kind is there, or it cannot be reached.
     """
+    return replace(_find(config, which, key, folder), settings=config)
+
+
+def _find(config: SourceSettings, which: str, key: str, folder: RunFolder | None) -> ModelSource:
     if config.init_from == "resume":
         if Path(config.out_dir).is_file():
             raise CheckpointError(
@@ -113,8 +126,8 @@ def find_source(
     found = _in_folder(RunFolder(where, options, "init_from"), which, options)
     if not found:
         raise CheckpointError(
-            f"{title} holds no run, no ckpt.pt and no Hugging Face folder with a config.json: give the path or URL of "
-            f"one of these, or {', '.join(GPT2_NAMES)}"
+            f"{title} holds no run, no ckpt.pt and no Hugging Face folder with a config.json or {ADAPTER_CONFIG}: "
+            f"give the path or URL of one of these, or {', '.join(GPT2_NAMES)}"
         )
     return _chosen(found, which, key)
 
@@ -123,16 +136,22 @@ def find_base(config: SourceSettings, base: Base) -> ModelSource:
     """Return the source of the weights that a state of adapters belongs to: where it began, or lora_base says.
 
     Raises:
-        ConfigError, CheckpointError: nothing is there, or it cannot be reached.
+        CheckpointError: nothing is there, or no whole model, or it cannot be reached.
     """
     where = config.lora_base or base.source
-    remedy = "Put the weights back there, or give --lora_base=PATH, where they lie now"
+    if not where:
+        raise CheckpointError("nothing tells the base model of these adapters: give --lora_base=PATH, where it lies")
     try:
         source = find_source(_At(where, config.out_dir, config.storage_options))
+        if base.revision and not config.lora_base and source.kind in (Kind.RUN, Kind.HUB):
+            source = replace(source, which=base.revision)
+            _refuse_deleted(source)
+        _refuse_adapters(source)
+    except StorageUnavailableError:
+        raise
     except (CheckpointError, ConfigError) as error:
+        remedy = "Put the weights back there, or give --lora_base=PATH, where they lie now"
         raise CheckpointError(f"the base model of these adapters is missing: {error}. {remedy}") from None
-    if source.kind is Kind.RUN and not config.lora_base:
-        source = replace(source, which=base.revision)
     return source
 
 
@@ -144,6 +163,44 @@ def identity_of(where: str) -> str | None:
     if where in GPT2_NAMES or not is_on_disk(where):
         return where
     return seen_as(LocalFileSystem._strip_protocol(where))
+
+
+def base_of(source: ModelSource) -> Base:
+    """Return a whole model as the base of adapters, without its checksum: the checkpoint or commit that it is now.
+
+    The commit of a Hub name is known where its weights have been read.
+
+    Raises:
+        CheckpointError: it is adapters, or no checkpoint of a run is whole.
+    """
+    _refuse_adapters(source)
+    if source.kind is Kind.HUB:
+        return Base(source.where, hub_commit(source.where, source.revision))
+    where = str(Path(source.where).absolute()) if source.is_local else source.where
+    return Base(where, source.store().select(source.which).name if source.kind is Kind.RUN else "")
+
+
+def _refuse_deleted(base: ModelSource) -> None:
+    """Check that a run has a checkpoint that it had once.
+
+    Raises:
+        CheckpointError: it has deleted it.
+    """
+    if base.kind is Kind.RUN and base.which not in base.store().names():
+        raise CheckpointError(
+            f"the run {base.where} has deleted {base.which}, beside which they were trained: it keeps its newest and "
+            "its best ones alone"
+        )
+
+
+def _refuse_adapters(base: ModelSource) -> None:
+    """Check that a base is a whole model.
+
+    Raises:
+        CheckpointError: it is adapters.
+    """
+    if base.kind is Kind.ADAPTER or (base.kind is Kind.RUN and base.store().select(base.which).adapters):
+        raise CheckpointError(f"{base.where} holds adapters, and adapters need a whole model")
 
 
 @dataclass(frozen=True)
@@ -180,7 +237,8 @@ def refuse_weight_file(where: str, title: str) -> None:
     is_part = last.endswith(_WEIGHT_ENDS) or _WEIGHT_FILE.fullmatch(last) or last in _FOLDER_FILES
     if is_part:
         what = "a weights file" if last not in _FOLDER_FILES else "a file of a Hugging Face folder"
-        raise CheckpointError(f"{title}: that is {what}: give its folder, {folder or '.'}, with config.json in it")
+        its = ADAPTER_CONFIG if last.startswith("adapter_") else "config.json"
+        raise CheckpointError(f"{title}: that is {what}: give its folder, {folder or '.'}, with {its} in it")
     if last == "state.json" and _CHECKPOINT.fullmatch(folder.rpartition("/")[2]):
         raise CheckpointError(f"{title}: that is a file of a checkpoint: give its folder, {folder}")
 
@@ -193,12 +251,15 @@ def _chosen(source: ModelSource, which: str, key: str) -> ModelSource:
 
 
 def _in_folder(folder: RunFolder, which: str, options: dict[str, Any] | None) -> ModelSource | None:
-    """Return the source in a folder: a run first of all; in an out_dir then nanoGPT's ckpt.pt, else GPT-2 weights."""
+    """Return the source in a folder: a run first of all; in an out_dir then nanoGPT's ckpt.pt, else Hugging Face's."""
     where = folder.out_dir
-    huggingface = ModelSource(Kind.HUGGINGFACE, where, options=options, folder=folder)
 
-    def is_huggingface() -> bool:
-        return any(folder.exists(name) for name in _FOLDER_FILES)
+    def of_huggingface() -> ModelSource | None:
+        """Return what is there; who merges an adapter into a whole model may leave adapter_config.json beside that."""
+        has_config, has_adapter = (folder.exists(name) for name in _FOLDER_FILES)
+        is_adapter = has_adapter and not (has_config and any(folder.exists(name) for name in TENSOR_FILES))
+        kind = Kind.ADAPTER if is_adapter else Kind.HUGGINGFACE
+        return ModelSource(kind, where, options=options, folder=folder) if has_config or has_adapter else None
 
     store = CheckpointStore(folder)
     try:
@@ -206,10 +267,10 @@ def _in_folder(folder: RunFolder, which: str, options: dict[str, Any] | None) ->
             return ModelSource(Kind.RUN, where, which, options, folder)
     except StorageUnavailableError as error:
         with suppress(CheckpointError):  # who may read its files need not be allowed to list them
-            if is_huggingface():
-                return huggingface
+            if found := of_huggingface():
+                return found
         raise error
     has_ckpt = folder.exists("ckpt.pt")
-    if not (has_ckpt and folder.key == "out_dir") and is_huggingface():
-        return huggingface
+    if not (has_ckpt and folder.key == "out_dir") and (found := of_huggingface()):
+        return found
     return ModelSource(Kind.NANOGPT, f"{where.rstrip('/')}/ckpt.pt", options=options) if has_ckpt else None

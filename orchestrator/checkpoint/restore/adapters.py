@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 from model.lora import LoRAConfig, targets_of
-from orchestrator.checkpoint.formats.sources import Kind, ModelSource
-from orchestrator.checkpoint.snapshot import Adapters, Base
+from orchestrator.checkpoint.formats.sources import Kind, ModelSource, base_of
+from orchestrator.checkpoint.snapshot import Adapters
 from orchestrator.config import TrainConfig
 from orchestrator.errors import ConfigError
 
@@ -99,10 +98,3 @@ def adapters_to_train(config: TrainConfig, source: ModelSource, found: Adapters 
     if wanted is None:
         return None
     return Adapters(wanted, found.base if found else base_of(source))
-
-
-def base_of(source: ModelSource) -> Base:
-    """Return the name of a source as a base model."""
-    where = str(Path(source.where).absolute()) if source.is_local else source.where
-    revision = source.store().select(source.which).name if source.kind is Kind.RUN else ""
-    return Base(where, revision)

@@ -15,7 +15,7 @@ from typing import TypeVar
 from torch import Tensor
 
 from model.lora import frozen_parameters
-from orchestrator.checkpoint.formats.base import base_checksum, cropped, held
+from orchestrator.checkpoint.formats.base import OTHER_CHECKSUM, another_base, base_checksum, cropped, held
 from orchestrator.checkpoint.formats.sources import find_base, identity_of
 from orchestrator.checkpoint.formats.weights import look_at, read_source, using
 from orchestrator.checkpoint.restore.import_tensors import Import, read_on_ranks
@@ -57,16 +57,15 @@ def load_base(config: TrainConfig, state: TrainState, world: World) -> None:
     def read() -> Snapshot:
         source = find_base(config, base)
         snapshot = _readable(where, lambda: read_source(source, model_only=True))
-        _check_whole(snapshot, where)
         return replace(snapshot, model={name: cropped(name, x, block_size) for name, x in snapshot.model.items()})
 
     found = read_on_ranks(f"the base model {where}", identity_of(where), read, world)
     live = by_tensor(replicate(_frozen(state), world.size))
     if differing := live.keys() ^ found.shapes.keys():
-        raise _other(where, f"it lacks or adds tensors: {', '.join(sorted(differing)[:5])}")
+        raise another_base(where, f"it lacks or adds tensors: {', '.join(sorted(differing)[:5])}")
     sums = base_checksum(found.fill(live, world, checksums=True))
     if base.checksum not in ("", sums):
-        raise _other(where, "its checksum differs from the one in the run's state")
+        raise another_base(where, OTHER_CHECKSUM)
     state.adapters = replace(state.adapters, base=replace(base, checksum=sums))
     if world.is_main:
         held_bytes, taken_s = sum(tensor.nbytes for tensor in _frozen(state).values()), time.perf_counter() - began_s
@@ -76,7 +75,7 @@ def load_base(config: TrainConfig, state: TrainState, world: World) -> None:
 def check_base(config: TrainConfig, adapters: Adapters, block_size: int) -> None:
     """Check, before anything is started, that a run of adapters will find its base model.
 
-    Weights on a disk of this machine are read through once. Of others only the sizes are compared; the ranks do the
+    Weights on a disk of this machine are read through once. Of others only the headers are read; the ranks do the
     rest.
 
     Raises:
@@ -84,13 +83,13 @@ def check_base(config: TrainConfig, adapters: Adapters, block_size: int) -> None
     """
     source = find_base(config, adapters.base)
     if not source.is_local:
-        _check_whole(_readable(source.where, lambda: look_at(source, model_only=True)), source.where)
+        _readable(source.where, lambda: look_at(source, model_only=True))
         return
     found = _readable(
         source.where, lambda: using(source, lambda weights: _sum_of(weights.tensors, adapters, block_size))
     )
     if adapters.base.checksum not in ("", found):
-        raise _other(source.where, "its checksum differs from the one in the run's state")
+        raise another_base(source.where, OTHER_CHECKSUM)
 
 
 def _sum_of(tensors: Iterable[tuple[str, Tensor]], adapters: Adapters, block_size: int) -> str:
@@ -102,11 +101,6 @@ def _sum_of(tensors: Iterable[tuple[str, Tensor]], adapters: Adapters, block_siz
 
 def _frozen(state: TrainState) -> dict[str, Tensor]:
     return frozen_parameters(state.model.named_parameters())
-
-
-def _check_whole(snapshot: Snapshot, where: str) -> None:
-    if snapshot.adapters:
-        raise CheckpointError(f"{where} holds adapters, which cannot be the base model of others: give the whole model")
 
 
 def _readable(where: str, read: Callable[[], T]) -> T:
@@ -124,10 +118,3 @@ def _readable(where: str, read: Callable[[], T]) -> T:
             f"{where}, the base model of these adapters, cannot be read: {error}. Restore it from a copy, or give "
             "--lora_base=PATH, where one lies"
         ) from None
-
-
-def _other(where: str, why: str) -> CheckpointError:
-    return CheckpointError(
-        f"{where} is not the base model that these adapters were trained beside: {why}. Give --lora_base=PATH, where "
-        "the right one lies"
-    )

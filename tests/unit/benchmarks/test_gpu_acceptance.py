@@ -231,7 +231,7 @@ def test_all_of_it_works_on_a_cpu_without_ray(tmp_path: Path) -> None:
     claims = {name: len(each["claims"]) for name, each in found.items() if each.get("claims")}
     assert claims == {
         **{"attention": 2, "rescue_after_step": 2, "rescue_before_first_step": 2, "rescue_float16": 3},
-        **{"resume_eager": 2, "resume_compiled": 3, "two_ranks": 4, "rollback": 2},
+        **{"resume_eager": 2, "resume_compiled": 3, "resume_adapters": 3, "two_ranks": 4, "rollback": 2},
     }
     assert found["resume_compiled"]["figures"]["resumed"]["is_compiled"]
     assert found["pauses"]["figures"]["states_taken"] > 3

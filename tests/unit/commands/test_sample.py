@@ -135,8 +135,8 @@ def test_a_name_takes_gpt2s_tokenizer_and_shows_whole_characters(monkeypatch: py
         yield from torch.tensor(snowman)[:, None, None]
 
     @contextmanager
-    def opened(name: str, shapes_of: ShapesOf, _fs: object) -> Iterator[Pretrained]:
-        assert name == "gpt2"
+    def opened(name: str, shapes_of: ShapesOf, _fs: object, revision: str) -> Iterator[Pretrained]:
+        assert (name, revision) == ("gpt2", "")
         args = {"block_size": 4, "vocab_size": 50257, "n_layer": 1, "n_head": 1, "n_embd": 2, "bias": True}
         zeros = {name: torch.zeros(shape) for name, shape in shapes_of(args).items()}
         stored = {

@@ -184,8 +184,8 @@ def test_named_model_comes_from_the_hub(folder: Path, expected: Tensor, monkeypa
 
     asked: list[bool] = []
 
-    def download(repo_id: str, filename: str, local_files_only: bool = False) -> str:
-        assert repo_id == "openai-community/gpt2"
+    def download(repo_id: str, filename: str, revision: str | None, local_files_only: bool = False) -> str:
+        assert (repo_id, revision) == ("openai-community/gpt2", None)
         asked.append(not local_files_only)
         if local_files_only:
             raise LocalEntryNotFoundError("not in the cache")
