@@ -16,7 +16,7 @@ from torch import Tensor
 
 from model.lora import frozen_parameters
 from orchestrator.checkpoint.formats.base import OTHER_CHECKSUM, another_base, base_checksum, cropped, held
-from orchestrator.checkpoint.formats.sources import find_base, identity_of
+from orchestrator.checkpoint.formats.sources import base_of, find_base, identity_of
 from orchestrator.checkpoint.formats.weights import look_at, read_source, using
 from orchestrator.checkpoint.restore.import_tensors import Import, read_on_ranks
 from orchestrator.checkpoint.snapshot import Adapters, Snapshot
@@ -51,13 +51,14 @@ def load_base(config: TrainConfig, state: TrainState, world: World) -> None:
     """
     assert state.adapters
     began_s = time.perf_counter()
-    base, block_size = state.adapters.base, state.model.config.block_size
+    lora, base, block_size = state.adapters.lora, state.adapters.base, state.model.config.block_size
     where = config.lora_base or base.source
 
     def read() -> Snapshot:
         source = find_base(config, base)
         snapshot = _readable(where, lambda: read_source(source, model_only=True))
-        return replace(snapshot, model={name: cropped(name, x, block_size) for name, x in snapshot.model.items()})
+        model = {name: cropped(name, x, block_size) for name, x in snapshot.model.items()}
+        return replace(snapshot, model=model, adapters=Adapters(lora, base_of(source)))
 
     found = read_on_ranks(f"the base model {where}", identity_of(where), read, world)
     live = by_tensor(replicate(_frozen(state), world.size))
@@ -66,7 +67,10 @@ def load_base(config: TrainConfig, state: TrainState, world: World) -> None:
     sums = base_checksum(found.fill(live, world, checksums=True))
     if base.checksum not in ("", sums):
         raise another_base(where, OTHER_CHECKSUM)
-    state.adapters = replace(state.adapters, base=replace(base, checksum=sums))
+    read_now = found.snapshot().adapters
+    if read_now and not config.lora_base:  # a folder of peft's need not tell the revision
+        base = replace(base, revision=base.revision or read_now.base.revision)
+    state.adapters = Adapters(lora, replace(base, checksum=sums))
     if world.is_main:
         held_bytes, taken_s = sum(tensor.nbytes for tensor in _frozen(state).values()), time.perf_counter() - began_s
         logger.info("the base model %s: %.2f GB held, read and compared in %.1f s", where, held_bytes / 1e9, taken_s)
