@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -10,7 +12,10 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from benchmarks.gpu.child import Report, Setting
-from model import GPT, GPTConfig
+from model import GPT, GPTConfig, LoRAConfig
+from orchestrator.capacity.gpu import MARGIN, gpu_memory
+from orchestrator.capacity.shape import shape_of
+from orchestrator.config import TrainConfig
 
 _XL_BYTES, _XL_GB = 40e9, 34.0  # what a card needs to be asked, and what a step may take
 
@@ -61,6 +66,39 @@ def xl(setting: Setting, report: Report) -> None:
     if setting.is_on_gpu and not setting.is_tiny:
         peak_gb = report.figures["plain"]["peak_gb"]
         report.claim(f"a step of GPT-2 XL takes less than {_XL_GB:.0f} GB", peak_gb < _XL_GB, f"{peak_gb:.1f} GB")
+
+
+def xl_adapters(setting: Setting, report: Report) -> None:
+    """Memory and time of a step of GPT-2 XL that trains adapters, beside what `orchestrator plan` says of it."""
+    tiny = {"n_layer": 2, "n_head": 2, "n_embd": 32, "block_size": 32, "vocab_size": 64}
+    args: dict[str, Any] = (
+        tiny if setting.is_tiny else {"n_layer": 48, "n_head": 25, "n_embd": 1600, "vocab_size": 50257}
+    )
+    lora = LoRAConfig(8, base_dtype="bfloat16")
+    model = GPT.empty(GPTConfig(**args, dropout=0.1), setting.device, lora)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.normal_(0, 0.02)
+    optimizer = model.configure_optimizers(0.1, 1e-5, (0.9, 0.95), setting.device)
+    for name, batch_size, savings in (("plain", 1, False), ("four_sequences", 4, False), ("both_savings", 4, True)):
+        model.transformer.recompute, model.loss_chunk = savings, 256 * savings
+        idx = torch.randint(model.config.vocab_size, (batch_size, model.config.block_size), device=setting.device)
+        report.figure(name, found := [_step(setting, model, optimizer, idx) for _ in range(3)][-1])
+        config = replace(
+            TrainConfig(init_from="gpt2-xl", lora_rank=8, lora_base_dtype="bfloat16", dtype="bfloat16", dropout=0.1),
+            activation_checkpointing=savings,
+            loss_chunk=256 * savings,
+            batch_size=batch_size,
+            block_size=model.config.block_size,
+            gradient_accumulation_steps=1,
+        )
+        planned = gpu_memory(config, shape_of(config, {**args, "bias": True}))
+        planned_gb = (planned.total - planned.items["CUDA (estimate)"]) / 1e9
+        report.figure(f"{name}_planned_gb", planned_gb)
+        if setting.is_on_gpu and not setting.is_tiny:
+            holds = found["peak_gb"] < planned_gb * (1 + MARGIN)
+            text = f"{name} takes no more than the plan says, and a tenth"
+            report.claim(text, holds, f"{found['peak_gb']:.2f} GB, planned {planned_gb:.2f}")
 
 
 def _step(setting: Setting, model: GPT, optimizer: torch.optim.Optimizer, idx: Tensor) -> dict[str, float]:

@@ -42,5 +42,6 @@ SECTIONS = (
     Section("sampling", "benchmarks.gpu.speed:sampling", 20, 45, is_timed=True, on_cpu=True),
     Section("kill_memory", "benchmarks.gpu.state:kill_memory", 12, 45, is_timed=True),
     Section("xl", "benchmarks.gpu.memory:xl", 20, 50, is_timed=True, on_cpu=True),
+    Section("xl_adapters", "benchmarks.gpu.memory:xl_adapters", 15, 50, is_timed=True, on_cpu=True),
     Section("contexts", "benchmarks.gpu.runs:contexts", 6, 60, is_timed=True),
 )
