@@ -106,7 +106,7 @@ def _step(setting: Setting, model: GPT, optimizer: torch.optim.Optimizer, idx: T
         torch.cuda.reset_peak_memory_stats()
     began_s = time.perf_counter()
     with torch.autocast(setting.device, torch.bfloat16):
-        _, loss = model(idx, idx)
+        loss = model(idx, idx)[1]  # as in the loop: a name for the logits would keep them
     loss.backward()
     torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
     optimizer.step()

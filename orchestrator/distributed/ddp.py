@@ -62,7 +62,7 @@ class DDPTraining:
         shape = (rows, self._config.block_size)
         X, Y = (torch.zeros(shape, dtype=torch.int64, device=self._device) for _ in range(2))  # any tokens show it
         with autocast(self._config):
-            _, loss = ddp(X, Y)
+            loss = ddp(X, Y)[1]
         loss.backward()
         ddp.zero_grad(set_to_none=False)
 

@@ -43,7 +43,7 @@ def evaluate(
             if (k := first + world.rank) < config.eval_iters:
                 X, Y = to_device(data.batch(split, 0, k, evaluation=True), world.device)
                 with autocast(config):
-                    _, loss = net(X, Y)
+                    loss = net(X, Y)[1]
                 mine.append(loss)
         losses = torch.zeros(config.eval_iters, dtype=torch.float64)
         if mine:
