@@ -35,6 +35,10 @@ class PretrainedError(ValueError):
     """Pretrained weights that cannot be reached, are damaged, or belong to another architecture."""
 
 
+class UnreachableError(PretrainedError):
+    """Pretrained weights whose storage, or the Hub, has failed: its exception is the cause."""
+
+
 def names_in(names: Iterable[str]) -> tuple[dict[str, str], list[str]]:
     """Return our name -> the file's name, and the names that are left out: of other heads, such as `score.weight`.
 

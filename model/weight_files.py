@@ -11,8 +11,8 @@ import pickle
 import struct
 import zipfile
 import zlib
-from collections.abc import Callable
-from contextlib import AbstractContextManager, suppress
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path, PurePosixPath
@@ -23,7 +23,7 @@ from fsspec.implementations.local import LocalFileSystem
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from model.huggingface import HUB_OWNER, PretrainedError
+from model.huggingface import HUB_OWNER, PretrainedError, UnreachableError
 
 TENSOR_FILES = (
     "model.safetensors",
@@ -91,6 +91,8 @@ def stored_tensors(folder: Folder, files: tuple[str, ...] = TENSOR_FILES) -> dic
             if error.args != (name,):
                 raise PretrainedError(f"{folder.title}: {name} names a file that is not there: {error}") from error
             continue
+        except PretrainedError:
+            raise
         except ValueError as error:
             raise _unreadable(name, folder, error) from error
         return found
@@ -102,8 +104,6 @@ def stored_tensors(folder: Folder, files: tuple[str, ...] = TENSOR_FILES) -> dic
 
 
 def _unreadable(name: str, folder: Folder, error: Exception) -> PretrainedError:
-    if isinstance(error, PretrainedError):
-        return error
     return PretrainedError(f"{folder.title}: {name} cannot be read: {error}")
 
 
@@ -228,13 +228,16 @@ def _load(file: Path | BinaryIO, name: str, **options: Any) -> dict[str, Tensor]
 def folder_at(source: str, fs: Any, path: str, scratch: Path) -> Folder:
     """Return a folder that an fsspec filesystem has; what does not lie on this machine is fetched to scratch."""
 
-    def reachable(name: str, call: Callable[[], Any]) -> Any:
+    @contextmanager
+    def reachable(name: str, of_the_reader: tuple[type[Exception], ...] = ()) -> Iterator[None]:
         try:
-            return call()
+            yield
         except FileNotFoundError:
             raise FileNotFoundError(name) from None
+        except of_the_reader:
+            raise
         except Exception as error:  # every storage library has exceptions of its own
-            raise PretrainedError(f"{source}: cannot fetch {name}: {type(error).__name__}: {error}") from error
+            raise UnreachableError(f"{source}: cannot fetch {name}: {type(error).__name__}: {error}") from error
 
     def fetch(name: str) -> Path:
         if isinstance(fs, LocalFileSystem):
@@ -242,13 +245,20 @@ def folder_at(source: str, fs: Any, path: str, scratch: Path) -> Folder:
                 raise FileNotFoundError(name)
             return Path(path, name)
         if not (scratch / name).exists():
-            reachable(name, lambda: fs.get_file(f"{path}/{name}", str(scratch / name)))
+            with reachable(name):
+                fs.get_file(f"{path}/{name}", str(scratch / name))
         return scratch / name
 
-    def open_file(name: str) -> AbstractContextManager[BinaryIO]:
+    @contextmanager
+    def open_file(name: str) -> Iterator[BinaryIO]:
         if isinstance(fs, LocalFileSystem):
-            return fetch(name).open("rb")
-        return reachable(name, lambda: fs.open(f"{path}/{name}", "rb", block_size=_BLOCK_BYTES))  # type: ignore[no-any-return]
+            with fetch(name).open("rb") as file:
+                yield file
+            return
+        with reachable(name):
+            remote = fs.open(f"{path}/{name}", "rb", block_size=_BLOCK_BYTES)
+        with remote, reachable(name, (ValueError,)):  # bytes are fetched when they are read, and may be no tensors
+            yield remote
 
     return Folder(source, fetch, open_file)
 
@@ -294,8 +304,8 @@ def hub_commit(model_type: str, revision: str = "") -> str:
     return ""
 
 
-def _unreachable(model_type: str, cause: Exception) -> PretrainedError:
-    return PretrainedError(
+def _unreachable(model_type: str, cause: Exception) -> UnreachableError:
+    return UnreachableError(
         f"{model_type}: cannot reach the Hugging Face Hub ({type(cause).__name__}: {cause}). Download config.json and "
         f"model.safetensors of {HUB_OWNER}/{model_type} on a machine that can, and pass the path or URL of their "
         "folder instead of the name."

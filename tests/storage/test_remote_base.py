@@ -12,12 +12,15 @@ from orchestrator.checkpoint.formats.huggingface import write_huggingface
 from orchestrator.checkpoint.snapshot import tensors_equal
 from orchestrator.config import TrainConfig
 from orchestrator.driver.preflight import plan
+from orchestrator.errors import StorageUnavailableError
+from orchestrator.storage import retry
 from tests.conftest import Storage, final_state
 from tests.support import ranks
 from tests.support.bases import WatchBase, held
 from tests.support.faults import Fault
 from tests.support.proxy import FaultyProxy
 from tests.support.runs import metrics_in
+from tests.support.storage_runs import Run, fault_of, gets
 
 
 @pytest.mark.slow  # four groups of ranks, one after the other
@@ -62,3 +65,28 @@ def test_it_is_fetched_once_for_all_ranks_and_a_change_is_noticed(
     assert refused.said.count("CheckpointError") == 3
     assert f"{url} is not the base model that these adapters were trained beside: its checksum differs" in refused.said
     assert metrics_in(config.out_dir) == before, "no iteration has begun"
+
+
+@pytest.mark.parametrize("kind", [pytest.param("503", marks=pytest.mark.slow), "reset"])
+def test_storage_that_fails_while_it_is_read_ends_no_run(
+    kind: str,
+    adapters: TrainConfig,
+    base_run: str,
+    faulty_s3: Storage,
+    proxy: FaultyProxy,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A restore tries again; what lasts longer fails the attempt, which may be started again, and not the run."""
+    url = f"{faulty_s3.url}/base"
+    write_huggingface(final_state(base_run), url)
+    monkeypatch.setattr(retry, "READ_AGAIN_FOR_S", 2.0)
+    config = replace(adapters, init_from=url)
+    Run(replace(config, max_iters=4)).train()
+    fault = fault_of(kind, proxy, gets("base/model.safetensors"), times=10**6)
+    fault.after_bytes = 100
+    with pytest.raises(StorageUnavailableError, match="the base model of these adapters"):
+        Run(config, "b").train()
+    assert fault.fired
+    fault.fired = 10**6 - 3  # it passes
+    Run(config, "c").train()
+    assert final_state(config.out_dir).iter_num == config.max_iters

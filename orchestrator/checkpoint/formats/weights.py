@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from model import PretrainedError, open_adapter, open_pretrained, parameter_shapes, read_pretrained_args
+from model.huggingface import UnreachableError
 from model.names import HEAD
 from model.pretrained import Pretrained
 from orchestrator.checkpoint.finite import all_finite
@@ -28,6 +29,7 @@ from orchestrator.data.tokenizer_folder import read_tokenizer_folder
 from orchestrator.data.tokenizers import Tokenizer
 from orchestrator.data.vocabulary import GPT2, assumed
 from orchestrator.errors import CheckpointError, DamagedError, DataError
+from orchestrator.storage.reasons import is_transient
 
 logger = logging.getLogger(__name__)
 
@@ -111,6 +113,12 @@ def read_merged(source: ModelSource) -> Snapshot:
         CheckpointError: the adapters or their base are missing or damaged, or the base is another model.
     """
     return using(source, lambda weights: replace(weights.snapshot, model=dict(weights.tensors)))
+
+
+def was_unreachable(error: CheckpointError) -> bool:
+    """Return whether pretrained weights could not be read because storage or the Hub has failed, which may pass."""
+    why = error.__cause__
+    return isinstance(why, UnreachableError) and why.__cause__ is not None and is_transient(why.__cause__)
 
 
 def look_at(source: ModelSource, model_only: bool = False) -> Snapshot:
@@ -297,11 +305,11 @@ def _translate(call: Callable[[], T]) -> T:
     try:
         return call()
     except PretrainedError as error:
-        raise CheckpointError(str(error)) from None
+        raise CheckpointError(str(error)) from error
 
 
 def _translated(tensors: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
     try:
         yield from tensors
     except PretrainedError as error:
-        raise CheckpointError(str(error)) from None
+        raise CheckpointError(str(error)) from error

@@ -16,8 +16,8 @@ from torch import Tensor
 
 from model.lora import frozen_parameters
 from orchestrator.checkpoint.formats.base import OTHER_CHECKSUM, another_base, base_checksum, cropped, held
-from orchestrator.checkpoint.formats.sources import base_of, find_base, identity_of
-from orchestrator.checkpoint.formats.weights import look_at, read_source, using
+from orchestrator.checkpoint.formats.sources import ModelSource, base_of, find_base, identity_of
+from orchestrator.checkpoint.formats.weights import look_at, read_source, using, was_unreachable
 from orchestrator.checkpoint.restore.import_tensors import Import, read_on_ranks
 from orchestrator.checkpoint.snapshot import Adapters, Snapshot
 from orchestrator.checkpoint.state import TrainState
@@ -56,7 +56,7 @@ def load_base(config: TrainConfig, state: TrainState, world: World) -> None:
 
     def read() -> Snapshot:
         source = find_base(config, base)
-        snapshot = _readable(where, lambda: read_source(source, model_only=True))
+        snapshot = _readable(source, lambda: read_source(source, model_only=True))
         model = {name: cropped(name, x, block_size) for name, x in snapshot.model.items()}
         return replace(snapshot, model=model, adapters=Adapters(lora, base_of(source)))
 
@@ -87,11 +87,9 @@ def check_base(config: TrainConfig, adapters: Adapters, block_size: int) -> None
     """
     source = find_base(config, adapters.base)
     if not source.is_local:
-        _readable(source.where, lambda: look_at(source, model_only=True))
+        _readable(source, lambda: look_at(source, model_only=True))
         return
-    found = _readable(
-        source.where, lambda: using(source, lambda weights: _sum_of(weights.tensors, adapters, block_size))
-    )
+    found = _readable(source, lambda: using(source, lambda weights: _sum_of(weights.tensors, adapters, block_size)))
     if adapters.base.checksum not in ("", found):
         raise another_base(source.where, OTHER_CHECKSUM)
 
@@ -107,18 +105,23 @@ def _frozen(state: TrainState) -> dict[str, Tensor]:
     return frozen_parameters(state.model.named_parameters())
 
 
-def _readable(where: str, read: Callable[[], T]) -> T:
-    """Return what `read` makes of a base model.
+def _readable(source: ModelSource, read: Callable[[], T]) -> T:
+    """Return what `read` makes of a base model; while its storage does not answer, try again.
 
     Raises:
+        StorageUnavailableError: it has not answered for a minute. That may pass, and the next attempt reads again.
         CheckpointError: it is damaged; the message tells the remedy.
     """
-    try:
-        return read()
-    except StorageUnavailableError:
-        raise
-    except CheckpointError as error:
-        raise CheckpointError(
-            f"{where}, the base model of these adapters, cannot be read: {error}. Restore it from a copy, or give "
-            "--lora_base=PATH, where one lies"
-        ) from None
+
+    def attempt() -> T:
+        try:
+            return read()
+        except CheckpointError as error:
+            if isinstance(error, StorageUnavailableError) or was_unreachable(error):
+                raise StorageUnavailableError(f"the base model of these adapters: {error}") from error
+            raise CheckpointError(
+                f"{source.where}, the base model of these adapters, cannot be read: {error}. Restore it from a copy, "
+                "or give --lora_base=PATH, where one lies"
+            ) from None
+
+    return source.folder.read_with_retries(attempt) if source.folder else attempt()
