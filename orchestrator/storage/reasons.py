@@ -117,13 +117,11 @@ def is_transient(error: BaseException) -> bool:
     """
     if has_expired(error):
         return True
-    root: BaseException | None = error
-    while root:
-        if isinstance(root, (PermissionError, NotADirectoryError, IsADirectoryError)):
+    for each in _chain(error, with_contexts=False):
+        if isinstance(each, (PermissionError, NotADirectoryError, IsADirectoryError)):
             return False
-        if isinstance(root, OSError) and root.errno in _LASTING:
+        if isinstance(each, OSError) and each.errno in _LASTING:
             return False
-        root = root.__cause__
     fault = error.__cause__ or error if isinstance(error, UserError) else error
     return isinstance(fault, Exception) and not isinstance(fault, (TypeError, AttributeError, LookupError))
 
@@ -157,13 +155,14 @@ def lacks_bucket(error: BaseException) -> bool:
     return any(_code(each) == "NoSuchBucket" for each in _chain(error))
 
 
-def _chain(error: BaseException | None) -> Iterator[BaseException]:
-    """Yield an exception, and those that it was made of."""
+def _chain(error: BaseException | None, *, with_contexts: bool = True) -> Iterator[BaseException]:
+    """Yield an exception, and those that it was made of; with_contexts: or in whose handling it came up."""
     seen: set[int] = set()
     while error is not None and id(error) not in seen:
         seen.add(id(error))
         yield error
-        error = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
+        context = error.__context__ if with_contexts and not error.__suppress_context__ else None
+        error = error.__cause__ or context
 
 
 def _code(error: BaseException) -> str | None:

@@ -107,3 +107,10 @@ def test_what_may_be_put_right_by_other_credentials_is_known() -> None:
 def test_a_bucket_that_is_missing_is_told_from_a_file() -> None:
     assert lacks_bucket(answer("NoSuchBucket"))
     assert not lacks_bucket(answer("NoSuchKey"))
+
+
+def test_an_exception_that_is_its_own_cause_is_judged_as_well() -> None:
+    error = ConnectionResetError("reset")
+    error.__cause__ = error
+    assert is_transient(error)
+    assert "reset" in reason_of(error)
