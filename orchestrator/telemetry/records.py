@@ -52,7 +52,10 @@ class LanesChanged:
 
 @dataclass(frozen=True, kw_only=True)
 class Step:
-    """A logged iteration. mfu: 1.0 is the card's peak; tflops: TFLOP/s; None each while it is not known."""
+    """A logged iteration. mfu: 1.0 is the card's peak; tflops: TFLOP/s; None each while it is not known.
+
+    grad_norm: of the global batch's gradient, before it is clipped; None in records of older versions.
+    """
 
     kind: ClassVar = "step"
     iter: int
@@ -62,6 +65,7 @@ class Step:
     mfu: float | None
     tflops: float | None
     tokens_per_s: float
+    grad_norm: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -211,11 +215,12 @@ class AttemptPlaced:
 
 @dataclass(frozen=True, kw_only=True)
 class AttemptRunning:
-    """The workers of a group run our code."""
+    """The workers of a group run our code. nodes: host names by rank; None in records of older versions."""
 
     kind: ClassVar = "attempt_running"
     number: int
     num_workers: int
+    nodes: list[str] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
