@@ -20,6 +20,8 @@ from orchestrator.data.vocabulary import name_of
 from orchestrator.errors import CheckpointError
 from orchestrator.storage.run_folder import RUN_FILE
 
+COLUMNS = ("checkpoint", "iteration", "val loss", "MB", "saved (UTC)", "where", "state")
+
 
 @dataclass(frozen=True)
 class InspectConfig:
@@ -53,16 +55,22 @@ def _table(config: InspectConfig, source: ModelSource) -> str:
     if not names and not folder.read_json(RUN_FILE):
         raise CheckpointError(f"out_dir={config.out_dir} holds no run: give the --out_dir of a training run")
     found = list(store.newest_first())
-    top = best(found)
     names = [name for name in names if source.which in ("auto", name)]
-    rows: list[tuple[str, ...]] = [("checkpoint", "iteration", "val loss", "MB", "saved (UTC)", "where", "state")]
+    rows: list[tuple[str, ...]] = [COLUMNS]
     rows += _memory_rows(config, folder.run_id(make=False))
-    rows += [_row(store, name, found, top, config.verify) for name in names]
+    rows += [_row(store, name, found, best(found), config.verify) for name in names]
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
     lanes = found[0].state["config"].get("lanes") if found else 0
     in_lanes = f", gradients summed in {lanes} lanes" if lanes else ""
     return "\n".join([f"{source.where}: {len(found)} checkpoint(s){in_lanes}", *lines])
+
+
+def storage_rows(store: CheckpointStore) -> Iterator[tuple[str, ...]]:
+    """Yield the checkpoints in storage as rows below COLUMNS, newest first."""
+    found = list(store.newest_first())
+    for name in store.names():
+        yield _row(store, name, found, best(found), verify=False)
 
 
 def _row(

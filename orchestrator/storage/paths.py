@@ -14,7 +14,18 @@ from typing import Any, TypeVar
 from orchestrator.errors import ConfigError
 from orchestrator.storage.options import is_options_file
 
-PATH_KEYS = ("out_dir", "data_dir", "init_from", "memory_dir", "storage_options", "to", "text", "tokenizer", "start")
+PATH_KEYS = (
+    "out_dir",
+    "data_dir",
+    "init_from",
+    "memory_dir",
+    "storage_options",
+    "to",
+    "html",
+    "text",
+    "tokenizer",
+    "start",
+)
 _FOLDERS_OF_NODES = ("data_dir", "memory_dir")  # never in an object store
 _MUST_BE_GIVEN = ("out_dir", "data_dir")
 _FILE = "FILE:"  # nanoGPT's sign for a prompt that lies in a file
@@ -88,7 +99,9 @@ def _scheme_known(key: str, path: str) -> str:
         return rest.removeprefix("localhost") if rest.startswith("localhost/") else rest
     if key in _FOLDERS_OF_NODES:
         raise ConfigError(f"{key}={path!r} is a URL: give a folder on a disk, at the same path on every node")
-    if key in ("out_dir", "init_from", "to") and _PASSWORD.search(path):  # it would lie in files and in logs
+    if key in ("out_dir", "init_from", "to", "html", "compare") and _PASSWORD.search(
+        path
+    ):  # it would lie in files and in logs
         raise ConfigError(
             f"{key} holds a password: leave it out of the URL, storage takes it from the environment or a profile"
         )
