@@ -16,7 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from benchmarks.same_bits import ROOT
@@ -116,11 +116,7 @@ def records_of(iterations: int) -> Iterator[Stamped]:
     while it < iterations:
         if it in kills:
             kills.remove(it)
-            seen = {"text": "its process was killed or has crashed", "node": "gpu-b", "rescue_s": 0.3}
-            yield told(
-                Failure(number=number, cause="worker_lost", ranks=[3], reached_iter=it, reached_at_s=now_s, **seen),
-                1.0,
-            )
+            yield told(killed(number, it, now_s), 1.0)
             yield told(AttemptEnded(number=number), 1.0)
             yield from begin(it)
         if it == goes_back_at and not is_back:
@@ -139,7 +135,21 @@ def records_of(iterations: int) -> Iterator[Stamped]:
     yield told(DriverEnded(outcome="finished"), 5.0)
 
 
-def told_steps(told, it: int, *, is_bad: bool) -> Iterator[Stamped]:  # type: ignore[no-untyped-def]
+def killed(number: int, it: int, reached_at_s: float) -> Failure:
+    """Return the record of a worker that is lost; the others have kept the state."""
+    return Failure(
+        number=number,
+        cause="worker_lost",
+        ranks=[3],
+        text="its process was killed or has crashed",
+        node="gpu-b",
+        rescue_s=0.3,
+        reached_iter=it,
+        reached_at_s=reached_at_s,
+    )
+
+
+def told_steps(told: Callable[[Record, float], Stamped], it: int, *, is_bad: bool) -> Iterator[Stamped]:
     """Yield the records of an iteration."""
     dt_s = _STEP_S * random.Random(it).lognormvariate(0.0, 0.05)
     loss = _loss(it) + random.Random(-it).gauss(0.0, 0.03) + (3.0 if is_bad else 0.0)
@@ -154,7 +164,7 @@ def told_steps(told, it: int, *, is_bad: bool) -> Iterator[Stamped]:  # type: ig
 
 
 def _loss(it: int) -> float:
-    return 2.8 + 8.0 / (1.0 + it / 400.0) ** 0.6
+    return 2.8 + 8.0 / math.pow(1.0 + it / 400.0, 0.6)
 
 
 def _lr(it: int) -> float:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from bokeh.models import DataRange1d, HoverTool
+from bokeh.models import DataRange1d, HoverTool, NumeralTickFormatter, PrintfTickFormatter
 from bokeh.plotting import figure
 
 from orchestrator.report.run import Run
@@ -25,19 +25,21 @@ _PERCENTILES = (50, 95, 99)
 def curves_of(runs: Sequence[Run]) -> dict[str, figure]:
     """Return the figures that there are numbers for, by name; they zoom together."""
     x_range = DataRange1d(range_padding=0.01)
-    tokens = _over_iterations("tokens per second", "", x_range)
     figures = {
         "loss": _losses(runs, x_range),
-        "lr": _over_iterations("learning rate", "", x_range),
-        "grad_norm": _over_iterations("gradient norm, before clipping", "", x_range),
-        "tokens_per_s": tokens,
-        "mfu": _over_iterations("MFU, percent", "", x_range),
+        "lr": _over_iterations("learning rate", x_range, PrintfTickFormatter(format="%.1e")),
+        "grad_norm": _over_iterations("gradient norm, before clipping", x_range),
+        "tokens_per_s": _over_iterations("tokens per second", x_range, NumeralTickFormatter(format="0,0")),
+        "mfu": _over_iterations("MFU, percent", x_range),
+        "tflops": _over_iterations("TFLOP/s per GPU", x_range),
         "dt_s": _step_times(runs, x_range),
     }
-    for name in ("lr", "grad_norm", "tokens_per_s", "mfu"):
+    for name in ("lr", "grad_norm", "tokens_per_s", "mfu", "tflops"):
         for n, run in enumerate(runs):
             factor = 100 if name == "mfu" else 1
             _curve(figures[name], run, run.steps["iter"], run.steps[name] * factor, OF_RUNS[n % len(OF_RUNS)])
+    if figures["mfu"].renderers:
+        del figures["tflops"]  # the same curve
     return {name: each for name, each in figures.items() if each.renderers}
 
 
@@ -46,7 +48,7 @@ def label_of(run: Run) -> str:
     return run.name.replace("$$", "$ $")
 
 
-def _over_iterations(title: str, y_label: str, x_range: DataRange1d, height: int = 230) -> figure:
+def _over_iterations(title: str, x_range: DataRange1d, ticks: Any = None, height: int = 230) -> figure:
     made = figure(
         title=title,
         x_range=x_range,
@@ -56,15 +58,16 @@ def _over_iterations(title: str, y_label: str, x_range: DataRange1d, height: int
         tools=_TOOLS,
         active_drag="box_zoom",
         x_axis_label="iteration",
-        y_axis_label=y_label or None,
     )
-    made.xaxis.formatter.use_scientific = False
+    made.xaxis.formatter = NumeralTickFormatter(format="0,0")
+    if ticks:
+        made.yaxis.formatter = ticks
     made.toolbar.autohide, made.toolbar.logo = True, None
     return made
 
 
 def _losses(runs: Sequence[Run], x_range: DataRange1d) -> figure:
-    made = _over_iterations("loss", "", x_range, height=380)
+    made = _over_iterations("loss", x_range, height=380)
     is_alone = len(runs) == 1
     for n, run in enumerate(runs):
         color = OF_RUNS[n % len(OF_RUNS)]
@@ -90,7 +93,8 @@ def _curve(made: figure, run: Run, x: Array, y: Array, color: str, name: str = "
     label = name or label_of(run)
     legend = {"legend_label": label} if name else {}
     is_long = len(y) >= 50
-    raw = _line(made, x, y, label, color=color, alpha=0.35 if is_long else 1.0, line_width=1, **legend)
+    alpha = 1.0 if not is_long else 0.35 if len(y) < 2000 else 0.15  # where lines lie on each other, less
+    raw = _line(made, x, y, label, color=color, alpha=alpha, line_width=1, **legend)
     if is_long:
         _line(made, x, smooth(y, max(5, len(y) // 100)), label, color=color, line_width=2, **legend)
     if not name:
@@ -143,7 +147,7 @@ def _with_gaps(x: Array, y: Array) -> tuple[Array, Array]:
 
 
 def _step_times(runs: Sequence[Run], x_range: DataRange1d) -> figure:
-    made = _over_iterations("milliseconds per step: median, 95th and 99th percentile", "", x_range)
+    made = _over_iterations("milliseconds per step: median, 95th and 99th percentile", x_range)
     for n, run in enumerate(runs):
         color = OF_RUNS[n % len(OF_RUNS)]
         x, found = percentiles(run.steps["iter"], run.steps["dt_s"] * 1000, _PERCENTILES)

@@ -15,10 +15,12 @@ from jinja2 import Environment
 
 from orchestrator.report.curves import GREY, OF_RUNS, curves_of
 from orchestrator.report.run import Run
-from orchestrator.report.timeline import COLORS, WORDS, timeline_of
+from orchestrator.report.timeline import COLORS, MARKS, WORDS, timeline_of
 from orchestrator.telemetry.goodput import PHASES, Incident, Ledger, duration
 
 GENERATOR = "nanogpt-orchestrator report"  # by it we know our own page again
+_MAX_SKIPPED = 50  # stretches of skipped steps in the table
+_WITHOUT_PLACE = ("pause", "lost")  # a ledger knows how long they took, not when they were
 _FONT = "system-ui, sans-serif"
 _THEME = Theme(
     json={
@@ -65,6 +67,8 @@ def page_of(runs: Sequence[Run]) -> str:
         bokeh_script="\n".join(resources.js_raw),
         draw_script=script,
         curves={name: divs[name] for name in curves},
+        legend=[*(("■", COLORS[entry], word) for entry, word in WORDS.items() if entry not in _WITHOUT_PLACE)]
+        + [(sign, color, word) for word, (_, sign, color) in MARKS.items()],
         different_settings=_different_settings(runs),
         runs=[
             {
@@ -75,6 +79,8 @@ def page_of(runs: Sequence[Run]) -> str:
                 "parts": _parts(run.ledger),
                 "incidents": [_incident(each, run.ledger) for each in run.ledger.incidents],
                 "step_times": _step_times(run),
+                "skipped": _skipped(run)[:_MAX_SKIPPED],
+                "n_skipped": len(_skipped(run)),
             }
             for n, run in enumerate(runs)
         ],
@@ -105,7 +111,7 @@ def _tiles(run: Run) -> dict[str, str]:
         "failures": str(len(ledger.incidents)),
     }
     if begin and begin.world_size:
-        tiles["workers"] = f"{begin.world_size} on {begin.device or '?'}"
+        tiles["workers"] = f"{begin.world_size}, {(begin.device or '').partition(':')[0]}"
     return tiles
 
 
@@ -148,6 +154,17 @@ def _step_times(run: Run) -> dict[str, str]:
     return {
         name: f"{ms:,.1f} ms" for name, ms in zip(("median", "90th", "95th", "99th", "longest"), found, strict=True)
     }
+
+
+def _skipped(run: Run) -> list[tuple[int, int, str]]:
+    """Return skipped steps in a row as one: first iteration, last iteration, why."""
+    found: list[tuple[int, int, str]] = []
+    for step in run.skipped_steps:
+        if found and step.iter == found[-1][1] + 1:
+            found[-1] = (found[-1][0], step.iter, found[-1][2])
+        else:
+            found.append((step.iter, step.iter, step.why or ""))
+    return found
 
 
 def _different_settings(runs: Sequence[Run]) -> dict[str, list[str]]:

@@ -35,6 +35,12 @@ WORDS = {
     "waiting": "waiting",
     "lost": "repeated",
 }
+MARKS = {  # of checkpoints: Bokeh's marker, the same as text, color
+    "checkpoint in storage": ("circle", "●", BLUE),
+    "checkpoint in memory": ("diamond", "◆", GREEN),
+    "checkpoint skipped": ("triangle", "▲", GREY),
+    "checkpoint failed": ("x", "✕", VERMILLION),
+}
 _MAX_RANKS = 48  # as rows; where there are more, the ranks of a node share one
 _MAX_STRETCHES = 20_000
 _ABOVE = ("incidents", "checkpoints", "run")
@@ -57,9 +63,6 @@ def timeline_of(run: Run) -> figure | None:
         _draw(made, entry, color, placed, _longest(of_entry, _MAX_STRETCHES // len(placed)))
     _draw_checkpoints(made, run)
     _draw_incidents(made, run.ledger.incidents)
-    made.legend.orientation, made.legend.ncols = "horizontal", 6
-    made.legend.background_fill_alpha = made.legend.border_line_alpha = 0.0
-    made.legend.click_policy = "hide"
     return made
 
 
@@ -112,7 +115,7 @@ def _draw(
         return
     data = {"left": left * 1000, "right": right * 1000, "top": y - 0.36, "bottom": y + 0.36, "s": (right - left)}
     source = ColumnDataSource({**data, "s": data["s"].astype(np.float32)})
-    style = {"fill_color": color, "line_color": color, "line_width": 0.5, "legend_label": WORDS[entry]}
+    style = {"fill_color": color, "line_color": color, "line_width": 0.5}
     drawn = made.quad("left", "right", "top", "bottom", source=source, name=WORDS[entry], **style)
     tooltips = [("", "$name"), ("from", "@left{%m-%d %H:%M:%S}"), ("seconds", "@s{0,0.0}")]
     made.add_tools(HoverTool(renderers=[drawn], tooltips=tooltips, formatters={"@left": "datetime"}))
@@ -134,13 +137,8 @@ def _draw_checkpoints(made: figure, run: Run) -> None:
                 skipped.append((stamped.time_s, it, f"{name}: {why}"))
             case Failure(reached_iter=int(it), reached_at_s=reached_s):
                 rescued.append((reached_s or stamped.time_s, it, "rescued into node memory"))
-    for marks, marker, color, word in (
-        (saved, "circle", BLUE, "in storage"),
-        (rescued, "diamond", GREEN, "in memory"),
-        (skipped, "triangle", GREY, "skipped"),
-        (failed, "x", VERMILLION, "failed"),
-    ):
-        _draw_marks(made, marks, _ABOVE.index("checkpoints"), f"checkpoint {word}", marker=marker, color=color)
+    for marks, (word, (marker, _, color)) in zip((saved, rescued, skipped, failed), MARKS.items(), strict=True):
+        _draw_marks(made, marks, _ABOVE.index("checkpoints"), word, marker=marker, color=color)
 
 
 def _draw_marks(made: figure, marks: Sequence[tuple[float, int, str]], row: int, word: str, **style: Any) -> None:
@@ -149,9 +147,7 @@ def _draw_marks(made: figure, marks: Sequence[tuple[float, int, str]], row: int,
     times_s, iterations, texts = zip(*sorted(marks), strict=True)
     data = {"x": np.array(times_s) * 1000, "y": [row] * len(marks), "iter": list(iterations), "text": list(texts)}
     size = 12 if style["marker"] in ("diamond", "x") else 8
-    drawn = made.scatter(
-        "x", "y", source=ColumnDataSource(data), size=size, line_width=2, name=word, legend_label=word, **style
-    )
+    drawn = made.scatter("x", "y", source=ColumnDataSource(data), size=size, line_width=2, name=word, **style)
     tooltips = [("", "$name"), ("iteration", "@iter{0,0}"), ("", "@text")]
     made.add_tools(HoverTool(renderers=[drawn], tooltips=tooltips))
 

@@ -53,9 +53,7 @@ OF_THE_LOOP: dict[str, LoopRecord] = {
     '"iter": 5, STAMP, "kind": "step", "loss": null, "lr": 0.001, "dt_s": 0.125, "mfu": 0.25, "tflops": 80.0, '
     '"tokens_per_s": 512.0': Step(iter=5, loss=float("nan"), mfu=0.25, tflops=80.0, **PACE),
     '"iter": 5, STAMP, "kind": "step", "loss": 2.5, "lr": 0.001, "dt_s": 0.125, "mfu": null, "tflops": null, '
-    '"tokens_per_s": 512.0, "grad_norm": 0.75': Step(
-        iter=5, loss=2.5, mfu=None, tflops=None, grad_norm=0.75, **PACE
-    ),
+    '"tokens_per_s": 512.0, "grad_norm": 0.75': Step(iter=5, loss=2.5, mfu=None, tflops=None, grad_norm=0.75, **PACE),
     '"iter": 6, STAMP, "kind": "steps", "count": 2, "step_s": 0.25, "median_s": 0.125, "longest_s": 0.125, '
     '"eval_s": 0.0, "pause_s": 0.0': StepWindow(
         iter=6, count=2, step_s=0.25, median_s=0.125, longest_s=0.125, eval_s=0.0, pause_s=0.0
