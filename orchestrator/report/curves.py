@@ -12,12 +12,14 @@ from bokeh.plotting import figure
 from orchestrator.report.run import Run
 from orchestrator.report.thinning import Array, percentiles, smooth, thin
 
-# Okabe and Ito's colours, which colour-blind people can tell apart. Source: https://jfly.uni-koeln.de/color/
+# Okabe and Ito's colours, which colour-blind people can tell apart; the blue is a little lighter, for dark pages.
+# Source: https://jfly.uni-koeln.de/color/
 BLUE, ORANGE, GREEN, PURPLE, VERMILLION, SKY, YELLOW = (
-    *("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9", "#F0E442"),
+    *("#1A7FC4", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9", "#F0E442"),
 )
 GREY = "#808894"  # readable on a light and on a dark page
 OF_RUNS = (BLUE, VERMILLION, GREEN, PURPLE, ORANGE, SKY)
+_MAX_LABEL = 36  # characters
 _TOOLS = "xpan,box_zoom,xwheel_zoom,reset,save"
 _PERCENTILES = (50, 95, 99)
 
@@ -44,8 +46,9 @@ def curves_of(runs: Sequence[Run]) -> dict[str, figure]:
 
 
 def label_of(run: Run) -> str:
-    """Return a run's name as a picture may show it: Bokeh takes a text between two $$ for a formula."""
-    return run.name.replace("$$", "$ $")
+    """Return the end of a run's name, as a picture has room for it. Bokeh takes a text between two $$ for a formula."""
+    name = run.name if len(run.name) <= _MAX_LABEL else f"…{run.name[-_MAX_LABEL:]}"
+    return name.replace("$$", "$ $")
 
 
 def _over_iterations(title: str, x_range: DataRange1d, ticks: Any = None, height: int = 230) -> figure:

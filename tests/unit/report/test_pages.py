@@ -99,10 +99,8 @@ def test_what_users_have_named_is_shown_and_does_not_run(tmp_path: Path, browser
     report(ReportConfig(str(run), html=str(file), compare=str(run)))
     page = browser.open(file, height=6000)
     assert pixels(page, "#loss") > 2000
-    for column, beside in (
-        ("number", "cause"),
-        ("y", "iteration"),
-    ):  # an incident, and a curve, which bears the run's name
+    # an incident, and a curve, which bears the run's name
+    for column, beside in (("number", "cause"), ("y", "iteration")):
         hover(page, column)
         page.wait_until(f"tooltips().some(each => each.includes('window.hit') && each.includes('{beside}'))")
     assert page.value("window.hit") is None
