@@ -78,10 +78,9 @@ def _losses(runs: Sequence[Run], x_range: DataRange1d) -> figure:
         if len(run.undone_steps["iter"]):
             x, y = _with_gaps(run.undone_steps["iter"], run.undone_steps["loss"])
             _line(made, x, y, name, color=GREY, alpha=0.7, legend_label="computed again")
-        _curve(made, run, run.steps["iter"], run.steps["loss"], color, name)
+        _curve(made, run, run.steps["iter"], run.steps["loss"], color, name, width=2 + 3 * (len(runs) - 1 - n))
         _evaluations(made, run, VERMILLION if is_alone else color, "validation" if is_alone else f"{name}, validation")
-        if is_alone:
-            _marks(made, run)
+        _marks(made, run, "" if is_alone else f"{name}, ")
     if made.renderers:
         _hover(made, "loss", "0.0000")
         made.legend.click_policy = "hide"
@@ -89,17 +88,17 @@ def _losses(runs: Sequence[Run], x_range: DataRange1d) -> figure:
     return made
 
 
-def _curve(made: figure, run: Run, x: Array, y: Array, color: str, name: str = "") -> None:
-    """Draw values as they are, faintly, and their running mean."""
+def _curve(made: figure, run: Run, x: Array, y: Array, color: str, name: str = "", width: float = 2) -> None:
+    """Draw values as they are, faintly, and their running mean; a wide line is seen below the next run's."""
     if np.isnan(y).all():
         return
     label = name or label_of(run)
     legend = {"legend_label": label} if name else {}
     is_long = len(y) >= 50
     alpha = 1.0 if not is_long else 0.35 if len(y) < 2000 else 0.15  # where lines lie on each other, less
-    raw = _line(made, x, y, label, color=color, alpha=alpha, line_width=1, **legend)
+    raw = _line(made, x, y, label, color=color, alpha=alpha, line_width=width / 2, **legend)
     if is_long:
-        _line(made, x, smooth(y, max(5, len(y) // 100)), label, color=color, line_width=2, **legend)
+        _line(made, x, smooth(y, max(5, len(y) // 100)), label, color=color, line_width=width, **legend)
     if not name:
         made.add_tools(
             HoverTool(renderers=[raw], mode="vline", tooltips=[("run", "$name"), ("iteration", "@x{0,0}"), ("", "@y")])
@@ -131,16 +130,18 @@ def _evaluations(made: figure, run: Run, color: str, name: str) -> None:
         made.scatter([run.best.iter], [run.best.val_loss], name=f"{name}, best", legend_label=label, **style)
 
 
-def _marks(made: figure, run: Run) -> None:
+def _marks(made: figure, run: Run, whose: str) -> None:
     """Mark what was undone, the steps that were skipped, and where the run was when something failed."""
     if run.rollbacks:
         left, right = [each.to_iter for each in run.rollbacks], [each.iter for each in run.rollbacks]
-        made.vstrip(x0=left, x1=right, fill_color=VERMILLION, fill_alpha=0.12, line_alpha=0, legend_label="rolled back")
+        made.vstrip(
+            x0=left, x1=right, fill_color=VERMILLION, fill_alpha=0.12, line_alpha=0, legend_label=f"{whose}rolled back"
+        )
     if run.skipped_steps:
         style = {"color": ORANGE, "alpha": 0.8, "line_dash": "dotted"}
-        made.vspan(x=[each.iter for each in run.skipped_steps], legend_label="step skipped", **style)
+        made.vspan(x=[each.iter for each in run.skipped_steps], legend_label=f"{whose}step skipped", **style)
     if failures := [each.iter_num for each in run.ledger.incidents if each.cause != "bad_numbers"]:
-        made.vspan(x=failures, color=GREY, line_dash="dashed", legend_label="failure")
+        made.vspan(x=failures, color=GREY, line_dash="dashed", legend_label=f"{whose}failure")
 
 
 def _with_gaps(x: Array, y: Array) -> tuple[Array, Array]:

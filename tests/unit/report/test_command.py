@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from benchmarks.browser import Browser
 from benchmarks.look import write_run
 from orchestrator.commands import report_page
 from orchestrator.commands.report import ReportConfig, report
@@ -17,7 +18,6 @@ from orchestrator.commands.report_page import write_at_end
 from orchestrator.config import TrainConfig
 from orchestrator.errors import CheckpointError, ConfigError
 from orchestrator.storage.run_folder import RunFolder
-from tests.support.browser import Browser
 
 
 @pytest.fixture

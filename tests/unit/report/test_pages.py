@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.browser import Browser, Page
 from benchmarks.look import write_run
 from orchestrator.commands.report import ReportConfig, report
 from orchestrator.config import TrainConfig
-from tests.support.browser import Browser, Page
 from tests.support.pages import train_and_kill, train_and_roll_back, train_calmly
 
 CURVES = ["loss", "lr", "grad_norm", "tokens_per_s", "dt_s"]
@@ -62,7 +62,7 @@ def assert_drawn(page: Page, curves: list[str]) -> None:
 @pytest.mark.parametrize(
     ("train", "told"),
     [
-        (train_calmly, ["24 of 24", "best validation loss"]),
+        pytest.param(train_calmly, ["24 of 24", "best validation loss"], marks=pytest.mark.slow),
         (train_and_kill, ["worker_lost", "its process was killed or has crashed", "Incidents"]),
         (train_and_roll_back, ["rolled back to iteration", "3 step(s) skipped", "bad_numbers"]),
     ],

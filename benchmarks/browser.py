@@ -13,7 +13,6 @@ import shutil
 import subprocess
 import time
 from base64 import b64decode
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -71,14 +70,17 @@ class Browser:
         message, _, self._buffer = self._buffer.partition(b"\0")
         return dict(json.loads(message))
 
-    def open(self, file: Path, *, width: int = 1300, height: int = 1400, is_dark: bool = False) -> Page:
-        """Open a file in a tab of its own, and wait until everything in it is drawn."""
+    def open(
+        self, file: Path, *, width: int = 1300, height: int = 1400, is_dark: bool = False, density: float = 1.0
+    ) -> Page:
+        """Open a file in a tab of its own, and wait until everything in it is drawn; density: pixels per CSS pixel."""
         target = self.call("Target.createTarget", url="about:blank")["targetId"]
         session = self.call("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
         page = Page(self, target, session)
         for domain in ("Runtime", "Log", "Network", "Page"):
             page.call(f"{domain}.enable")
-        page.call("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=False)
+        size = {"width": width, "height": height, "deviceScaleFactor": density, "mobile": False}
+        page.call("Emulation.setDeviceMetricsOverride", **size)
         scheme = {"name": "prefers-color-scheme", "value": "dark" if is_dark else "light"}
         page.call("Emulation.setEmulatedMedia", features=[scheme])
         page.call("Page.navigate", url=file.as_uri())
@@ -135,10 +137,10 @@ class Page:
         self.call("Input.dispatchMouseEvent", type="mouseMoved", x=x - 1, y=y)
         self.call("Input.dispatchMouseEvent", type="mouseMoved", x=x, y=y)
 
-    def screenshot(self, file: Path) -> None:
-        """Write a picture of the whole page."""
-        size = self.call("Page.getLayoutMetrics")["cssContentSize"]
-        clip = {"x": 0, "y": 0, "width": size["width"], "height": size["height"], "scale": 1}
+    def screenshot(self, file: Path, element: str = "document.documentElement") -> None:
+        """Write a picture of an element, given as a JavaScript expression; by default of the whole page."""
+        box = self.value(f"(each => each.toJSON())({element}.getBoundingClientRect())")
+        clip = {"x": box["x"], "y": box["y"], "width": box["width"], "height": box["height"], "scale": 1}
         shot = self.call("Page.captureScreenshot", format="png", clip=clip, captureBeyondViewport=True)
         file.write_bytes(b64decode(shot["data"]))
 
@@ -156,6 +158,3 @@ def _complaint(event: dict[str, Any]) -> str:
         case "Log.entryAdded" if params["entry"]["level"] in ("error", "warning"):
             return json.dumps(params["entry"])
     return ""
-
-
-Open = Callable[..., Page]
