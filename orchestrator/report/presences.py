@@ -65,7 +65,9 @@ def _by_events(by_time: list[Stamped]) -> list[Presence]:
                 running = stamped.record
             case Failure(ranks=ranks, reached_at_s=reached_s):
                 failed_s |= dict.fromkeys(ranks or (), min(time_s, reached_s or time_s))
-            case AttemptEnded() | DriverEnded():
+            case DriverEnded():
+                close(time_s)
+            case AttemptEnded(number=number) if running and number in (running.number, None):
                 close(time_s)
         heard_s = time_s
     close(heard_s)
@@ -73,20 +75,21 @@ def _by_events(by_time: list[Stamped]) -> list[Presence]:
 
 
 def _by_metrics(by_time: list[Stamped]) -> list[Presence]:
-    begun: dict[str, tuple[int, float]] = {}
-    ended_s: dict[str, float] = {}
+    found: list[Presence] = []
+    begun: Begin | None = None
+    begun_s = heard_s = 0.0
+
+    def close() -> None:
+        if begun:
+            found.extend(Presence(rank, "", begun_s, heard_s) for rank in range(begun.world_size or 1))
+
     for stamped in by_time:
-        if isinstance(stamped.record, Begin):
-            begun[stamped.attempt] = (
-                stamped.record.world_size or 1,
-                stamped.time_s - (stamped.record.restore_s or 0.0),
-            )
-        ended_s[stamped.attempt] = stamped.time_s
-    return [
-        Presence(rank, "", begin_s, ended_s[attempt])
-        for attempt, (world_size, begin_s) in begun.items()
-        for rank in range(world_size)
-    ]
+        if isinstance(stamped.record, Begin):  # of a start, or of what a rollback has built anew
+            close()
+            begun, begun_s = stamped.record, stamped.time_s - (stamped.record.restore_s or 0.0)
+        heard_s = stamped.time_s
+    close()
+    return found
 
 
 def evaluations_of(metrics: list[Stamped]) -> list[Stretch]:

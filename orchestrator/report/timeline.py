@@ -29,7 +29,7 @@ WORDS = {
     "productive": "training",
     "evaluation": "evaluation",
     "pause": "pause",
-    "start_up": "start-up",
+    "start_up": "start-up, end",
     "detection": "detection",
     "recovery": "recovery",
     "waiting": "waiting",

@@ -55,21 +55,20 @@ def write_events(out_dir: str) -> None:
     def keep(record: Event, time_s: float) -> None:
         log.write(Stamped(record, time_s, "driver"))
 
-    keep(DriverStarted(start_id="driver"), begins[0].time_s - 2.0)
+    lost_s = begins[0].time_s - 2.0  # of each attempt, when the one before was lost
+    keep(DriverStarted(start_id="driver"), lost_s)
     for number, begin in enumerate(begins, 1):
-        keep(AttemptStarting(number=number, num_workers=2), begin.time_s - 1.5)
-        keep(AttemptPlaced(number=number, num_workers=2), begin.time_s - 1.0)
-        keep(AttemptRunning(number=number, num_workers=2, nodes=NODES), begin.time_s - 0.5)
-        last_s = max(each.time_s for each in metrics if each.attempt == begin.attempt)
-        if number < len(begins):
-            lost = {
-                "cause": "worker_lost",
-                "ranks": [1],
-                "text": "its process was killed or has crashed",
-                "node": NODES[1],
-            }
-            reached = {"rescue_s": 0.1, "ranks_rescued": 1, "reached_iter": 13, "reached_at_s": last_s}
-            keep(Failure(number=number, **lost, **reached), last_s + 0.1)
-            keep(AttemptEnded(number=number), last_s + 0.3)
+        gap_s = begin.time_s - lost_s
+        keep(AttemptStarting(number=number, num_workers=2), lost_s + 0.4 * gap_s)
+        keep(AttemptPlaced(number=number, num_workers=2), lost_s + 0.6 * gap_s)
+        keep(AttemptRunning(number=number, num_workers=2, nodes=NODES), lost_s + 0.8 * gap_s)
+        if number == len(begins):
+            break
+        lost_s = max(each.time_s for each in metrics if each.attempt == begin.attempt)
+        gap_s = begins[number].time_s - lost_s
+        failure = {"cause": "worker_lost", "ranks": [1], "text": "its process was killed or has crashed"}
+        reached = {"rescue_s": 0.1 * gap_s, "ranks_rescued": 1, "reached_iter": 13, "reached_at_s": lost_s}
+        keep(Failure(number=number, node=NODES[1], **failure, **reached), lost_s + 0.1 * gap_s)
+        keep(AttemptEnded(number=number), lost_s + 0.3 * gap_s)
     keep(DriverEnded(outcome="finished"), metrics[-1].time_s + 0.2)
     log.close()

@@ -77,6 +77,17 @@ def test_without_events_the_metrics_tell() -> None:
     assert run.ledger.incidents == []
 
 
+def test_a_rollback_ends_a_presence_of_the_same_start() -> None:
+    metrics = [
+        *METRICS[:2],
+        record("rollback", 119.5, iter=9, to_iter=4),
+        record("begin", 121.0, restore_s=1.0),
+        METRICS[3],
+    ]
+    found = presences_of(Records([], metrics, [], {}))
+    assert {(each.begin_s, each.end_s) for each in found} == {(104.0, 119.5), (120.0, 149.0)}
+
+
 def test_evaluations_share_the_time_that_their_window_tells() -> None:
     metrics = [record("eval", 110.0, val_loss=2.0), record("eval", 116.0, val_loss=2.0), window(119.0, 9, eval_s=4.0)]
     assert evaluations_of(metrics) == [Stretch("evaluation", 108.0, 110.0), Stretch("evaluation", 114.0, 116.0)]
