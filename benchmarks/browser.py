@@ -88,9 +88,13 @@ class Browser:
         return page
 
     def close(self) -> None:
-        """End the process."""
-        self._process.kill()
-        self._process.wait()
+        """End all its processes, which write into the profile until then."""
+        self.call("Browser.close")
+        try:
+            self._process.wait(timeout=_ANSWER_S)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
         os.close(self._in)
         os.close(self._out)
 

@@ -23,7 +23,6 @@ from orchestrator.storage.options import StorageSettings, storage_options_of
 from orchestrator.storage.reasons import reason_of, translated
 from orchestrator.storage.run_folder import RunFolder, open_run_folder
 from orchestrator.storage.transfer import atomic_write
-from orchestrator.telemetry.metrics import read_records
 
 logger = logging.getLogger(__name__)
 
@@ -55,10 +54,10 @@ def write_page(config: StorageSettings, target: str, others: Sequence[str] = (),
     options = storage_options_of(config, target)
     if not overwrite:
         _refuse_foreign(target, options)
-    page = draw(runs)
+    page = draw(runs).encode(errors="replace")  # a path may hold what is no text
     with atomic_write(target, options) as file:
-        file.write_text(page, encoding="utf-8")
-    return f"wrote {target} ({len(page.encode()) / 1e6:.1f} MB): open it in a browser"
+        file.write_bytes(page)
+    return f"wrote {target} ({len(page) / 1e6:.1f} MB): open it in a browser"
 
 
 def write_at_end(config: TrainConfig) -> str | None:
@@ -81,8 +80,7 @@ def write_at_end(config: TrainConfig) -> str | None:
 
 
 def _write_into_out_dir(config: TrainConfig) -> str | None:
-    folder = open_run_folder(config)
-    if not read_records(folder).metrics:  # it was stopped before it began
+    if not any(name.startswith("metrics") for name in open_run_folder(config).list()):  # it was stopped before it began
         return None
     target = f"{config.out_dir.rstrip('/')}/{REPORT_FILE}"
     write_page(config, target)

@@ -17,6 +17,7 @@ from orchestrator.commands.report import ReportConfig, report
 from orchestrator.commands.report_page import write_at_end
 from orchestrator.config import TrainConfig
 from orchestrator.errors import CheckpointError, ConfigError
+from orchestrator.storage.orphans import delete_orphans
 from orchestrator.storage.run_folder import RunFolder
 
 
@@ -143,6 +144,13 @@ def test_a_run_writes_its_page_at_its_end(run: Path) -> None:
     assert "200 of 200" in without_tags((run / "report.html").read_text())
     assert write_at_end(TrainConfig(out_dir=str(run), eval_only=True)) is None
     assert write_at_end(TrainConfig(out_dir=str(run / "not begun"))) is None
+
+
+def test_what_a_killed_driver_leaves_of_a_page_is_deleted(run: Path) -> None:
+    half = run / ".report.html.0a1b2c3d.tmp"
+    half.write_text("<!doct")
+    delete_orphans(RunFolder(str(run)))
+    assert not half.exists()
 
 
 def test_a_page_that_cannot_be_written_fails_no_run(
