@@ -1,10 +1,10 @@
-"""Two loss curves in one picture: a run whose workers are killed five times, and a calm one. They lie on each other.
+"""Two runs in one report: one whose workers are killed five times, and a calm one. Their curves lie on each other.
 
 Both runs are `orchestrator train configs/quickstart.py` on a Ray cluster of their own on this machine. Of one we kill a
 worker (SIGKILL) each time it has come another sixth of its way. The exit code is 1 unless every loss and every byte of
 the final weights is the same.
 
-    python -m benchmarks loss_curves --out=docs/loss_curves.svg      (pip install -e '.[benchmarks]', for matplotlib)
+    python -m benchmarks loss_curves --out=docs      (the README's pictures; pip install -e '.[report]', and chromium)
 """
 
 from __future__ import annotations
@@ -23,23 +23,22 @@ from typing import Any
 
 import psutil
 
+from benchmarks.browser import Browser
 from benchmarks.processes import workers_of
 from benchmarks.same_bits import ROOT, checksum_of, newest_checkpoint
 from orchestrator.telemetry.records import Step, from_json
 
-CALM, KILLED, MARK = "#9ecae1", "#d94801", "#888888"  # readable on a light and on a dark page
-
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare this benchmark's options."""
-    parser.add_argument("--out", type=Path, help="write the picture here (.svg, .png)")
+    parser.add_argument("--out", type=Path, help="write pictures of the report into this folder")
     parser.add_argument("--log", type=Path, help="write what the killed run prints here")
     parser.add_argument("--kills", type=int, default=5, help="workers to kill (default: %(default)s)")
     parser.add_argument("--max_iters", type=int, default=600, help="iterations of each run (default: %(default)s)")
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
-    """Train both, draw them, and return {calm, killed: iteration -> loss, kills: iterations, seconds and checksums}."""
+    """Train both, and return {calm, killed: iteration -> loss, kills: iterations, seconds and checksums}."""
     marks = [args.max_iters * (n + 1) // (args.kills + 1) for n in range(args.kills)]
     with tempfile.TemporaryDirectory(prefix="loss-curves-") as folder:
         command = [sys.executable, "-m", "orchestrator", "prepare", "quickstart", f"--data_dir={folder}/data"]
@@ -53,8 +52,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         for name, out_dir in (("calm", calm), ("killed", killed)):
             result[name] = losses_of(out_dir)
             result[f"{name}_checksum"] = checksum_of(newest_checkpoint(out_dir))
-    if args.out:
-        draw(result, args.out)
+        if args.out:
+            take_pictures(calm, killed, args.out)
     print(
         f"killed at iterations {', '.join(map(str, kills))}; {result['killed_s']:.0f} s, calm {result['calm_s']:.0f} s"
     )
@@ -112,23 +111,16 @@ def losses_of(out_dir: Path) -> dict[int, float]:
     return {record.iter: record.loss for record in records if isinstance(record, Step)}
 
 
-def draw(result: dict[str, Any], file: Path) -> None:
-    """Draw the curves and the kills."""
-    import matplotlib as mpl
-    from matplotlib.figure import Figure
-
-    mpl.rcParams.update({"svg.fonttype": "none", "svg.hashsalt": "loss_curves", "font.family": "sans-serif"})
-    mpl.rcParams.update(dict.fromkeys(("text.color", "axes.labelcolor", "xtick.color", "ytick.color"), MARK))
-    figure = Figure(figsize=(8, 3.4), layout="constrained")
-    axes = figure.add_subplot()
-    for name, color, width in (("calm", CALM, 5.0), ("killed", KILLED, 1.2)):
-        label = "nothing happens to it" if name == "calm" else f"a worker is killed {len(result['kills'])} times"
-        axes.plot(list(result[name].keys()), list(result[name].values()), color=color, linewidth=width, label=label)
-    for n, iteration in enumerate(result["kills"]):
-        label = "_" if n else "SIGKILL"  # once in the legend
-        axes.axvline(iteration, ymax=0.7, color=MARK, linewidth=1, linestyle=(0, (4, 3)), label=label)
-    axes.set(xlabel="iteration", ylabel="training loss", xlim=(0, max(result["calm"])))
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.spines[["left", "bottom"]].set_color(MARK)
-    axes.legend(frameon=False)
-    figure.savefig(file, transparent=True, metadata={"Date": None} if file.suffix == ".svg" else None)
+def take_pictures(calm: Path, killed: Path, folder: Path) -> None:
+    """Write pictures of the report of both runs: their losses, and the timeline of the killed one; light and dark."""
+    command = [sys.executable, "-m", "orchestrator", "report", f"--out_dir={calm.name}", f"--compare={killed.name}"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    subprocess.run([*command, "--html=report.html"], cwd=calm.parent, env=environment, check=True)
+    browser = Browser(calm.parent / "browser")
+    for scheme in ("light", "dark"):
+        page = browser.open(calm.parent / "report.html", width=1000, height=4000, is_dark=scheme == "dark", density=1.6)
+        page.screenshot(folder / f"report_loss_{scheme}.png", "document.querySelector('#loss')")
+        timeline = "[...document.querySelectorAll('.timeline')].at(-1)"
+        page.screenshot(folder / f"report_timeline_{scheme}.png", timeline)
+        page.close()
+    browser.close()

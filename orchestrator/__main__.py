@@ -98,7 +98,9 @@ Of a ckpt.pt, a Hugging Face folder or an adapter it tells the model, its tokeni
 Tell where the time of a run went: goodput, what the rest was lost to, and every failure by phase.
 
   orchestrator report --out_dir=out/quickstart
-  orchestrator report --out_dir=s3://bucket/run --json""",
+  orchestrator report --out_dir=s3://bucket/run --json
+  orchestrator report --out_dir=out/quickstart --html=report.html        curves, timeline, goodput: for a browser
+  orchestrator report --out_dir=out/quickstart --html=report.html --compare=out/other""",
 }
 
 
@@ -142,13 +144,24 @@ def train(argv: Sequence[str]) -> int:
         outcome = run(planned)
     except InterruptedRunError as stopped:
         print(stopped)
+        _write_page(config)
         return 130
     except RunFailedError as failure:
         print(f"error: {failure}", file=sys.stderr)
+        _write_page(config)
         return LOST if isinstance(failure, RunLostError) else 1
     print(f"done: {outcome.iter_num} iterations, best validation loss {outcome.best_val_loss:.4f}, in {config.out_dir}")
     print(_next_steps(config))
+    _write_page(config)
     return 0
+
+
+def _write_page(config: TrainConfig) -> None:
+    """Write the page with pictures into out_dir, and say where it is."""
+    from orchestrator.commands.report_page import write_at_end
+
+    if place := write_at_end(config):
+        print(f"report: {place}")
 
 
 def _next_steps(config: StorageSettings, source: str = "") -> str:

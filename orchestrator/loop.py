@@ -122,7 +122,7 @@ def iterate(run: Attempt, model: Parallelism) -> Outcome:
         model.zero_grad(state.optimizer)
 
         # timing and logging; too many bad steps in a row end the attempt
-        run.record_step(verdict, lr, mean_loss, len(model.micro_steps), t0)
+        run.record_step(verdict, lr, mean_loss, numbers[0], len(model.micro_steps), t0)
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import pytest
 from fsspec import get_filesystem_class
 
+from benchmarks.browser import Browser, BrowserMissingError
 from benchmarks.topics import prepare_topics
 from orchestrator.checkpoint.snapshot import Snapshot
 from orchestrator.config import TrainConfig
@@ -200,6 +201,17 @@ def proxy(s3_server: S3Server, monkeypatch: pytest.MonkeyPatch) -> Iterator[Faul
 def faulty_s3(proxy: FaultyProxy, tmp_path: Path) -> Storage:  # noqa: ARG001
     """A new folder in the bucket, behind the proxy."""
     return Storage(f"{S3Server.url}/{tmp_path.name}")
+
+
+@pytest.fixture(scope="session")
+def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
+    """A browser for all tests of pages."""
+    try:
+        browser = Browser(tmp_path_factory.mktemp("browser") / "profile")
+    except BrowserMissingError as missing:
+        pytest.skip(str(missing))
+    yield browser
+    browser.close()
 
 
 def enter(monkeypatch: pytest.MonkeyPatch, environment: dict[str, str]) -> None:

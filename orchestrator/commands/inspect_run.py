@@ -22,6 +22,7 @@ from orchestrator.errors import CheckpointError
 from orchestrator.storage.run_folder import RUN_FILE
 
 ALL_FINITE = "all finite"
+COLUMNS = ("checkpoint", "iteration", "val loss", "MB", "saved (UTC)", "where", "state")
 
 
 @dataclass(frozen=True)
@@ -57,11 +58,10 @@ def _table(config: InspectConfig, source: ModelSource) -> str:
     if not names and not folder.read_json(RUN_FILE):
         raise CheckpointError(f"out_dir={config.out_dir} holds no run: give the --out_dir of a training run")
     found = list(store.newest_first())
-    top = best(found)
     names = [name for name in names if source.which in ("auto", name)]
-    rows: list[tuple[str, ...]] = [("checkpoint", "iteration", "val loss", "MB", "saved (UTC)", "where", "state")]
+    rows: list[tuple[str, ...]] = [COLUMNS]
     rows += _memory_rows(config, folder.run_id(make=False))
-    rows += [_row(store, name, found, top, config.verify) for name in names]
+    rows += [_row(store, name, found, best(found), config.verify) for name in names]
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
     lanes = found[0].state["config"].get("lanes") if found else 0
@@ -89,6 +89,13 @@ def _base_state(source: ModelSource, adapters: Adapters) -> str:
     except CheckpointError as error:
         return str(error)
     return f"{known}, {values}" if values == ALL_FINITE else values
+
+
+def storage_rows(store: CheckpointStore) -> Iterator[tuple[str, ...]]:
+    """Yield the checkpoints in storage as rows below COLUMNS, newest first."""
+    found = list(store.newest_first())
+    for name in store.names():
+        yield _row(store, name, found, best(found), verify=False)
 
 
 def _row(

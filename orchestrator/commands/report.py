@@ -1,4 +1,4 @@
-"""Tell where the time of a run went, by its events and metrics."""
+"""Tell where the time of a run went, by its events and metrics: as text, as JSON, or as a page with pictures."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ import json
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 
-from orchestrator.errors import CheckpointError
+from orchestrator.errors import CheckpointError, ConfigError
+from orchestrator.storage.paths import expanded
 from orchestrator.storage.run_folder import open_run_folder
 from orchestrator.telemetry.goodput import PHASES, Incident, Ledger, account, duration
 from orchestrator.telemetry.metrics import read_events, read_metrics
@@ -19,14 +20,26 @@ class ReportConfig:
     out_dir: str = "out"  # the run's folder, a path or URL
     storage_options: str = ""  # fsspec's options of out_dir: a JSON object, or the path of a .json file that holds one
     json: bool = False  # print one JSON object, for programs
+    html: str = (
+        ""  # write a page with pictures to this file, a path or URL (pip install 'nanogpt-orchestrator[report]')
+    )
+    compare: str = ""  # other runs whose curves the page shows too: folders or URLs, with commas between them
+    overwrite: bool = False  # write the page even if another file is there; we always replace a report of ours
 
 
 def report(config: ReportConfig) -> str:
     """Return the run's goodput, what the rest of its time went to, and its failures by phase.
 
+    With html, write the page and return a line about that.
+
     Raises:
         CheckpointError: the folder cannot be read or holds no run.
+        ConfigError: html, compare and json do not go together, or see `write_page`.
     """
+    if config.html:
+        return _write_html(config)
+    if config.compare:
+        raise ConfigError(f"--compare={config.compare} is for the page with pictures: give --html=FILE too")
     folder = open_run_folder(config)
     events = read_events(folder)
     if not events:
@@ -35,6 +48,15 @@ def report(config: ReportConfig) -> str:
         )
     ledger = account([*events, *read_metrics(folder)])
     return _json(ledger) if config.json else _text(config.out_dir, ledger)
+
+
+def _write_html(config: ReportConfig) -> str:
+    from orchestrator.commands.report_page import write_page  # which needs PyTorch, to look at checkpoints
+
+    if config.json:
+        raise ConfigError("--json prints and --html writes a page: give one of them")
+    others = [expanded("compare", other) for other in config.compare.split(",") if other]
+    return write_page(config, config.html, others, overwrite=config.overwrite)
 
 
 def _json(ledger: Ledger) -> str:

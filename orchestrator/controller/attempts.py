@@ -87,7 +87,7 @@ class AttemptMonitor(WorkerGroupCallback, ControllerCallback):  # type: ignore[m
         )
 
     def after_worker_group_training_start(self, worker_group: Any) -> None:
-        self._report.running(len(worker_group.get_workers()))
+        self._report.running([worker.metadata.hostname for worker in worker_group.get_workers()])
         if self._each:
             after_s = _SPARES_AFTER_S if self._report.number == 1 else _SPARES_AGAIN_S
             later = threading.Timer(after_s, spares.prestart, (worker_group, self._each))

@@ -35,9 +35,9 @@ class AttemptReport:
         """Post that the workers are on their nodes."""
         self._writer.emit(AttemptPlaced(number=self.number, num_workers=num_workers))
 
-    def running(self, num_workers: int) -> None:
-        """Post that the workers run our code."""
-        self._writer.emit(AttemptRunning(number=self.number, num_workers=num_workers))
+    def running(self, nodes: list[str]) -> None:
+        """Post that the workers run our code; nodes: host names by rank."""
+        self._writer.emit(AttemptRunning(number=self.number, num_workers=len(nodes), nodes=nodes))
 
     def ended(self) -> None:
         """Post that the workers are gone."""

@@ -16,7 +16,7 @@ from orchestrator.storage.run_folder import RunFolder
 
 logger = logging.getLogger(__name__)
 
-_TEMPORARY = re.compile(r"\.(run\.json|attempt\.json)\.[0-9a-f]+\.tmp|\.writable(-\d+)?")
+_TEMPORARY = re.compile(r"\.(run\.json|attempt\.json|report\.html)\.[0-9a-f]+\.tmp|\.writable(-\d+)?")
 
 
 def delete_orphans(folder: RunFolder) -> None:

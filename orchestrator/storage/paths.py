@@ -16,7 +16,7 @@ from orchestrator.storage.options import is_options_file
 
 PATH_KEYS = (
     *("out_dir", "data_dir", "init_from", "lora_base", "memory_dir", "storage_options"),
-    *("to", "text", "tokenizer", "start"),
+    *("to", "html", "text", "tokenizer", "start"),
 )
 _FOLDERS_OF_NODES = ("data_dir", "memory_dir")  # never in an object store
 _MUST_BE_GIVEN = ("out_dir", "data_dir")
@@ -91,7 +91,7 @@ def _scheme_known(key: str, path: str) -> str:
         return rest.removeprefix("localhost") if rest.startswith("localhost/") else rest
     if key in _FOLDERS_OF_NODES:
         raise ConfigError(f"{key}={path!r} is a URL: give a folder on a disk, at the same path on every node")
-    if key in ("out_dir", "init_from", "lora_base", "to") and _PASSWORD.search(
+    if key in ("out_dir", "init_from", "lora_base", "to", "html", "compare") and _PASSWORD.search(
         path
     ):  # it would lie in files and in logs
         raise ConfigError(

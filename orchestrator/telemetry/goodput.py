@@ -51,6 +51,7 @@ class Incident:
     iter_num: int
     phases: dict[str, float] = field(default_factory=dict)
     steps_repeated: int = 0
+    text: str = ""  # what was reported of it
 
     @property
     def total_s(self) -> float:
@@ -58,10 +59,20 @@ class Incident:
         return sum(self.phases.values())
 
 
+@dataclass(frozen=True)
+class Stretch:
+    """Time that belongs to an entry, between two moments (seconds since 1970)."""
+
+    entry: str
+    begin_s: float
+    end_s: float
+
+
 class Ledger:
     """Takes records in the order of their time, those of events.jsonl and of metrics.jsonl together."""
 
     def __init__(self) -> None:
+        self.stretches: list[Stretch] = []  # by time; pauses and lost iterations have no place of their own in it
         self.seconds = dict.fromkeys(ENTRIES, 0.0)
         self.incidents: list[Incident] = []
         self.drivers = self.attempts = 0
@@ -102,13 +113,13 @@ class Ledger:
                 self._phase("start", time_s)
             case Begin():
                 self._began(record, time_s)
-            case StepWindow():
+            case StepWindow() if None not in (record.step_s, record.eval_s, record.pause_s):
                 self._stepped(record, time_s)
             case Failure():
                 self._failed(record, time_s)
             case RollingBack():
                 self._pass(time_s)
-                self._incident("bad_numbers", "", time_s)
+                self._incident("bad_numbers", "", time_s, record.why)
                 self._entry = self._before = "recovery"
             case AttemptEnded():
                 self._attempt_ended(time_s)
@@ -124,8 +135,9 @@ class Ledger:
 
     def _pass(self, until_s: float, entry: str | None = None) -> None:
         """Book the time up to a moment; clocks of two machines differ a little, and nothing passes twice."""
-        if self._now_s is not None:
-            self.seconds[entry or self._entry] += max(0.0, until_s - self._now_s)
+        if self._now_s is not None and until_s > self._now_s:
+            self.seconds[entry or self._entry] += until_s - self._now_s
+            _append(self.stretches, Stretch(entry or self._entry, self._now_s, until_s))
         self._now_s = max(until_s, self._now_s or until_s)
 
     def _move(self, seconds: float, source: str, target: str) -> None:
@@ -193,7 +205,7 @@ class Ledger:
             self._pass(time_s)
             reached_s = time_s
         self.iter_num = max(self.iter_num, failure.reached_iter or 0)
-        self._incident(failure.cause, failure.node or "", reached_s)
+        self._incident(failure.cause, failure.node or "", reached_s, failure.text or "")
         self._phase("detect", time_s)
         self._phase("rescue", time_s + (failure.rescue_s or 0.0))
         self._entry = self._before = "recovery"
@@ -202,10 +214,18 @@ class Ledger:
         self._pass(time_s, "start_up" if self._entry == "productive" else None)
         self._phase("tear_down", time_s)
 
-    def _incident(self, cause: str, where: str, reached_s: float) -> None:
-        self._open = Incident(reached_s, cause, where, self.iter_num)
+    def _incident(self, cause: str, where: str, reached_s: float, text: str = "") -> None:
+        self._open = Incident(reached_s, cause, where, self.iter_num, text=text)
         self.incidents.append(self._open)
         self._mark_s = reached_s
+
+
+def _append(stretches: list[Stretch], stretch: Stretch) -> None:
+    """Append a stretch, or let the last one go on where it is of the same entry."""
+    last = stretches[-1] if stretches else None
+    if last and (last.entry, last.end_s) == (stretch.entry, stretch.begin_s):
+        stretch = Stretch(last.entry, stretches.pop().begin_s, stretch.end_s)
+    stretches.append(stretch)
 
 
 def account(records: Iterable[Stamped]) -> Ledger:

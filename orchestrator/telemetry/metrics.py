@@ -16,19 +16,20 @@ import math
 import re
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from itertools import chain, count
 from typing import Any
 
 from orchestrator.errors import CheckpointError
 from orchestrator.storage.reasons import reason_of
 from orchestrator.storage.run_folder import RunFolder
-from orchestrator.telemetry.records import Evaluation, LoopRecord, Stamped, Step
+from orchestrator.telemetry.records import Evaluation, LoopRecord, Records, Stamped, Step, has_right_types, is_known
 
 logger = logging.getLogger(__name__)
 
 _COMPUTED = (Step.kind, Evaluation.kind)  # kinds of which an iteration has one record, however often it was computed
 _PART_BYTES = 256 * 1024  # a part grows to about this size, so that weeks of training are hundreds of parts
+_YEAR_9999_S = 253_370_764_800  # later, there are no dates
 _KEPT_LINES = 100_000  # while storage does not answer: about 20 MB
 
 
@@ -133,6 +134,18 @@ class MetricsLog:
             del self._lines[:-_KEPT_LINES]
 
 
+def read_records(folder: RunFolder) -> Records:
+    """Return all that can be read of a run's records; none where it has written none.
+
+    Raises:
+        CheckpointError: the storage cannot be read.
+    """
+    left_out: dict[str, int] = {}
+    events = _read_by_time(folder, "events", left_out)
+    latest, superseded = _latest(_read_by_time(folder, "metrics", left_out))
+    return Records(_typed(events), _typed(latest), _typed(superseded), left_out)
+
+
 def read_metrics(folder: RunFolder) -> list[Stamped]:
     """Return all records of a run by iteration; of a step or evaluation computed twice, the one computed last.
 
@@ -141,14 +154,7 @@ def read_metrics(folder: RunFolder) -> list[Stamped]:
     Raises:
         CheckpointError: the storage cannot be read.
     """
-    found: dict[Any, dict[str, Any]] = {}
-    for value in _read_by_time(folder, "metrics"):
-        is_computed = value["kind"] in _COMPUTED
-        key = (value["kind"], value["iter"]) if is_computed else json.dumps(value, sort_keys=True)
-        found.pop(key, None)  # the last one takes its own place in time
-        found[key] = value
-    by_iter = sorted(found.values(), key=lambda value: value["iter"])
-    return [stamped for value in by_iter if (stamped := Stamped.from_json(value))]
+    return _typed(_latest(_read_by_time(folder, "metrics", {}))[0])
 
 
 def read_events(folder: RunFolder) -> list[Stamped]:
@@ -157,36 +163,69 @@ def read_events(folder: RunFolder) -> list[Stamped]:
     Raises:
         CheckpointError: the storage cannot be read.
     """
-    return [stamped for value in _read_by_time(folder, "events") if (stamped := Stamped.from_json(value))]
+    return _typed(_read_by_time(folder, "events", {}))
 
 
-def _read_by_time(folder: RunFolder, stem: str) -> list[dict[str, Any]]:
+def _latest(values: Iterable[dict[str, Any]]) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Return values by iteration, equal ones once, and those that were computed again later."""
+    found: dict[Any, dict[str, Any]] = {}
+    superseded = []
+    for value in values:
+        is_computed = value["kind"] in _COMPUTED
+        key = (value["kind"], value["iter"]) if is_computed else json.dumps(value, sort_keys=True)
+        if (before := found.pop(key, value)) != value:  # the last one takes its own place in time
+            superseded.append(before)
+        found[key] = value
+    return sorted(found.values(), key=lambda value: value["iter"]), superseded
+
+
+def _typed(values: list[dict[str, Any]]) -> list[Stamped]:
+    return [stamped for value in values if (stamped := Stamped.from_json(value))]
+
+
+def _read_by_time(folder: RunFolder, stem: str, left_out: dict[str, int]) -> list[dict[str, Any]]:
     try:
-        return sorted(_read_lines(folder, stem), key=lambda value: value["time"])
+        return sorted(_read_lines(folder, stem, left_out), key=lambda value: value["time"])
     except CheckpointError as error:
         reason = reason_of(error.__cause__ or error)
         raise CheckpointError(f"{stem} in {folder.out_dir} cannot be read: {reason}") from error
 
 
-def _read_lines(folder: RunFolder, stem: str) -> Iterator[dict[str, Any]]:
+def _read_lines(folder: RunFolder, stem: str, left_out: dict[str, int]) -> Iterator[dict[str, Any]]:
     for name in sorted(name for name in folder.list() if re.fullmatch(rf"{stem}(-.+)?\.jsonl", name)):
-        damaged = 0
+        damaged = unknown = 0
         for line in (folder.read(name) or b"").decode(errors="replace").splitlines():
             value = _parse(line)
             if value:
                 yield value
+                unknown += not is_known(value)
             damaged += bool(line.strip()) and value is None
         if damaged:
             logger.warning("%s: left out %d cut off or damaged line(s)", folder.path(name), damaged)
+        if damaged + unknown:
+            left_out[name] = damaged + unknown
 
 
 def _parse(line: str) -> dict[str, Any] | None:
     try:
         value = json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
-    is_record = isinstance(value, dict) and value.keys() >= {"kind", "iter", "attempt", "time"}
-    return value if is_record else None
+    return value if isinstance(value, dict) and _is_record(value) else None
+
+
+def _is_record(value: dict[str, Any]) -> bool:
+    if not value.keys() >= {"kind", "iter", "attempt", "time"}:
+        return False
+    stamp = isinstance(value["kind"], str) and isinstance(value["attempt"], str)
+    numbers = isinstance(value["iter"], int) and isinstance(value["time"], int | float)
+    return (
+        stamp
+        and numbers
+        and 0 <= value["iter"] < 2**31
+        and 0 <= value["time"] < _YEAR_9999_S
+        and has_right_types(value)
+    )
 
 
 def to_line(value: dict[str, Any]) -> str:

@@ -13,6 +13,7 @@ while it has that value. Must not know who writes or shows a record.
 from __future__ import annotations
 
 from dataclasses import MISSING, dataclass, fields
+from types import NoneType
 from typing import Any, ClassVar, get_args
 
 # ---- the loop's; iter: the iteration that the record belongs to
@@ -53,7 +54,10 @@ class LanesChanged:
 
 @dataclass(frozen=True, kw_only=True)
 class Step:
-    """A logged iteration. mfu: 1.0 is the card's peak; tflops: TFLOP/s; None each while it is not known."""
+    """A logged iteration. mfu: 1.0 is the card's peak; tflops: TFLOP/s; None each while it is not known.
+
+    grad_norm: of the global batch's gradient, before it is clipped; None in records of older versions.
+    """
 
     kind: ClassVar = "step"
     iter: int
@@ -63,6 +67,7 @@ class Step:
     mfu: float | None
     tflops: float | None
     tokens_per_s: float
+    grad_norm: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -212,11 +217,12 @@ class AttemptPlaced:
 
 @dataclass(frozen=True, kw_only=True)
 class AttemptRunning:
-    """The workers of a group run our code."""
+    """The workers of a group run our code. nodes: host names by rank; None in records of older versions."""
 
     kind: ClassVar = "attempt_running"
     number: int
     num_workers: int
+    nodes: list[str] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -302,7 +308,46 @@ class Stamped:
         return cls(record, float(value["time"]), value["attempt"]) if record else None
 
 
+@dataclass(frozen=True)
+class Records:
+    """What a run has told: events by time, metrics by iteration.
+
+    superseded: steps and evaluations whose iteration was computed again later.
+    left_out: file -> lines that are cut off, damaged, or of a kind that this version does not know.
+    """
+
+    events: list[Stamped]
+    metrics: list[Stamped]
+    superseded: list[Stamped]
+    left_out: dict[str, int]
+
+
+def _key(name: str) -> str:
+    return name.removesuffix("_")  # `from` is a word of Python's
+
+
 _TYPES: dict[str, type[Record]] = {each.kind: each for each in get_args(Record)}
+# by annotation; null stands for NaN and for what an older version did not write
+_JSON_TYPES: dict[str, tuple[type, ...]] = {
+    "int": (int, NoneType),
+    "float": (int, float, NoneType),
+    "str": (str, NoneType),
+    "list[int]": (list, NoneType),
+    "list[str]": (list, NoneType),
+}
+# kind -> (name, key in JSON, value where that is missing, types); looked up here once, for runs have many records
+_FIELDS: dict[str, list[tuple[str, str, Any, tuple[type, ...]]]] = {
+    kind: [
+        (
+            each.name,
+            _key(each.name),
+            None if each.default is MISSING else each.default,
+            _JSON_TYPES[str(each.type).removesuffix(" | None")],
+        )
+        for each in fields(its_type)
+    ]
+    for kind, its_type in _TYPES.items()
+}
 
 
 def to_json(record: Record) -> dict[str, Any]:
@@ -317,14 +362,17 @@ def from_json(value: dict[str, Any]) -> Record | None:
 
     We leave out keys of newer versions. A key that an older version did not write is None, or the field's default.
     """
-    its_type = _TYPES.get(value["kind"])
-    if its_type is None:
+    kind = value["kind"]
+    if kind not in _TYPES:
         return None
-    defaults: dict[str, Any] = {
-        each.name: None if each.default is MISSING else each.default for each in fields(its_type)
-    }
-    return its_type(**{name: value.get(_key(name), default) for name, default in defaults.items()})
+    return _TYPES[kind](**{name: value.get(key, default) for name, key, default, _ in _FIELDS[kind]})
 
 
-def _key(name: str) -> str:
-    return name.removesuffix("_")  # `from` is a word of Python's
+def is_known(value: dict[str, Any]) -> bool:
+    """Return whether this version knows the kind of record that JSON values are of."""
+    return value["kind"] in _TYPES
+
+
+def has_right_types(value: dict[str, Any]) -> bool:
+    """Return whether JSON values are of the types of their record's fields; None and unknown kinds pass."""
+    return all(isinstance(value.get(key), types) for _, key, _, types in _FIELDS.get(value["kind"], ()))

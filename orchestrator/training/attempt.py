@@ -179,8 +179,10 @@ class Attempt:
             if isinstance(record, CheckpointSaved):
                 self.hooks.committed(record)
 
-    def record_step(self, verdict: Verdict, lr: float, loss: float, n_micro_steps: int, t0: float) -> None:
-        """Record the iteration that has just ended; loss: the global batch's; t0: when it began.
+    def record_step(
+        self, verdict: Verdict, lr: float, loss: float, grad_norm: float, n_micro_steps: int, t0: float
+    ) -> None:
+        """Record the iteration that has just ended; loss, grad_norm: the global batch's; t0: when it began.
 
         Raises:
             RolledBackError: on all ranks alike, after too many bad steps.
@@ -207,6 +209,7 @@ class Attempt:
                 mfu=self._flops.mfu,
                 tflops=self._flops.tflops,
                 tokens_per_s=tokens_per_iter(config) / dt_s,
+                grad_norm=grad_norm,
             )
         )
 

@@ -52,6 +52,8 @@ OF_THE_LOOP: dict[str, LoopRecord] = {
     '"tokens_per_s": 512.0': Step(iter=4, loss=2.5, mfu=None, tflops=None, **PACE),
     '"iter": 5, STAMP, "kind": "step", "loss": null, "lr": 0.001, "dt_s": 0.125, "mfu": 0.25, "tflops": 80.0, '
     '"tokens_per_s": 512.0': Step(iter=5, loss=float("nan"), mfu=0.25, tflops=80.0, **PACE),
+    '"iter": 5, STAMP, "kind": "step", "loss": 2.5, "lr": 0.001, "dt_s": 0.125, "mfu": null, "tflops": null, '
+    '"tokens_per_s": 512.0, "grad_norm": 0.75': Step(iter=5, loss=2.5, mfu=None, tflops=None, grad_norm=0.75, **PACE),
     '"iter": 6, STAMP, "kind": "steps", "count": 2, "step_s": 0.25, "median_s": 0.125, "longest_s": 0.125, '
     '"eval_s": 0.0, "pause_s": 0.0': StepWindow(
         iter=6, count=2, step_s=0.25, median_s=0.125, longest_s=0.125, eval_s=0.0, pause_s=0.0
@@ -87,6 +89,9 @@ EVENTS: dict[str, Event] = {
     '"iter": 0, STAMP, "kind": "attempt_placed", "number": 2, "num_workers": 2': AttemptPlaced(number=2, num_workers=2),
     '"iter": 0, STAMP, "kind": "attempt_running", "number": 2, "num_workers": 2': AttemptRunning(
         number=2, num_workers=2
+    ),
+    '"iter": 0, STAMP, "kind": "attempt_running", "number": 2, "num_workers": 2, "nodes": ["n1", "n2"]': AttemptRunning(
+        number=2, num_workers=2, nodes=["n1", "n2"]
     ),
     '"iter": 0, STAMP, "kind": "failure", "cause": "controller_lost", "text": "gone"': Failure(
         cause="controller_lost", text="gone"

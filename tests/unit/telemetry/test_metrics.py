@@ -13,7 +13,7 @@ from fsspec.implementations.memory import MemoryFileSystem
 
 from orchestrator.errors import CheckpointError, ConfigError
 from orchestrator.storage.run_folder import RunFolder
-from orchestrator.telemetry.metrics import MetricsLog, read_metrics, to_line
+from orchestrator.telemetry.metrics import MetricsLog, read_metrics, read_records, to_line
 from orchestrator.telemetry.records import (
     Begin,
     CheckpointSaved,
@@ -107,6 +107,21 @@ def test_of_an_iteration_computed_twice_the_last_wins(out_dir: str) -> None:
     assert steps == [(0, 1.0, "zz"), (1, 1.0, "zz"), (2, 1.0, "zz"), (3, 2.0, "aa"), (4, 2.0, "aa"), (5, 1.0, "zz")]
     assert [r["iter"] for r in records if r["kind"] == "eval"] == list(range(6))
     assert [r["attempt"] for r in records if r["kind"] == "begin"] == ["zz", "aa"]
+
+
+def test_what_was_computed_again_is_kept_apart(tmp_path: Path) -> None:
+    log = MetricsLog(RunFolder(str(tmp_path)), "a")
+    for record in (step(1), step(2), step(3, loss=9.0), step(2, loss=3.0), step(3, loss=4.0), step(4)):
+        log.write(record)
+    path = tmp_path / "metrics.jsonl"
+    path.write_text(path.read_text() * 2)  # the driver has added the same lines
+    records = read_records(RunFolder(str(tmp_path)))
+    assert [(x.record.iter, x.record.loss) for x in records.metrics if isinstance(x.record, Step)] == [
+        *((1, 1.0), (2, 3.0), (3, 4.0), (4, 1.0))
+    ]
+    undone = {(x.record.iter, x.record.loss) for x in records.superseded if isinstance(x.record, Step)}
+    assert undone == {(2, 1.0), (3, 9.0)}
+    assert records.left_out == {}
 
 
 def test_a_line_on_a_disk_is_there_at_once(tmp_path: Path) -> None:

@@ -1,0 +1,115 @@
+"""Which rank was where, and when: by events of this version and of older ones, and without any."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from orchestrator.report.presences import Presence, evaluations_of, presences_of
+from orchestrator.report.run import Run
+from orchestrator.report.timeline import timeline_of
+from orchestrator.telemetry.goodput import Stretch
+from orchestrator.telemetry.records import Records, Stamped
+
+
+def record(kind: str, time_s: float, attempt: str = "a", **values: Any) -> Stamped:
+    found = Stamped.from_json({"kind": kind, "time": time_s, "attempt": attempt, "iter": 0, **values})
+    assert found
+    return found
+
+
+def window(time_s: float, it: int, eval_s: float, attempt: str = "a") -> Stamped:
+    return record(
+        "steps", time_s, attempt, iter=it, count=9, step_s=9.0, median_s=1.0, longest_s=1.0, eval_s=eval_s, pause_s=0.0
+    )
+
+
+KILLED = [
+    record("driver_started", 100.0),
+    record("attempt_placed", 102.0, number=1, num_workers=2),
+    record("attempt_running", 103.0, number=1, num_workers=2, nodes=["n1", "n2"]),
+    record("failure", 121.0, number=1, cause="node_lost", ranks=[1], reached_at_s=119.5),
+    record("attempt_ended", 122.0, number=1),
+    record("attempt_placed", 125.0, number=2, num_workers=2),
+    record("attempt_running", 126.0, number=2, num_workers=2, nodes=["n1", "n3"]),
+    record("driver_ended", 150.0, outcome="finished"),
+]
+METRICS = [
+    record("begin", 104.0, world_size=2),
+    window(119.0, 9, eval_s=4.0),
+    record("begin", 128.0, "b", iter=9, world_size=2),
+    window(149.0, 20, eval_s=0.0, attempt="b"),
+]
+
+
+def test_a_rank_that_fails_is_gone_before_the_others() -> None:
+    assert presences_of(Records(KILLED, METRICS, [], {})) == [
+        Presence(0, "n1", 102.0, 122.0),
+        Presence(1, "n2", 102.0, 119.5),
+        Presence(0, "n1", 125.0, 150.0),
+        Presence(1, "n3", 125.0, 150.0),
+    ]
+
+
+def test_a_driver_that_ended_without_a_word_left_its_ranks_at_the_last_record() -> None:
+    events = [*KILLED[:3], record("driver_started", 500.0)]
+    found = presences_of(Records(events, METRICS[:2], [], {}))
+    assert [each.end_s for each in found] == [119.0, 119.0]
+
+
+def test_events_of_an_older_version_name_no_nodes() -> None:
+    events = [
+        each if each.record.kind != "attempt_running" else record("attempt_running", each.time_s, num_workers=2)
+        for each in KILLED
+    ]
+    found = presences_of(Records(events, METRICS, [], {}))
+    assert [(each.rank, each.node) for each in found] == [(0, ""), (1, "")] * 2
+
+
+def test_without_events_the_metrics_tell() -> None:
+    run = Run("run", Records([], METRICS, [], {}))
+    assert presences_of(run.records) == [
+        *(Presence(rank, "", 104.0, 119.0) for rank in range(2)),
+        *(Presence(rank, "", 128.0, 149.0) for rank in range(2)),
+    ]
+    assert run.ledger.wall_s == pytest.approx(15.0 + 21.0), "what came between two starts is not counted"
+    assert run.ledger.incidents == []
+
+
+def test_a_rollback_ends_a_presence_of_the_same_start() -> None:
+    metrics = [
+        *METRICS[:2],
+        record("rollback", 119.5, iter=9, to_iter=4),
+        record("begin", 121.0, restore_s=1.0),
+        METRICS[3],
+    ]
+    found = presences_of(Records([], metrics, [], {}))
+    assert {(each.begin_s, each.end_s) for each in found} == {(104.0, 119.5), (120.0, 149.0)}
+
+
+def test_evaluations_share_the_time_that_their_window_tells() -> None:
+    metrics = [record("eval", 110.0, val_loss=2.0), record("eval", 116.0, val_loss=2.0), window(119.0, 9, eval_s=4.0)]
+    assert evaluations_of(metrics) == [Stretch("evaluation", 108.0, 110.0), Stretch("evaluation", 114.0, 116.0)]
+
+
+def test_the_stretches_are_all_the_time_that_the_ledger_has() -> None:
+    run = Run("run", Records(KILLED, METRICS, [], {}))
+    assert sum(each.end_s - each.begin_s for each in run.ledger.stretches) == pytest.approx(run.ledger.wall_s)
+    assert [each.entry for each in run.ledger.stretches] == [
+        "start_up", "productive", "detection", "recovery", "productive", "start_up",
+    ]  # fmt: skip
+
+
+def test_the_ranks_of_many_nodes_share_their_nodes_rows() -> None:
+    nodes = [f"node-{rank // 8}" for rank in range(64)]
+    events = [
+        record("driver_started", 100.0),
+        record("attempt_placed", 102.0, number=1, num_workers=64),
+        record("attempt_running", 103.0, number=1, num_workers=64, nodes=nodes),
+        record("driver_ended", 150.0, outcome="finished"),
+    ]
+    made = timeline_of(Run("run", Records(events, METRICS[:2], [], {})))
+    assert made
+    rows = list(made.yaxis.major_label_overrides.values())
+    assert rows == ["incidents", "checkpoints", "run", *(f"node-{n}" for n in range(8))]
