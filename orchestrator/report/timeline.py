@@ -166,7 +166,7 @@ def _draw_incidents(made: figure, incidents: Sequence[Incident]) -> None:
         "where": [each.where or "-" for each in incidents],
         "iter": [each.iter_num for each in incidents],
         "total": [duration(each.total_s) for each in incidents],
-        "phases": [phases_of(each) for each in incidents],
+        "mostly": [_longest_phases(each) for each in incidents],
         "repeated": [each.steps_repeated for each in incidents],
         "text": [each.text for each in incidents],
     }
@@ -183,10 +183,11 @@ def _draw_incidents(made: figure, incidents: Sequence[Incident]) -> None:
         text_align="center",
         text_baseline="middle",
     )
-    names = ("cause", "where", "iter", "total", "phases", "repeated", "text")
+    names = ("cause", "where", "iter", "total", "mostly", "repeated", "text")
     made.add_tools(HoverTool(renderers=[drawn], tooltips=[("incident", "@number"), *((n, f"@{n}") for n in names)]))
 
 
-def phases_of(incident: Incident) -> str:
-    """Return the seconds of an incident's phases in a line."""
-    return ", ".join(f"{name.replace('_', '-')} {s:.2f} s" for name, s in incident.phases.items())
+def _longest_phases(incident: Incident) -> str:
+    """Return where most of an incident's time went; a tooltip has no room for all phases."""
+    longest = sorted(incident.phases.items(), key=lambda phase: -phase[1])[:3]
+    return ", ".join(f"{name.replace('_', '-')} {seconds:.2f} s" for name, seconds in longest)

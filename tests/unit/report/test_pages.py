@@ -115,5 +115,5 @@ def test_hovering_tells_of_an_incident(tmp_path: Path, page_file: Path, browser:
     page = browser.open(page_file, height=4000)
     assert_drawn(page, ["loss", "lr", "grad_norm", "tokens_per_s", "mfu", "dt_s"])
     hover(page, "number")
-    page.wait_until("tooltips().some(each => ['worker_lost', 'gpu-b', 'rescue 0.30 s'].every(x => each.includes(x)))")
+    page.wait_until("tooltips().some(each => ['worker_lost', 'gpu-b', 'set-up 3.00 s'].every(x => each.includes(x)))")
     page.close()
