@@ -14,7 +14,8 @@ def clip_gradients(
     """Scale the gradient down to the norm grad_clip, unless that is 0; return the norm that it had."""
     parameters = list(model.parameters())
     if grad_clip == 0.0:
-        return norm_of(parameters)
+        norm = norm_of(parameters)
+        return norm / scaler.scale(torch.ones_like(norm))  # which the optimizer's step will divide by
     scaler.unscale_(optimizer)
     norm = norm_of(parameters)
     torch.nn.utils.clip_grads_with_norm_(parameters, grad_clip, norm)
