@@ -135,7 +135,7 @@ def test_a_model_on_a_server_is_a_source_for_every_command(place: Place, tiny: T
     run(begun, "b")
     assert state_in(begun).iter_num == 6
     folder = f"{config.out_dir}-hf"
-    export(ExportConfig(config.out_dir, "hf", config.storage_options, folder))
+    export(ExportConfig(config.out_dir, "hf", storage_options=config.storage_options, to=folder))
     tuned = replace(config, out_dir=str(tmp_path / "tuned"), init_from=folder, init_weights_only=True)
     assert plan(tuned).start.iter_num == 0
     options = {"storage_options": config.storage_options, "init_from": folder}  # out_dir is no longer on the server
