@@ -46,16 +46,18 @@ def test_killed_worker_changes_no_bit(
     check_that_a_kill_changes_no_bit(replace(tiny, num_workers=world_size), fault, undisturbed)
 
 
+# By default tests/unit/distributed/test_adapter_training.py kills one of three ranks, without Ray.
+@pytest.mark.slow
 @pytest.mark.usefixtures("cluster")
 @pytest.mark.parametrize(
     ("point", "rank", "iter_num"),
     [
         ("exchanged", 1, 13),
-        pytest.param("optimizer", 0, 10, marks=pytest.mark.slow),
-        pytest.param("copy", 1, 12, marks=pytest.mark.slow),
-        pytest.param("write", 2, 16, marks=pytest.mark.slow),
-        pytest.param("commit", 0, 12, marks=pytest.mark.slow),
-        pytest.param("evaluate", 1, 16, marks=pytest.mark.slow),
+        ("optimizer", 0, 10),
+        ("copy", 1, 12),
+        ("write", 2, 16),
+        ("commit", 0, 12),
+        ("evaluate", 1, 16),
     ],
 )
 def test_killed_worker_changes_no_bit_of_adapters(

@@ -77,8 +77,8 @@ class Case:
         path.mkdir(exist_ok=True)
         return replace(self.config, memory_dir=str(path))
 
-    def build(self, config: TrainConfig, args: dict[str, Any], world: World, *, is_empty: bool = False) -> TrainState:
-        state = build_state(config, args, world, is_empty=is_empty)
+    def build(self, config: TrainConfig, args: dict[str, Any], world: World, **options: Any) -> TrainState:
+        state = build_state(config, args, world, **options)
         if self.is_sharded:
             state.placement = partial(shard_moments_on, world.rank)
         return state
