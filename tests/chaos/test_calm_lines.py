@@ -43,7 +43,8 @@ def screen_of(config: TrainConfig, folder: Path, *, in_terminal: bool = False, *
     return b"".join(pieces).decode()
 
 
-@pytest.mark.parametrize("in_terminal", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("in_terminal", [False, True])
 def test_a_killed_worker_is_told_in_lines_of_ours(tiny: TrainConfig, tmp_path: Path, in_terminal: bool) -> None:
     config = replace(tiny, num_workers=2)
     screen = screen_of(config, tmp_path, in_terminal=in_terminal)

@@ -148,7 +148,12 @@ def told_in_evaluation(at_iter: int, answer: int, after: int = 2) -> Any:
 
 
 @pytest.mark.parametrize(
-    ("at_iter", "answer"), [(8, StopRequest.STOP), (16, StopRequest.PREEMPTED), (24, StopRequest.STOP)]
+    ("at_iter", "answer"),
+    [
+        pytest.param(8, StopRequest.STOP, marks=pytest.mark.slow),
+        (16, StopRequest.PREEMPTED),
+        pytest.param(24, StopRequest.STOP, marks=pytest.mark.slow),
+    ],
 )
 def test_an_evaluation_is_broken_off_and_done_by_the_next_attempt(
     tiny: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at_iter: int, answer: int

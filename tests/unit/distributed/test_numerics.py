@@ -83,7 +83,8 @@ class BreakCompiler:
             os.environ["PATH"] = f"{self.folder}:{os.environ['PATH']}"
 
 
-@pytest.mark.parametrize("broken", [(0,), pytest.param((1,), marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("broken", [(0,), (1,)])
 def test_a_compiler_that_does_not_work_is_told_of_once_and_all_ranks_run_uncompiled(
     tiny: TrainConfig, tmp_path: Path, broken: tuple[int, ...]
 ) -> None:
