@@ -130,8 +130,7 @@ def records_of(iterations: int) -> Iterator[Stamped]:
         if it % (iterations // 50) == 0:
             losses = {"train_loss": _loss(it), "val_loss": _loss(it) + 0.02}
             yield told(Evaluation(iter=it, lr=6e-4, mfu=0.4, tflops=125.0, **losses), _EVAL_S)
-            saved = {"seconds": 8.0, "best_val_loss": losses["val_loss"], "val_loss": losses["val_loss"]}
-            yield told(CheckpointSaved(iter=it, name=f"checkpoint_{it:08d}_a", pause_s=0.01, **saved), 0.0)
+            yield told(saved(it, losses["val_loss"]), 0.0)
     yield told(DriverEnded(outcome="finished"), 5.0)
 
 
@@ -159,8 +158,36 @@ def told_steps(told: Callable[[Record, float], Stamped], it: int, *, is_bad: boo
     yield told(Step(iter=it, loss=loss, lr=_lr(it), dt_s=dt_s, grad_norm=abs(loss) / 8, **speed), dt_s)
     if it % 40 == 0:
         eval_s = _EVAL_S if it % 2000 == 0 and it else 0.0
-        window = {"median_s": _STEP_S, "longest_s": dt_s, "eval_s": eval_s, "pause_s": 0.01}
-        yield told(StepWindow(iter=it + 1, count=40, step_s=40 * _STEP_S, **window), 0.0)
+        yield told(window(it, dt_s, eval_s), 0.0)
+
+
+def saved(it: int, val_loss: float) -> CheckpointSaved:
+    """Return the record of a checkpoint in storage."""
+    return CheckpointSaved(
+        iter=it,
+        name=f"checkpoint_{it:08d}_a",
+        seconds=8.0,
+        best_val_loss=val_loss,
+        val_loss=val_loss,
+        pause_s=0.01,
+        size_bytes=1_490_000_000,
+    )
+
+
+def window(it: int, longest_s: float, eval_s: float) -> StepWindow:
+    """Return the record of the 40 iterations up to this one."""
+    return StepWindow(
+        iter=it + 1,
+        count=40,
+        step_s=40 * _STEP_S,
+        median_s=_STEP_S,
+        longest_s=longest_s,
+        eval_s=eval_s,
+        pause_s=0.01,
+        snapshots=10,
+        snapshot_s=3.0,
+        snapshot_bytes=3_700_000_000,
+    )
 
 
 def _loss(it: int) -> float:

@@ -145,13 +145,28 @@ def open_sinks(
     Raises:
         ConfigError: a sink is asked for whose package is not installed.
     """
-    sinks: list[Sink] = []
-    _succeeds("a sink", lambda: sinks.append(MetricsLog(folder, attempt)))
+    makers: list[Callable[[], Sink]] = [lambda: MetricsLog(folder, attempt)]
     if tensorboard_log:
-        _succeeds("a sink", lambda: sinks.append(TensorBoardSink(folder.out_dir)))
+        makers.append(lambda: TensorBoardSink(folder.out_dir))
     if wandb_log:
-        _succeeds("a sink", lambda: sinks.append(WandbSink(folder, wandb_project, wandb_run_name, config or {})))
+        makers.append(lambda: WandbSink(folder, wandb_project, wandb_run_name, config or {}))
+    return sinks_of(*makers)
+
+
+def sinks_of(*makers: Callable[[], Sink]) -> Sinks:
+    """Make sinks; one that cannot be made is warned about and left out.
+
+    Raises:
+        ConfigError: its package is not installed.
+    """
+    sinks: list[Sink] = []
+    for make in makers:
+        _succeeds("a sink", _append, sinks, make)
     return Sinks(sinks)
+
+
+def _append(sinks: list[Sink], make: Callable[[], Sink]) -> None:
+    sinks.append(make())
 
 
 def _succeeds(name: str, call: Callable[P, None], *args: P.args, **kwargs: P.kwargs) -> bool:

@@ -100,6 +100,22 @@ class SaveScheduler:
         return Decision(skipped=skipped)
 
 
+class SnapshotTotals(NamedTuple):
+    """Snapshots that one rank has published: how many, their seconds and their bytes."""
+
+    copies: int = 0
+    seconds: float = 0.0
+    size_bytes: int = 0
+
+    def plus(self, other: SnapshotTotals) -> SnapshotTotals:
+        return SnapshotTotals(
+            self.copies + other.copies, self.seconds + other.seconds, self.size_bytes + other.size_bytes
+        )
+
+    def since(self, earlier: SnapshotTotals) -> SnapshotTotals:
+        return self.plus(SnapshotTotals(-earlier.copies, -earlier.seconds, -earlier.size_bytes))
+
+
 class SnapshotCost:
     """Measures on one rank how long steps and snapshots take. processes: the ranks that share this node's cores.
 

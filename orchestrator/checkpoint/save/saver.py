@@ -20,7 +20,7 @@ from typing import Any
 
 from orchestrator.checkpoint.save.node_topology import NodeTopology
 from orchestrator.checkpoint.save.plan import files_of, plan_save
-from orchestrator.checkpoint.save.policy import SaveIntervals, SaveScheduler, SaveStatus
+from orchestrator.checkpoint.save.policy import SaveIntervals, SaveScheduler, SaveStatus, SnapshotTotals
 from orchestrator.checkpoint.save.rescue import STAND_IN_S, Rescuer
 from orchestrator.checkpoint.save.state_lock import StateLock
 from orchestrator.checkpoint.save.to_memory import SnapshotWriter
@@ -61,6 +61,11 @@ class Saver:
         self._plan = partial(plan_save, world=world, environment=environment)
         self._lock = StateLock()
         self.rescuer = Rescuer(state, world, nodes, self._plan, self._memory, self._lock)
+
+    @property
+    def snapshots(self) -> SnapshotTotals:
+        """The snapshots of this rank so far."""
+        return self._memory.published
 
     def request(self) -> SaveStatus:
         """Return this rank's SaveStatus, for an agreement that runs while a step does."""
