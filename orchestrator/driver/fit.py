@@ -65,6 +65,7 @@ def _pass_on(posted: list[Stamped], driver: Driver, display: Display, metrics: S
             display.show(record)
             driver.journal.observe(stamped)
         metrics.write(stamped)
+    metrics.flush()
     driver.ray_output.pass_on()
     if path := driver.ray_output.log_file_to_tell():
         display.show(Note(text=f"Ray's own words about lost workers are in {path}"))

@@ -2,10 +2,14 @@
 
 The driver sets them. It hears all records of all attempts, so no step takes longer, and a series goes on while workers
 are lost and replaced. Ray puts `ray_` before a name, and `_total` behind a counter's: docs/monitoring.md lists them.
+
+Ray exports a gauge once after it was set, and forgets it after two exports. So we set all of them every second.
 """
 
 from __future__ import annotations
 
+import math
+import time
 from typing import Any
 
 from ray.util.metrics import Counter, Gauge
@@ -28,6 +32,7 @@ from orchestrator.telemetry.records import (
     StepWindow,
 )
 
+_SET_EVERY_S = 1.0  # Ray exports every ten by default, and every one at most
 PREFIX = "orchestrator_"
 RUN_LABELS = ("ray_train_run_name", "ray_train_run_id")  # Ray Train's own metrics have them
 
@@ -57,6 +62,8 @@ COUNTERS = {
     "restarts": ("restarts and rollbacks by cause", "cause"),
 }
 
+_OF_STEPS = ("step_seconds", "tokens_per_second", "mfu")
+
 
 def metrics_of(driver: Driver, trainer: Trainer) -> RayMetrics:
     """Return the metrics of a run that a trainer is about to begin."""
@@ -73,31 +80,42 @@ class RayMetrics:
 
     def __init__(self, run_name: str, run_id: str, max_workers: int, ledger: Ledger) -> None:
         self._ledger = ledger
-        self._incidents = 0  # so many of the ledger's are counted
+        # so many are counted; when Ray Train begins again, all but the reason: its controller was lost
+        self._incidents = max(0, len(ledger.incidents) - 1)
+        self._values: dict[tuple[str, str], float] = {}  # of gauges, by name and label
+        self._set_at_s = -math.inf
         labels = dict(zip(RUN_LABELS, (run_name, run_id), strict=True))
         self._gauges = {name: _make(Gauge, name, *about, labels) for name, about in GAUGES.items()}
         self._counters = {name: _make(Counter, name, *about, labels) for name, about in COUNTERS.items()}
-        self._set("workers", max_workers, state="wanted")
-        self._set("workers", 0, state="now")
+        self._set("workers", max_workers, "wanted")
+        self._set("workers", 0, "now")
 
     def write(self, stamped: Stamped) -> None:
-        """Set the metrics that a record is about."""
+        """Take the values of a record."""
         record = stamped.record
         self._set_training(record)
         self._set_saving(record)
         match record:
             case AttemptRunning():
-                self._set("workers", record.num_workers, state="now")
+                self._set("workers", record.num_workers, "now")
             case AttemptEnded():
-                self._set("workers", 0, state="now")
+                self._set("workers", 0, "now")
+                for name in _OF_STEPS:  # nobody trains
+                    self._values.pop((name, ""), None)
         if not isinstance(record, Step):  # of which there are many; a window tells the ledger of them
             self._account()
 
     def flush(self) -> None:
-        """Leave it to Ray, which exports every ten seconds."""
+        """Set the gauges, once a second however often this is called."""
+        now_s = time.monotonic()
+        if now_s < self._set_at_s + _SET_EVERY_S:
+            return
+        self._set_at_s = now_s
+        for (name, label), value in self._values.items():
+            self._gauges[name].set(value, {GAUGES[name][1]: label} if label else None)
 
     def close(self) -> None:
-        """Leave it to Ray: a gauge ends with the driver's process."""
+        """Do nothing: what is not set any more ends by itself."""
 
     def _set_training(self, record: Record) -> None:
         match record:
@@ -114,8 +132,8 @@ class RayMetrics:
             case StepSkipped():
                 self._count("skipped_steps", 1)
             case Evaluation():
-                self._set("eval_loss", record.train_loss, split="train")
-                self._set("eval_loss", record.val_loss, split="val")
+                self._set("eval_loss", record.train_loss, "train")
+                self._set("eval_loss", record.val_loss, "val")
 
     def _set_saving(self, record: Record) -> None:
         match record:
@@ -128,26 +146,27 @@ class RayMetrics:
             case CheckpointSaved():
                 self._set("upload_seconds", record.seconds)
                 self._set("upload_bytes", record.size_bytes)
-                self._count("checkpoints", 1, state="saved")
+                self._count("checkpoints", 1, "saved")
             case CheckpointSkipped():
-                self._count("checkpoints", 1, state="skipped")
+                self._count("checkpoints", 1, "skipped")
             case CheckpointFailed():
-                self._count("checkpoints", 1, state="failed")
+                self._count("checkpoints", 1, "failed")
 
     def _account(self) -> None:
         wall_s = self._ledger.wall_s
         for entry, seconds in self._ledger.seconds.items():
-            self._set("goodput", seconds / wall_s if wall_s else 0.0, entry=entry)
+            self._set("goodput", seconds / wall_s if wall_s else 0.0, entry)
         for incident in self._ledger.incidents[self._incidents :]:
-            self._count("restarts", 1, cause=incident.cause)
+            self._count("restarts", 1, incident.cause)
         self._incidents = len(self._ledger.incidents)
 
-    def _set(self, name: str, value: float | None, **label: str) -> None:
-        self._gauges[name].set(value, label)  # which leaves it as it was for None
+    def _set(self, name: str, value: float | None, label: str = "") -> None:
+        if value is not None:
+            self._values[name, label] = value
 
-    def _count(self, name: str, value: float, **label: str) -> None:
+    def _count(self, name: str, value: float, label: str = "") -> None:
         if value > 0:  # Ray takes no other
-            self._counters[name].inc(value, label)
+            self._counters[name].inc(value, {COUNTERS[name][1]: label} if label else None)
 
 
 def _make(kind: type, name: str, description: str, label: str, labels: dict[str, str]) -> Any:

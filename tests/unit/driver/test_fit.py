@@ -19,7 +19,7 @@ def called_for(record: Record) -> tuple[list[object], list[object]]:
     driver, display, metrics = Mock(), Mock(), Mock()
     driver.ray_output.log_file_to_tell.return_value = None
     fit._pass_on([Stamped(record, 1000.5, "a")], driver, display, metrics)
-    assert metrics.mock_calls == [call.write(Stamped(record, 1000.5, "a"))], "Ray's metrics hear of all of them"
+    assert metrics.mock_calls == [call.write(Stamped(record, 1000.5, "a")), call.flush()], "they hear of all records"
     *calls, pass_on, _ = driver.mock_calls
     assert pass_on == call.ray_output.pass_on()
     return calls, display.mock_calls
