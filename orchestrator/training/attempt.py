@@ -124,7 +124,7 @@ class Attempt:
         self._began_at = self.state.iter_num
         self._flops = Flops(self.world.device)
         self.stopwatch = Stopwatch()
-        self._snapshots = self.saver.snapshots
+        self._snapshots = self.saver.snapshot_cost.published
 
     def emit(self, record: Record) -> None:
         """Pass a record to the hooks, on rank 0."""
@@ -217,7 +217,7 @@ class Attempt:
 
     def _emit_window(self, window: StepWindow) -> None:
         """Record a window with the snapshots that were published in it."""
-        snapshots = self.saver.snapshots  # the copier may add to them at any moment
+        snapshots = self.saver.snapshot_cost.published  # the copier may add to them at any moment
         new, self._snapshots = snapshots.since(self._snapshots), snapshots
         self.emit(replace(window, snapshots=new.copies, snapshot_s=new.seconds, snapshot_bytes=new.size_bytes))
 

@@ -119,7 +119,7 @@ class SnapshotTotals(NamedTuple):
 class SnapshotCost:
     """Measures on one rank how long steps and snapshots take. processes: the ranks that share this node's cores.
 
-    pause_s: how long training has waited for the newest snapshot.
+    pause_s: how long training has waited for the newest snapshot. published: all snapshots so far.
     """
 
     def __init__(self, device: torch.device, processes: int) -> None:
@@ -130,6 +130,7 @@ class SnapshotCost:
         self._began_s = 0.0
         self.pause_s = self._busy_s = self._cpu_s = 0.0  # of the newest snapshot
         self._is_measured = False
+        self.published = SnapshotTotals()
 
     def step_begins(self) -> None:
         """Note the beginning of a training step, which `step_ended` ends."""
@@ -140,8 +141,9 @@ class SnapshotCost:
         if self._began_s:
             self._steps_s.append(time.perf_counter() - self._began_s)
 
-    def copied(self, busy_s: float, cpu_s: float) -> None:
+    def copied(self, busy_s: float, cpu_s: float, size_bytes: int = 0) -> None:
         """Note how long a snapshot was copied in the background, and how much of a core's time that took."""
+        self.published = self.published.plus(SnapshotTotals(1, busy_s, size_bytes))
         self._busy_s, self._cpu_s = busy_s, cpu_s
         self._is_measured = True
 

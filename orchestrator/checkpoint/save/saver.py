@@ -20,7 +20,7 @@ from typing import Any
 
 from orchestrator.checkpoint.save.node_topology import NodeTopology
 from orchestrator.checkpoint.save.plan import files_of, plan_save
-from orchestrator.checkpoint.save.policy import SaveIntervals, SaveScheduler, SaveStatus, SnapshotTotals
+from orchestrator.checkpoint.save.policy import SaveIntervals, SaveScheduler, SaveStatus
 from orchestrator.checkpoint.save.rescue import STAND_IN_S, Rescuer
 from orchestrator.checkpoint.save.state_lock import StateLock
 from orchestrator.checkpoint.save.to_memory import SnapshotWriter
@@ -37,7 +37,7 @@ class Saver:
     rescuer: saves the last completed iteration when an attempt ends.
     is_finishing: the last state is on its way to storage, and training waits for it.
     paused_s: how long training has waited for states to be saved, in all.
-    changed_at_s: when the last iteration was completed, in seconds since 1970.
+    changed_at_s: when the last iteration was completed, in seconds since 1970. snapshot_cost: of this rank's.
     """
 
     def __init__(
@@ -58,14 +58,10 @@ class Saver:
         files = files_of(forecast(state), world.size, state.placement)
         kept = state.resumed_from.checkpoint.name if state.resumed_from else ""
         self._memory = SnapshotWriter(state.scaler, world, nodes, files, kept)
+        self.snapshot_cost = self._memory.cost
         self._plan = partial(plan_save, world=world, environment=environment)
         self._lock = StateLock()
         self.rescuer = Rescuer(state, world, nodes, self._plan, self._memory, self._lock)
-
-    @property
-    def snapshots(self) -> SnapshotTotals:
-        """The snapshots of this rank so far."""
-        return self._memory.published
 
     def request(self) -> SaveStatus:
         """Return this rank's SaveStatus, for an agreement that runs while a step does."""

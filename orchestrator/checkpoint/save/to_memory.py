@@ -21,7 +21,7 @@ from orchestrator.checkpoint.save.buffers import BufferPool
 from orchestrator.checkpoint.save.gpu import Gpu
 from orchestrator.checkpoint.save.node_topology import NodeTopology
 from orchestrator.checkpoint.save.plan import Files, SavePlan, tensors_in
-from orchestrator.checkpoint.save.policy import SnapshotCost, SnapshotTotals
+from orchestrator.checkpoint.save.policy import SnapshotCost
 from orchestrator.checkpoint.save.snapshot_buffer import SnapshotBuffer
 from orchestrator.checkpoint.state import ScalerValues
 from orchestrator.checkpoint.tensor_file import Layout, bytes_of, layout_of
@@ -37,7 +37,6 @@ class SnapshotWriter:
 
     files: those of any state of this run. keep: the name of the state that stays until there is a newer one.
     pool: its buffers; cost: of its snapshots; copier: its thread; gpu: its streams, None on a CPU.
-    published: its snapshots so far.
     """
 
     def __init__(
@@ -50,7 +49,6 @@ class SnapshotWriter:
         self._copied: Future[torch.cuda.Event | None] | None = None
         self.pool = BufferPool(nodes, world)
         self.cost = SnapshotCost(world.device, nodes.shares)
-        self.published = SnapshotTotals()
         if nodes.memory:
             nodes.memory.hold_liveness_lock(world.attempt, nodes.share)
             nodes.memory.forget_other_than(world.attempt, keep)
@@ -139,10 +137,8 @@ class SnapshotWriter:
             event.synchronize()
         description = {**plan.description, "scaler": scaler.state_dict()}
         buffer.publish(plan.name, self._nodes.share, self._nodes.shares, description)
-        seconds = time.perf_counter() - began_s
-        self.cost.copied(seconds, time.thread_time() - cpu_began_s)
         size_bytes = sum(map(len, buffer.contents.values()))
-        self.published = self.published.plus(SnapshotTotals(1, seconds, size_bytes))
+        self.cost.copied(time.perf_counter() - began_s, time.thread_time() - cpu_began_s, size_bytes)
         return description
 
 
