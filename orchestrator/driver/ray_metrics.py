@@ -32,7 +32,7 @@ from orchestrator.telemetry.records import (
     StepWindow,
 )
 
-_SET_EVERY_S = 1.0  # Ray exports every ten by default, and every one at most
+SET_EVERY_S = 1.0  # Ray exports every ten by default, and every one at most
 PREFIX = "orchestrator_"
 RUN_LABELS = ("ray_train_run_name", "ray_train_run_id")  # Ray Train's own metrics have them
 
@@ -108,9 +108,13 @@ class RayMetrics:
     def flush(self) -> None:
         """Set the gauges, once a second however often this is called."""
         now_s = time.monotonic()
-        if now_s < self._set_at_s + _SET_EVERY_S:
+        if now_s < self._set_at_s + SET_EVERY_S:
             return
         self._set_at_s = now_s
+        self.set_gauges()
+
+    def set_gauges(self) -> None:
+        """Set all gauges to the values of the records so far."""
         for (name, label), value in self._values.items():
             self._gauges[name].set(value, {GAUGES[name][1]: label} if label else None)
 

@@ -64,7 +64,7 @@ def exported(monkeypatch: pytest.MonkeyPatch) -> Exported:
     exported = Exported()
     monkeypatch.setattr(ray_metrics, "Gauge", exported.metric)
     monkeypatch.setattr(ray_metrics, "Counter", exported.metric)
-    monkeypatch.setattr(ray_metrics, "_SET_EVERY_S", -math.inf)
+    monkeypatch.setattr(ray_metrics, "SET_EVERY_S", -math.inf)
     return exported
 
 
@@ -139,7 +139,7 @@ def test_gauges_are_set_again_for_ray_forgets_them(exported: Exported, monkeypat
     first = exported.sets
     metrics.flush()
     assert exported.sets == 2 * first > 0
-    monkeypatch.setattr(ray_metrics, "_SET_EVERY_S", math.inf)
+    monkeypatch.setattr(ray_metrics, "SET_EVERY_S", math.inf)
     metrics.flush()
     assert exported.sets == 2 * first, "not more often than once a second"
 
