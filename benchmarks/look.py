@@ -19,6 +19,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import ray
 
@@ -85,7 +86,8 @@ def measure_page(out_dir: Path, page: Path) -> dict[str, float]:
 
 def measure_metrics(iterations: int) -> float:
     """Put the records of a run into Ray's metrics, and return how long that takes as a share of steps of 100 ms."""
-    ray.init(address="local", num_cpus=1, include_dashboard=False, object_store_memory=80 * 2**20)
+    options: dict[str, Any] = {"include_dashboard": False, "object_store_memory": 80 * 2**20, "logging_level": "ERROR"}
+    ray.init(address="local", num_cpus=1, **options)
     ledger = Ledger()
     metrics = RayMetrics("look", "look", 4, ledger)
     spent_s, steps = 0.0, 0

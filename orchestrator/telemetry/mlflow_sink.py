@@ -7,6 +7,7 @@ import os
 import re
 import sys
 import time
+from collections import deque
 from functools import partial
 from importlib.util import find_spec
 from typing import Any
@@ -17,8 +18,12 @@ from orchestrator.storage.run_folder import RunFolder
 from orchestrator.telemetry.charts import missing_package, scalars
 from orchestrator.telemetry.records import LoopRecord, Stamped
 
-_SEND_S, _CLOSE_S = 5.0, 30.0
+_SEND_S = 5.0
+_CLOSE_S, _CLOSE_FAILED_S = 30.0, 2.0  # an attempt that has failed is reported behind this
 _BATCH = 1000  # values that MLflow's stores take at once
+_KEPT_VALUES = 100_000  # while the store does not answer
+
+_Value = tuple[str, float, int, int]  # name, value, milliseconds since 1970, iteration
 
 
 def store_of(folder: RunFolder) -> str:
@@ -56,7 +61,7 @@ class MlflowSink:
         self._folder, self._uri, self._experiment = folder, store_of(folder), experiment
         self._client: Any = None
         self._run_id = ""
-        self._waiting: list[tuple[str, float, int, int]] = []  # name, value, milliseconds, iteration
+        self._waiting = deque[_Value](maxlen=_KEPT_VALUES)
         self._sent_at_s = time.monotonic()
         self._thread = BackgroundQueue("mlflow")
         self._last = self._begun = self._thread.submit(partial(self._begin, config))
@@ -65,7 +70,7 @@ class MlflowSink:
         record = stamped.record
         if isinstance(record, LoopRecord):
             time_ms = int(stamped.time_s * 1000)
-            self._waiting += [(name, value, time_ms, record.iter) for name, value in scalars(record).items()]
+            self._waiting.extend((name, value, time_ms, record.iter) for name, value in scalars(record).items())
         if self._last.done():
             self._last.result()  # raises what has failed
             if time.monotonic() >= self._sent_at_s + _SEND_S:
@@ -73,16 +78,16 @@ class MlflowSink:
 
     def flush(self) -> None:
         self._sent_at_s = time.monotonic()
-        waiting, self._waiting = self._waiting, []
-        self._last = self._thread.submit(partial(self._send, waiting))
+        self._last = self._thread.submit(partial(self._send, list(self._waiting)))
+        self._waiting.clear()
 
     def close(self) -> None:
         self.flush()
-        self._begun.result(timeout=_CLOSE_S)
-        status = "FAILED" if sys.exception() else "FINISHED"
+        status, patience_s = ("FAILED", _CLOSE_FAILED_S) if sys.exception() else ("FINISHED", _CLOSE_S)
+        self._begun.result(timeout=patience_s)
         last = self._thread.submit(lambda: self._client.set_terminated(self._run_id, status))
         self._thread.close()
-        last.result(timeout=_CLOSE_S)
+        last.result(timeout=patience_s)
 
     def _begin(self, config: dict[str, Any]) -> None:
         """Go on with the run whose id lies in the run's folder, if the store has it; otherwise begin one."""
@@ -121,7 +126,7 @@ class MlflowSink:
         place = None if "MLFLOW_TRACKING_URI" in os.environ else f"{self._folder.root}/mlflow-artifacts"
         return str(self._client.create_experiment(self._experiment, artifact_location=place))
 
-    def _send(self, waiting: list[tuple[str, float, int, int]]) -> None:
+    def _send(self, waiting: list[_Value]) -> None:
         from mlflow.entities import Metric
 
         self._begun.result()
