@@ -136,6 +136,8 @@ class TrainConfig:
     wandb_project: str = "owt"  # project in Weights & Biases
     wandb_run_name: str = "gpt2"  # name of the run there
     tensorboard_log: bool = False  # write TensorBoard files to out_dir/tensorboard
+    mlflow_log: bool = False  # log to MLflow, at MLFLOW_TRACKING_URI or in out_dir/mlflow.db
+    mlflow_experiment: str = "owt"  # experiment in MLflow
 
     @property
     def iters_per_checkpoint(self) -> int:

@@ -15,6 +15,7 @@ from typing import Any
 import psutil
 import ray
 from ray._private.grpc_utils import init_grpc_channel
+from ray.job_config import JobConfig
 
 from orchestrator.cluster import variables
 from orchestrator.errors import ConfigError, DataError
@@ -40,10 +41,11 @@ class StoppedError(Exception):
 
 
 @contextmanager
-def cluster_of(no_data: DataError | None) -> Iterator[bool]:
+def cluster_of(no_data: DataError | None, metadata: dict[str, str] | None = None) -> Iterator[bool]:
     """Join the cluster that this process is in, or start one here and end it afterwards.
 
     Lends whether we leave the cluster at the end: not if the caller has joined it before.
+    metadata: of the job that this process is there, for the cluster's list of jobs.
 
     Raises:
         DataError: no_data, where this machine would be the whole cluster.
@@ -59,7 +61,7 @@ def cluster_of(no_data: DataError | None) -> Iterator[bool]:
     if no_data:
         logger.warning("the dataset is not on this machine, the workers will look for it on theirs (%s)", no_data)
     with _signals_kept():
-        _join(address) if address else _start_cluster()
+        _join(address, metadata or {}) if address else _start_cluster()
     try:
         yield True
     finally:
@@ -91,7 +93,7 @@ def _signals_kept() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, held_back)
 
 
-def _join(address: str) -> None:
+def _join(address: str, metadata: dict[str, str]) -> None:
     """Join a cluster.
 
     Without an address none is joined: what runs on this machine may be the local cluster of another run, and end with
@@ -104,7 +106,7 @@ def _join(address: str) -> None:
         _knock(address)
         if address == "auto":
             os.environ.pop("RAY_ADDRESS")  # where Ray takes it for an address
-        _init_ray(address=address, logging_level=logging.WARNING)
+        _init_ray(address=address, logging_level=logging.WARNING, job_config=JobConfig(metadata=metadata))
     except _RayInitError as error:
         text = f"{last_line(error)}{variables.given()}"
         raise ConfigError(f"RAY_ADDRESS={address}: the Ray cluster there cannot be joined: {text}") from None

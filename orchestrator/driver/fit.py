@@ -14,12 +14,14 @@ from ray._private.state import state as cluster
 from orchestrator.cluster.mailbox import MailboxReader
 from orchestrator.cluster.ray_calls import RAY_CALL_ERRORS
 from orchestrator.driver.driver import Driver
+from orchestrator.driver.ray_metrics import metrics_of
 from orchestrator.driver.ray_output import RayOutput
 from orchestrator.driver.trainer import Trainer
 from orchestrator.host.background import BackgroundQueue
 from orchestrator.host.signals import STOP_SIGNALS
 from orchestrator.telemetry.display import Display
 from orchestrator.telemetry.records import Begin, Event, Failure, LossSeen, Note, Stamped
+from orchestrator.telemetry.sinks import Sinks, sinks_of
 from orchestrator.worker.failure import Cause
 
 _LOOK_EVERY_S = 0.2
@@ -32,6 +34,7 @@ def fit(driver: Driver, trainer: Trainer, mailbox: Any) -> Future[dict[str, Any]
     result: Future[dict[str, Any]] = in_background.submit(lambda: dict(trainer.fit().return_value))
     in_background.close()
     has_told, reader = False, MailboxReader(mailbox)
+    metrics = sinks_of(lambda: metrics_of(driver, trainer))
     with _ended_with_us(result), Display(driver.config.max_iters) as display:
         while not wait([result], timeout=_LOOK_EVERY_S).done:
             if driver.lease and driver.lease.successor:
@@ -41,13 +44,13 @@ def fit(driver: Driver, trainer: Trainer, mailbox: Any) -> Future[dict[str, Any]
                 has_told = True
                 text = "stopping: the iteration is finished and saved (Ctrl-C again: stop at once)"
                 display.show(Note(text=text))
-            _pass_on(reader.take(driver.stop.is_set()), driver, display)
-        _pass_on(reader.take(driver.stop.is_set()), driver, display)
+            _pass_on(reader.take(driver.stop.is_set()), driver, display, metrics)
+        _pass_on(reader.take(driver.stop.is_set()), driver, display, metrics)
     return result
 
 
-def _pass_on(posted: list[Stamped], driver: Driver, display: Display) -> None:
-    """Keep the controller's events, show the workers' records, and sort Ray's own words by both."""
+def _pass_on(posted: list[Stamped], driver: Driver, display: Display, metrics: Sinks) -> None:
+    """Keep the controller's events, show the workers' records, set Ray's metrics, and sort Ray's own words."""
     for stamped in posted:
         record = stamped.record
         if isinstance(record, LossSeen):
@@ -61,6 +64,8 @@ def _pass_on(posted: list[Stamped], driver: Driver, display: Display) -> None:
                 driver.ray_output.end_loss()
             display.show(record)
             driver.journal.observe(stamped)
+        metrics.write(stamped)
+    metrics.flush()
     driver.ray_output.pass_on()
     if path := driver.ray_output.log_file_to_tell():
         display.show(Note(text=f"Ray's own words about lost workers are in {path}"))

@@ -148,7 +148,7 @@ def _train_on_ray(driver: Driver) -> dict[str, Any]:
             part of the cluster, at once; where the caller had joined it before, they leave after their iteration.
     """
     config, plan = driver.config, driver.plan
-    with cluster_of(plan.no_data) as leaves_cluster:
+    with cluster_of(plan.no_data, _job_metadata(config)) as leaves_cluster:
         may_wait = not driver.is_first_try or bool(os.environ.get(variables.RESUBMITTED))
         try:
             gpus_per_worker = wait_for_room(
@@ -173,6 +173,12 @@ def _train_on_ray(driver: Driver) -> dict[str, Any]:
         if config.warm_spares:
             spares.prestart_first(config.max_workers, each)
         return _value_of(fit(driver, trainer, job.mailbox), driver.lease)
+
+
+def _job_metadata(config: TrainConfig) -> dict[str, str]:
+    """Return the keys of a run by which people tell it from others in Ray's list of jobs."""
+    keys = ("out_dir", "dataset", "init_from", "max_iters", "num_workers")
+    return {"program": "nanogpt-orchestrator"} | {key: str(getattr(config, key)) for key in keys}
 
 
 def _value_of(result: Future[dict[str, Any]], lease: Lease | None) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from orchestrator.data.token_files import TokenFiles, open_token_files
 from orchestrator.errors import ConfigError, DataError, UserError
 from orchestrator.storage.run_folder import RunFolder, open_run_folder
 from orchestrator.storage.writable import check_writable
+from orchestrator.telemetry.mlflow_sink import store_of
 from orchestrator.training.lr_schedule import tell_doubts
 
 _JOB_FILES = "working_dir_files"  # where Ray unpacks the --working-dir of a job
@@ -102,13 +103,15 @@ class Preflight:
 
     def _check_packages(self) -> None:
         """Check that the packages of the extras are here; the workers' environment is the same one."""
-        for key, package in (("wandb_log", "wandb"), ("tensorboard_log", "tensorboard")):
+        for key, package in (("wandb_log", "wandb"), ("tensorboard_log", "tensorboard"), ("mlflow_log", "mlflow")):
             if getattr(self.config, key) and not importlib.util.find_spec(package):
                 raise ConfigError(f"{key}=True needs a package: pip install 'nanogpt-orchestrator[{package}]'")
 
     def _open_out_dir(self) -> None:
         config = self.config
         folder = open_run_folder(config)
+        if config.mlflow_log:
+            store_of(folder)
         if folder.is_local:
             remedy = "a path that all nodes share, or a URL (s3://b/run)"
             _refuse_job_files(f"out_dir={config.out_dir}", folder.root, remedy)

@@ -19,10 +19,10 @@ from orchestrator.telemetry.sinks import Sinks, open_sinks
 def open_telemetry(
     config: TrainConfig, world: World, folder: RunFolder, post: Callable[[Stamped], None]
 ) -> Iterator[Callable[[Record], None]]:
-    """Lend `emit`, which stamps a record, posts it and, on rank 0, writes it to metrics.jsonl, TensorBoard and W&B.
+    """Lend `emit`, which stamps a record, posts it and, on rank 0, writes it to the run's sinks.
 
     Raises:
-        ConfigError: on all ranks, if W&B or TensorBoard is asked for and not installed.
+        ConfigError: on all ranks, if a sink is asked for whose package is not installed.
     """
     sinks = world.collectively(_open, config, world, folder)
 
@@ -47,6 +47,8 @@ def _open(config: TrainConfig, world: World, folder: RunFolder) -> Sinks:
         wandb_project=config.wandb_project,
         wandb_run_name=config.wandb_run_name,
         tensorboard_log=config.tensorboard_log,
+        mlflow_log=config.mlflow_log,
+        mlflow_experiment=config.mlflow_experiment,
         config=redacted(config),
     )
 

@@ -72,7 +72,10 @@ class Step:
 
 @dataclass(frozen=True, kw_only=True)
 class StepWindow:
-    """`count` iterations in a row, up to `iter`: their seconds, and those of evaluations and pauses among them."""
+    """`count` iterations in a row, up to `iter`: their seconds, and those of evaluations and pauses among them.
+
+    snapshots: copies into node memory that were published meanwhile; snapshot_s, snapshot_bytes: of rank 0's shares.
+    """
 
     kind: ClassVar = "steps"
     iter: int
@@ -82,6 +85,9 @@ class StepWindow:
     longest_s: float | None
     eval_s: float
     pause_s: float
+    snapshots: int = 0
+    snapshot_s: float = 0.0
+    snapshot_bytes: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,7 +118,10 @@ class Evaluation:
 
 @dataclass(frozen=True, kw_only=True)
 class CheckpointSaved:
-    """A checkpoint is committed in storage. seconds: the upload took; pause_s: training waited."""
+    """A checkpoint is committed in storage. seconds: the upload took; pause_s: training waited.
+
+    size_bytes: of its tensors; None in records of older versions.
+    """
 
     kind: ClassVar = "checkpoint"
     iter: int
@@ -121,6 +130,7 @@ class CheckpointSaved:
     best_val_loss: float
     val_loss: float | None
     pause_s: float
+    size_bytes: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,4 +1,4 @@
-"""Sinks: where rank 0 writes records. The run's folder, and TensorBoard and Weights & Biases, each an optional extra.
+"""Sinks: where rank 0 writes records. The run's folder, and TensorBoard, W&B and MLflow, each an optional extra.
 
 If a sink fails we drop it with one warning: no sink ends a training run. Knows neither the loop nor its settings.
 """
@@ -13,15 +13,15 @@ from typing import Any, ParamSpec, Protocol
 from orchestrator.errors import ConfigError
 from orchestrator.storage.reasons import reason_of
 from orchestrator.storage.run_folder import RunFolder
+from orchestrator.telemetry.charts import missing_package, scalars
 from orchestrator.telemetry.metrics import MetricsLog
-from orchestrator.telemetry.records import CheckpointSaved, Evaluation, LoopRecord, Record, Stamped, Step
+from orchestrator.telemetry.mlflow_sink import MlflowSink
+from orchestrator.telemetry.records import LoopRecord, Stamped
 
 logger = logging.getLogger(__name__)
 
 P = ParamSpec("P")
 
-# Source: nanoGPT, train.py, the keys of wandb.log
-_NANOGPT_KEYS = {"train_loss": "train/loss", "val_loss": "val/loss", "lr": "lr", "mfu": "mfu"}
 _WANDB_INIT_TIMEOUT_S = 30.0
 
 
@@ -70,7 +70,7 @@ class TensorBoardSink:
         try:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError as error:
-            raise ConfigError(_missing("tensorboard", "tensorboard_log")) from error
+            raise ConfigError(missing_package("tensorboard", "tensorboard_log")) from error
         self._make: Any = SummaryWriter
         self._folder = f"{out_dir.rstrip('/')}/tensorboard"
         self._writer: Any = None
@@ -105,7 +105,7 @@ class WandbSink:
         try:
             from wandb import Settings, init  # by name: a folder ./wandb of old runs would pass as the module
         except ImportError as error:
-            raise ConfigError(_missing("wandb", "wandb_log")) from error
+            raise ConfigError(missing_package("wandb", "wandb_log")) from error
         self._run = init(
             project=project,
             name=run_name,
@@ -138,6 +138,8 @@ def open_sinks(
     wandb_project: str = "owt",
     wandb_run_name: str = "gpt2",
     tensorboard_log: bool = False,
+    mlflow_log: bool = False,
+    mlflow_experiment: str = "owt",
     config: dict[str, Any] | None = None,
 ) -> Sinks:
     """Open the metrics file of a run and the sinks that its settings ask for. Call it on rank 0 only.
@@ -145,13 +147,30 @@ def open_sinks(
     Raises:
         ConfigError: a sink is asked for whose package is not installed.
     """
-    sinks: list[Sink] = []
-    _succeeds("a sink", lambda: sinks.append(MetricsLog(folder, attempt)))
+    makers: list[Callable[[], Sink]] = [lambda: MetricsLog(folder, attempt)]
     if tensorboard_log:
-        _succeeds("a sink", lambda: sinks.append(TensorBoardSink(folder.out_dir)))
+        makers.append(lambda: TensorBoardSink(folder.out_dir))
     if wandb_log:
-        _succeeds("a sink", lambda: sinks.append(WandbSink(folder, wandb_project, wandb_run_name, config or {})))
+        makers.append(lambda: WandbSink(folder, wandb_project, wandb_run_name, config or {}))
+    if mlflow_log:
+        makers.append(lambda: MlflowSink(folder, mlflow_experiment, config or {}))
+    return sinks_of(*makers)
+
+
+def sinks_of(*makers: Callable[[], Sink]) -> Sinks:
+    """Make sinks; one that cannot be made is warned about and left out.
+
+    Raises:
+        ConfigError: its package is not installed.
+    """
+    sinks: list[Sink] = []
+    for make in makers:
+        _succeeds("a sink", _append, sinks, make)
     return Sinks(sinks)
+
+
+def _append(sinks: list[Sink], make: Callable[[], Sink]) -> None:
+    sinks.append(make())
 
 
 def _succeeds(name: str, call: Callable[P, None], *args: P.args, **kwargs: P.kwargs) -> bool:
@@ -170,21 +189,6 @@ def _succeeds(name: str, call: Callable[P, None], *args: P.args, **kwargs: P.kwa
     return True
 
 
-def scalars(record: Record) -> dict[str, float]:
-    """Return a record's numbers under the names that charts have: nanoGPT's for an evaluation, else `kind/key`.
-
-    mfu is a fraction in records and percent in charts, as in nanoGPT; where it is not known it is left out.
-    """
-    if not isinstance(record, Step | Evaluation | CheckpointSaved):
-        return {}
-    values = {key: x for key, x in vars(record).items() if type(x) in (int, float) and key != "iter"}
-    if "mfu" in values:
-        values["mfu"] *= 100
-    if isinstance(record, Evaluation):
-        return {_NANOGPT_KEYS.get(key, key): x for key, x in values.items()}
-    return {f"{record.kind}/{key}": x for key, x in values.items()}
-
-
 def _run_id(folder: RunFolder) -> str:
     """Return the W&B id that lies in the run's folder, a new one at the first start.
 
@@ -195,7 +199,3 @@ def _run_id(folder: RunFolder) -> str:
     run_id = os.urandom(8).hex()
     folder.write("wandb_run_id", run_id.encode())
     return run_id
-
-
-def _missing(extra: str, key: str) -> str:
-    return f"{key}=True needs a package: pip install 'nanogpt-orchestrator[{extra}]'"

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from enum import IntEnum
 from itertools import count
 from typing import NoReturn, Protocol
@@ -45,6 +45,7 @@ from orchestrator.telemetry.records import (
     RollingBack,
     Step,
     StepSkipped,
+    StepWindow,
 )
 from orchestrator.telemetry.stopwatch import Stopwatch
 from orchestrator.training.changes import continue_order, log_changed_settings, warn_if_numerics_changed
@@ -123,6 +124,7 @@ class Attempt:
         self._began_at = self.state.iter_num
         self._flops = Flops(self.world.device)
         self.stopwatch = Stopwatch()
+        self._snapshots = self.saver.snapshot_cost.published
 
     def emit(self, record: Record) -> None:
         """Pass a record to the hooks, on rank 0."""
@@ -193,7 +195,7 @@ class Attempt:
             if rollback := self.guard.after(verdict):
                 self.roll_back(rollback)
         if window := self.stopwatch.stepped(self.state.iter_num, self.saver.paused_s):
-            self.emit(window)
+            self._emit_window(window)
         if iter_num % config.log_interval:
             return
         dt_s = time.perf_counter() - t0
@@ -213,6 +215,12 @@ class Attempt:
             )
         )
 
+    def _emit_window(self, window: StepWindow) -> None:
+        """Record a window with the snapshots that were published in it."""
+        snapshots = self.saver.snapshot_cost.published  # the copier may add to them at any moment
+        new, self._snapshots = snapshots.since(self._snapshots), snapshots
+        self.emit(replace(window, snapshots=new.copies, snapshot_s=new.seconds, snapshot_bytes=new.size_bytes))
+
     def roll_back(self, rollback: Rollback) -> NoReturn:
         """Undo a stretch, from now on and for all attempts.
 
@@ -230,7 +238,7 @@ class Attempt:
         is_complete = (state.iter_num >= config.max_iters or config.eval_only) and state.is_evaluated
         is_preempted = stop == StopRequest.PREEMPTED and not is_complete
         if not config.eval_only:
-            self.emit(self.stopwatch.window(state.iter_num, self.saver.paused_s))
+            self._emit_window(self.stopwatch.window(state.iter_num, self.saver.paused_s))
         self.saver.close(is_finished=not is_preempted)
         return Outcome(state.iter_num, state.best_val_loss, bool(stop and not is_complete), is_preempted)
 

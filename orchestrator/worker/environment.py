@@ -7,6 +7,7 @@ elsewhere and passes on next to nothing, so we pass such variables on. Those tha
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Mapping
 
 logger = logging.getLogger(__name__)
@@ -23,7 +24,8 @@ DEFAULTS = {
     "CUDA_DEVICE_MAX_CONNECTIONS": "32",
 }
 
-_PASSED = ("NCCL_", "GLOO_", "TORCH_", "TORCHINDUCTOR_", "PYTORCH_", "CUDA_")
+_PASSED = ("NCCL_", "GLOO_", "TORCH_", "TORCHINDUCTOR_", "PYTORCH_", "CUDA_", "MLFLOW_")
+_PASSWORD_IN_URL = re.compile(r"://[^/]*:[^/]*@")
 _OF_ONE_MACHINE = {
     "CUDA_VISIBLE_DEVICES",  # Ray gives each worker its own
     "CUDA_HOME",
@@ -49,7 +51,11 @@ _SECRET_WORDS = {"TOKEN", "SECRET", "PASSWORD", "PASSWD", "CREDENTIALS", "KEY"} 
 
 def passed_on(environment: Mapping[str, str]) -> dict[str, str]:
     """Return the variables that workers get of the driver's environment, by name."""
-    return {name: value for name, value in sorted(environment.items()) if _is_passed(name) and _is_text(value)}
+    return {
+        name: value
+        for name, value in sorted(environment.items())
+        if _is_passed(name) and _is_text(value) and not _PASSWORD_IN_URL.search(value)
+    }
 
 
 def variables_of(environment: Mapping[str, str]) -> dict[str, str]:

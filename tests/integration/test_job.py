@@ -5,8 +5,6 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
-import sys
-import tempfile
 import time
 import zipfile
 from collections.abc import Iterator
@@ -14,9 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
 
-import psutil
 import pytest
 from ray._private.runtime_env.packaging import create_package
 from ray.job_submission import JobStatus, JobSubmissionClient
@@ -24,55 +20,20 @@ from ray.job_submission import JobStatus, JobSubmissionClient
 from orchestrator.checkpoint.snapshot import tensors_equal
 from orchestrator.config import TrainConfig
 from tests.conftest import Undisturbed, final_state
-from tests.support.ports import free_ports, wait_for_port
+from tests.support.head import BIN, ENVIRONMENT, started_head
 from tests.support.runs import checkpoints_in
 
 pytestmark = pytest.mark.filterwarnings("default")  # Ray and its parts warn of themselves
 
 CLONE = Path(__file__).parents[2]
-BIN = Path(sys.executable).parent
-# `python` in a job is the first on the head's PATH.
-ENVIRONMENT = {**os.environ, "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}"}
-ENVIRONMENT.pop("RAY_ADDRESS", None)
 STOP_WAIT = {"RAY_JOB_STOP_WAIT_TIME_S": "60"}  # as in cluster.yaml: a stopped job has so long to save
 
 
 @pytest.fixture(scope="module")
 def job_server() -> Iterator[str]:
-    """The address of a head's job server; everything that the head has started ends with it."""
-    gcs, dashboard, agent, client = free_ports(4)
-    command = [
-        *(str(BIN / "ray"), "start", "--head", "--block", "--num-cpus=2", "--object-store-memory=100000000"),
-        *(f"--port={gcs}", f"--dashboard-port={dashboard}", f"--dashboard-agent-listen-port={agent}"),
-        *(f"--ray-client-server-port={client}", "--min-worker-port=0", "--max-worker-port=0"),
-    ]
-    with tempfile.TemporaryDirectory(prefix="ray-", ignore_cleanup_errors=True) as folder:  # a socket's path is short
-        log = Path(folder) / "head.log"
-        with log.open("w") as file:
-            head = subprocess.Popen(
-                [*command, f"--temp-dir={folder}"],
-                env=ENVIRONMENT | STOP_WAIT,
-                stdout=file,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,
-            )
-        try:
-            wait_for_port(dashboard, head, log)
-            yield f"http://127.0.0.1:{dashboard}"
-        finally:
-            end(head)
-
-
-def end(head: subprocess.Popen[Any]) -> None:
-    """Kill the head and all that it started: a polite SIGTERM would drain the node for half a minute."""
-    started = psutil.Process(head.pid).children(recursive=True)
-    head.kill()
-    head.wait()
-    for process in started:
-        with suppress(psutil.NoSuchProcess):
-            process.kill()
-    _, alive = psutil.wait_procs(started, timeout=5)
-    assert alive == []
+    """The address of a head's job server."""
+    with started_head(STOP_WAIT) as head:
+        yield head.dashboard
 
 
 def submit(job_server: str, name: str, *words: str) -> subprocess.CompletedProcess[str]:

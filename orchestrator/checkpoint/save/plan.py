@@ -23,12 +23,14 @@ class SavePlan:
     """One state that is to be saved. It shares the live tensors, so use it before the next step.
 
     name: of its checkpoint. description: the content of its state.json, but for the records of the files.
+    size_bytes: of all its tensors.
     """
 
     name: str
     iter_num: int
     files: Files
     description: dict[str, Any]
+    size_bytes: int
 
     def without_tensors(self) -> SavePlan:
         """Return what a thread needs that outlives this iteration: live tensors must not stay alive because of it."""
@@ -62,7 +64,9 @@ def plan_save(
         "tensors": tensor_index(files),
         "saved_at_s": time.time(),  # for people to read: clocks of two nodes may differ, and decide nothing
     }
-    return SavePlan(checkpoint_name(snapshot.iter_num, world.attempt), snapshot.iter_num, files, description)
+    size_bytes = sum(each.tensor.nbytes for slices in files.values() for each in slices.values())
+    name = checkpoint_name(snapshot.iter_num, world.attempt)
+    return SavePlan(name, snapshot.iter_num, files, description, size_bytes)
 
 
 def files_of(snapshot: Snapshot, world_size: int, placement: Placement = replicate) -> Files:

@@ -100,10 +100,26 @@ class SaveScheduler:
         return Decision(skipped=skipped)
 
 
+class SnapshotTotals(NamedTuple):
+    """Snapshots that one rank has published: how many, their seconds and their bytes."""
+
+    copies: int = 0
+    seconds: float = 0.0
+    size_bytes: int = 0
+
+    def plus(self, other: SnapshotTotals) -> SnapshotTotals:
+        return SnapshotTotals(
+            self.copies + other.copies, self.seconds + other.seconds, self.size_bytes + other.size_bytes
+        )
+
+    def since(self, earlier: SnapshotTotals) -> SnapshotTotals:
+        return self.plus(SnapshotTotals(-earlier.copies, -earlier.seconds, -earlier.size_bytes))
+
+
 class SnapshotCost:
     """Measures on one rank how long steps and snapshots take. processes: the ranks that share this node's cores.
 
-    pause_s: how long training has waited for the newest snapshot.
+    pause_s: how long training has waited for the newest snapshot. published: all snapshots so far.
     """
 
     def __init__(self, device: torch.device, processes: int) -> None:
@@ -114,6 +130,7 @@ class SnapshotCost:
         self._began_s = 0.0
         self.pause_s = self._busy_s = self._cpu_s = 0.0  # of the newest snapshot
         self._is_measured = False
+        self.published = SnapshotTotals()
 
     def step_begins(self) -> None:
         """Note the beginning of a training step, which `step_ended` ends."""
@@ -124,8 +141,9 @@ class SnapshotCost:
         if self._began_s:
             self._steps_s.append(time.perf_counter() - self._began_s)
 
-    def copied(self, busy_s: float, cpu_s: float) -> None:
+    def copied(self, busy_s: float, cpu_s: float, size_bytes: int = 0) -> None:
         """Note how long a snapshot was copied in the background, and how much of a core's time that took."""
+        self.published = self.published.plus(SnapshotTotals(1, busy_s, size_bytes))
         self._busy_s, self._cpu_s = busy_s, cpu_s
         self._is_measured = True
 

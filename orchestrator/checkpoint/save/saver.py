@@ -37,7 +37,7 @@ class Saver:
     rescuer: saves the last completed iteration when an attempt ends.
     is_finishing: the last state is on its way to storage, and training waits for it.
     paused_s: how long training has waited for states to be saved, in all.
-    changed_at_s: when the last iteration was completed, in seconds since 1970.
+    changed_at_s: when the last iteration was completed, in seconds since 1970. snapshot_cost: of this rank's.
     """
 
     def __init__(
@@ -58,6 +58,7 @@ class Saver:
         files = files_of(forecast(state), world.size, state.placement)
         kept = state.resumed_from.checkpoint.name if state.resumed_from else ""
         self._memory = SnapshotWriter(state.scaler, world, nodes, files, kept)
+        self.snapshot_cost = self._memory.cost
         self._plan = partial(plan_save, world=world, environment=environment)
         self._lock = StateLock()
         self.rescuer = Rescuer(state, world, nodes, self._plan, self._memory, self._lock)

@@ -137,7 +137,8 @@ class SnapshotWriter:
             event.synchronize()
         description = {**plan.description, "scaler": scaler.state_dict()}
         buffer.publish(plan.name, self._nodes.share, self._nodes.shares, description)
-        self.cost.copied(time.perf_counter() - began_s, time.thread_time() - cpu_began_s)
+        size_bytes = sum(map(len, buffer.contents.values()))
+        self.cost.copied(time.perf_counter() - began_s, time.thread_time() - cpu_began_s, size_bytes)
         return description
 
 

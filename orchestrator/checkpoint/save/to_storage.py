@@ -159,4 +159,5 @@ def _record(plan: SavePlan, seconds: float, why_not: str | None) -> CheckpointSa
         best_val_loss=plan.description["best_val_loss"],
         val_loss=plan.description["val_loss"],
         pause_s=0.0,
+        size_bytes=plan.size_bytes,
     )

@@ -89,7 +89,9 @@ def test_a_password_in_a_url_is_refused_and_not_repeated(refused: Refused, tiny:
     assert "hush" not in said
 
 
-@pytest.mark.parametrize(("key", "package"), [("wandb_log", "wandb"), ("tensorboard_log", "tensorboard")])
+@pytest.mark.parametrize(
+    ("key", "package"), [("wandb_log", "wandb"), ("tensorboard_log", "tensorboard"), ("mlflow_log", "mlflow")]
+)
 def test_a_missing_extra_is_named(
     refused: Refused, tiny: TrainConfig, monkeypatch: pytest.MonkeyPatch, key: str, package: str
 ) -> None:
@@ -97,6 +99,12 @@ def test_a_missing_extra_is_named(
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == package else find(name))
     said = refused("train", *flags(tiny, **{key: True}))
     assert said == f"error: {key}=True needs a package: pip install 'nanogpt-orchestrator[{package}]'"
+
+
+def test_mlflow_needs_a_store(refused: Refused, tiny: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    said = refused("train", *flags(tiny, out_dir="memory://bucket/run", mlflow_log=True))
+    assert said.startswith("error: mlflow_log=True needs a store, and out_dir=memory://bucket/run can hold none")
 
 
 def test_check_of_storage_leaves_nothing(tiny: TrainConfig, tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import pickle
+import re
 import threading
 import time
 from typing import Any
@@ -26,6 +27,7 @@ from ray.train.v2._internal.execution.preemption import PreemptionContext
 from ray.train.v2._internal.execution.scaling_policy import ScalingPolicy
 from ray.train.v2._internal.execution.worker_group import RayTrainWorker, Worker, WorkerGroup
 from ray.train.v2._internal.execution.worker_group.thread_runner import ThreadRunner
+from ray.train.v2._internal.metrics.base import RUN_ID_TAG_KEY, RUN_NAME_TAG_KEY
 from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 
 from orchestrator.controller.attempts import AttemptMonitor
@@ -36,6 +38,7 @@ from orchestrator.controller.scaling import (
     UnscaledLiveNodesPolicy,
     WithoutAutoscaler,
 )
+from orchestrator.driver.ray_metrics import RUN_LABELS
 from orchestrator.driver.trainer import TorchGroup, Trainer
 from orchestrator.worker.failure import AttemptFailedError, Cause, WorkerFailure
 
@@ -53,6 +56,14 @@ def test_the_hooks_of_the_monitor_are_called() -> None:
             inspect.signature(getattr(AttemptMonitor, name)).parameters
         )
         assert f"callback.{name}(" in inspect.getsource(WorkerGroup)
+
+
+def test_a_trainer_knows_the_labels_of_ray_trains_own_metrics() -> None:
+    run = TorchTrainer(lambda: None, run_config=RunConfig(name="mine")).train_run_context
+    assert run.run_config.name == "mine"
+    assert re.fullmatch("[0-9a-f]{32}", run.run_id)
+    assert RUN_LABELS == (RUN_NAME_TAG_KEY, RUN_ID_TAG_KEY)
+    assert "self.train_run_context" in inspect.getsource(DataParallelTrainer.fit), "it is the one that Ray uses"
 
 
 def test_a_worker_can_be_asked_to_call_something() -> None:

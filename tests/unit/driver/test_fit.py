@@ -16,9 +16,10 @@ NOTE = Note(text="a line")
 
 def called_for(record: Record) -> tuple[list[object], list[object]]:
     """Return what the driver and the display are asked to do with a record."""
-    driver, display = Mock(), Mock()
+    driver, display, metrics = Mock(), Mock(), Mock()
     driver.ray_output.log_file_to_tell.return_value = None
-    fit._pass_on([Stamped(record, 1000.5, "a")], driver, display)
+    fit._pass_on([Stamped(record, 1000.5, "a")], driver, display, metrics)
+    assert metrics.mock_calls == [call.write(Stamped(record, 1000.5, "a")), call.flush()], "they hear of all records"
     *calls, pass_on, _ = driver.mock_calls
     assert pass_on == call.ray_output.pass_on()
     return calls, display.mock_calls
@@ -44,5 +45,5 @@ def test_rays_words_are_sorted_by_what_is_known_of_a_loss() -> None:
 def test_the_file_of_rays_words_is_named() -> None:
     driver, display = Mock(), Mock()
     driver.ray_output.log_file_to_tell.return_value = "out/ray.log"
-    fit._pass_on([], driver, display)
+    fit._pass_on([], driver, display, Mock())
     display.show.assert_called_once_with(Note(text="Ray's own words about lost workers are in out/ray.log"))

@@ -13,6 +13,7 @@ from fsspec.implementations.memory import MemoryFileSystem
 
 from orchestrator.errors import CheckpointError, ConfigError
 from orchestrator.storage.run_folder import RunFolder
+from orchestrator.telemetry.charts import scalars
 from orchestrator.telemetry.metrics import MetricsLog, read_metrics, read_records, to_line
 from orchestrator.telemetry.records import (
     Begin,
@@ -24,7 +25,7 @@ from orchestrator.telemetry.records import (
     Step,
     to_json,
 )
-from orchestrator.telemetry.sinks import Sinks, TensorBoardSink, WandbSink, open_sinks, scalars
+from orchestrator.telemetry.sinks import Sinks, TensorBoardSink, WandbSink, open_sinks
 from tests.support.runs import metrics_in
 
 
@@ -319,7 +320,11 @@ def test_open_sinks_writes_the_metrics_file(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("module", "setting", "extra"),
-    [("torch.utils.tensorboard", "tensorboard_log", "tensorboard"), ("wandb", "wandb_log", "wandb")],
+    [
+        ("torch.utils.tensorboard", "tensorboard_log", "tensorboard"),
+        ("wandb", "wandb_log", "wandb"),
+        ("mlflow", "mlflow_log", "mlflow"),
+    ],
 )
 def test_a_missing_package_is_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, module: str, setting: str, extra: str

@@ -19,6 +19,7 @@ def test_what_is_meant_for_the_processes_that_train_reaches_them() -> None:
         "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True",
         "CUDA_LAUNCH_BLOCKING": "1",
         "CUDA_DEVICE_ORDER": "PCI_BUS_ID",
+        "MLFLOW_TRACKING_URI": "https://mlflow.example",
     }
     assert passed_on({**theirs, "PATH": "/bin", "HOME": "/root", "MY_NCCL_DEBUG": "x"}) == theirs
 
@@ -42,10 +43,16 @@ def test_what_is_meant_for_the_processes_that_train_reaches_them() -> None:
         "TORCHINDUCTOR_REDIS_URL",
         "PYTORCH_HUB_TOKEN",
         "GLOO_SECRET_KEY",
+        "MLFLOW_TRACKING_PASSWORD",
+        "MLFLOW_TRACKING_TOKEN",
     ],
 )
 def test_what_belongs_to_one_machine_or_to_nobody_else_stays(name: str) -> None:
     assert passed_on({name: "x"}) == {}
+
+
+def test_a_password_in_a_url_stays() -> None:
+    assert passed_on({"MLFLOW_TRACKING_URI": "https://me:hush@mlflow.example"}) == {}
 
 
 def test_bytes_that_are_no_text_end_no_run() -> None:
