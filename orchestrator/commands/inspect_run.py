@@ -67,12 +67,13 @@ def _table(config: InspectConfig, source: ModelSource) -> str:
     lanes = found[0].state["config"].get("lanes") if found else 0
     in_lanes = f", gradients summed in {lanes} lanes" if lanes else ""
     adapters = found[0].adapters if found else None
-    notes = [f"  {key}: {text}" for key, text in _adapter_rows(adapters).items()] if adapters else []
+    notes = [f"  {key}: {text}" for key, text in adapter_rows(adapters).items()] if adapters else []
     notes += [f"  base's values: {_base_state(source, adapters)}"] if adapters and config.verify else []
     return "\n".join([f"{source.where}: {len(found)} checkpoint(s){in_lanes}", *notes, *lines])
 
 
-def _adapter_rows(adapters: Adapters) -> dict[str, str]:
+def adapter_rows(adapters: Adapters) -> dict[str, str]:
+    """Return what adapters are, and of which model: key -> text."""
     lora, base = adapters.lora, adapters.base
     revision = f" at {base.revision}" if base.revision else ""
     return {
@@ -189,7 +190,7 @@ def _model_rows(source: ModelSource, weights: Weights, data_dir: str, verify: bo
         "parameters": f"{count:,} ({count / 1e6:.2f}M)",
         "stored as": ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in weights.dtypes)),
         "tokenizer": name_of(tokenizer) if tokenizer else "not known",
-        **(_adapter_rows(snapshot.adapters) if snapshot.adapters else {}),
+        **(adapter_rows(snapshot.adapters) if snapshot.adapters else {}),
         "optimizer": "AdamW's moments" if snapshot.optimizer else "none",
         **({"values": _values(weights)} if verify else {}),
         **({"base's values": _base_state(source, snapshot.adapters)} if verify and snapshot.adapters else {}),

@@ -7,8 +7,9 @@ import shlex
 from collections.abc import Iterator
 from typing import Any
 
+from orchestrator.checkpoint.snapshot import Adapters
 from orchestrator.checkpoint.store import CheckpointStore
-from orchestrator.commands.inspect_run import COLUMNS, storage_rows
+from orchestrator.commands.inspect_run import COLUMNS, adapter_rows, storage_rows
 from orchestrator.config import TrainConfig
 from orchestrator.errors import CheckpointError
 from orchestrator.report.run import Run, Table
@@ -37,14 +38,15 @@ def gather(folder: RunFolder, config: StorageSettings) -> Run:
     if not records.metrics and not records.events:
         raise CheckpointError(f"{folder.key}={folder.out_dir} holds no records of a run: give the out_dir of a `train`")
     store = CheckpointStore(folder)
-    newest = next((checkpoint.state for checkpoint in store.newest_first()), {})
+    found = next(store.newest_first(), None)
+    newest = found.state if found else {}
     known = folder.read_json(RUN_FILE)
     settings = _changed(_dict(known.get("config")) or _dict(newest.get("config")))
     return Run(
         name=folder.out_dir,
         records=records,
         settings={key: str(value) for key, value in settings.items()},
-        facts=_facts(records, newest, known),
+        facts=_facts(records, newest, known, found.adapters if found else None),
         checkpoints=Table(COLUMNS, list(storage_rows(store))),
         commands=_commands(config, settings),
         unreadable=list(_unreadable(records, store, known, newest)),
@@ -61,7 +63,9 @@ def _changed(config: dict[str, Any]) -> dict[str, Any]:
     return {key: config[key] for key, default in defaults.items() if key in config and config[key] != default}
 
 
-def _facts(records: Records, newest: dict[str, Any], known: dict[str, Any]) -> dict[str, dict[str, str]]:
+def _facts(
+    records: Records, newest: dict[str, Any], known: dict[str, Any], adapters: Adapters | None
+) -> dict[str, dict[str, str]]:
     """Return title -> name -> text: the model, the data and the environment, as far as they are known."""
     by_time = sorted(records.metrics, key=lambda stamped: stamped.time_s)
     begin = next((x.record for x in reversed(by_time) if isinstance(x.record, Begin)), None)
@@ -69,7 +73,10 @@ def _facts(records: Records, newest: dict[str, Any], known: dict[str, Any]) -> d
     model = {word: _text(args[key]) for key, word in _OF_THE_MODEL.items() if key in args}
     data = {word: _text(environment[key]) for key, word in _OF_THE_DATA.items() if key in environment}
     if begin and begin.num_params:
-        model = {"parameters": f"{begin.num_params:,}", **model}
+        trained = f", {begin.num_trained:,} of them trained" if begin.num_trained else ""
+        model = {"parameters": f"{begin.num_params:,}{trained}", **model}
+    if adapters:
+        model |= adapter_rows(adapters)
     if begin and begin.tokens_per_iter:
         data["tokens per iteration"] = f"{begin.tokens_per_iter:,}"
         seen = begin.tokens_per_iter * int(newest.get("iter_num") or 0)

@@ -19,6 +19,8 @@ from orchestrator.config import TrainConfig
 from orchestrator.errors import CheckpointError, ConfigError
 from orchestrator.storage.orphans import delete_orphans
 from orchestrator.storage.run_folder import RunFolder
+from orchestrator.worker import plain
+from tests.support.commands import flags
 
 
 @pytest.fixture
@@ -164,3 +166,11 @@ def test_a_page_that_cannot_be_written_fails_no_run(
     (told,) = caplog.messages
     assert told.startswith("report.html was not written (")
     assert "a bug" in told
+
+
+def test_adapters_and_their_base_model_are_told(adapters: TrainConfig, tmp_path: Path) -> None:
+    assert plain.main(flags(adapters, max_iters=2, eval_interval=2, num_workers=1)) == 0
+    told = without_tags(page_of(Path(adapters.out_dir), tmp_path / "page.html"))
+    assert "LoRA of rank 2, alpha 16, on attn.c_attn" in told
+    assert f"{adapters.init_from} at checkpoint_00000002_" in told
+    assert re.search(r"[\d,]+, [\d,]+ of them trained", told)
