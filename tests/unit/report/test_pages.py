@@ -64,7 +64,11 @@ def assert_drawn(page: Page, curves: list[str]) -> None:
     [
         pytest.param(train_calmly, ["24 of 24", "best validation loss"], marks=pytest.mark.slow),
         (train_and_kill, ["worker_lost", "its process was killed or has crashed", "Incidents"]),
-        (train_and_roll_back, ["rolled back to iteration", "3 step(s) skipped", "bad_numbers"]),
+        pytest.param(
+            train_and_roll_back,
+            ["rolled back to iteration", "3 step(s) skipped", "bad_numbers"],
+            marks=pytest.mark.slow,
+        ),
     ],
     ids=["calm", "killed", "rolled back"],
 )
