@@ -29,10 +29,10 @@ pytestmark = pytest.mark.filterwarnings("default")  # Ray and its parts warn of 
 
 QUICK = {"RAY_metrics_report_interval_ms": "1000"}  # by default Ray exports every ten seconds
 TRACKED = {"RAY_TRAIN_ENABLE_STATE_TRACKING": "1"}  # Ray's own switch of its page about Ray Train
-FOUND_S = 60.0
+FOUND_S = 120.0
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def head() -> Iterator[Head]:
     with started_head(QUICK) as head:
         yield head
@@ -49,19 +49,22 @@ def prometheus(head: Head, tmp_path: Path) -> Iterator[Prometheus]:
 
 
 def test_every_query_of_the_dashboard_finds_a_run_that_lost_a_worker(
-    tiny: TrainConfig, head: Head, prometheus: Prometheus
+    tiny: TrainConfig, head: Head, prometheus: Prometheus, tmp_path: Path
 ) -> None:
-    config = replace(tiny, num_workers=2, max_iters=1_000_000, eval_interval=50, checkpoint_interval=50)
+    config = replace(tiny, num_workers=2, max_iters=1_000_000, eval_interval=50, checkpoint_interval=50, log_interval=5)
     command = [sys.executable, "-m", "orchestrator", "train"]
     command += [f"--{key}={value}" for key, value in asdict(config).items()]
     environment = ENVIRONMENT | QUICK | TRACKED | {"RAY_ADDRESS": head.address}
-    run = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    said = tmp_path / "run.log"
+    with said.open("w") as file:
+        run = subprocess.Popen(command, env=environment, stdout=file, stderr=subprocess.STDOUT)
     try:
+        check_query_for_mfu(head, prometheus)  # while the run starts
         until(lambda: prometheus.query("ray_orchestrator_upload_seconds > 0"))
         head.workers()[0].send_signal(signal.SIGKILL)
         until(lambda: prometheus.query('ray_orchestrator_restarts_total{cause="worker_lost"} == 1'))
 
-        asked = [query for query in queries(".+") if "_mfu{" not in query]  # which a CPU has not
+        asked = [query for query in queries("run") if "_mfu{" not in query]  # which a CPU has not
         assert len(asked) > 15
         until(lambda: all(map(prometheus.query, asked)), lambda: [each for each in asked if not prometheus.query(each)])
 
@@ -78,11 +81,12 @@ def test_every_query_of_the_dashboard_finds_a_run_that_lost_a_worker(
         assert train_run["run_settings"]["train_loop_config"]["checkpoint_interval"] == 50
     finally:
         run.send_signal(signal.SIGINT)
-        said = run.communicate(timeout=60)[0]
-    assert run.returncode == 130, said
+        run.wait(timeout=60)
+    assert run.returncode == 130, said.read_text()
 
 
-def test_the_query_for_mfu_finds_it(head: Head, prometheus: Prometheus) -> None:
+def check_query_for_mfu(head: Head, prometheus: Prometheus) -> None:
+    """Let a driver tell of a GPU's step, which this machine cannot take, and look for its MFU."""
     ray.init(address=head.address, logging_level="ERROR")
     metrics = RayMetrics("on-a-gpu", "id", 1, Ledger())
     step = Step(iter=7, loss=3.0, lr=1e-3, dt_s=0.1, mfu=0.4, tflops=125.0, tokens_per_s=1e5)
@@ -103,5 +107,5 @@ def until(is_so: Callable[[], Any], missing: Callable[[], Any] = lambda: "") -> 
 
 
 def answer(head: Head, path: str) -> Any:
-    with urllib.request.urlopen(head.dashboard + path, timeout=10) as response:
+    with urllib.request.urlopen(head.dashboard + path, timeout=30) as response:
         return json.load(response)
