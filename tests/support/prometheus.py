@@ -45,7 +45,7 @@ class Prometheus:
     def query(self, expression: str) -> list[dict[str, Any]]:
         """Return the series that an expression has now; a wrong expression is an error."""
         with urllib.request.urlopen(
-            f"{self._url}?{urllib.parse.urlencode({'query': expression})}", timeout=10
+            f"{self._url}?{urllib.parse.urlencode({'query': expression})}", timeout=30
         ) as answer:
             return list(json.load(answer)["data"]["result"])
 
