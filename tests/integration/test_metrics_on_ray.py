@@ -48,6 +48,7 @@ def prometheus(head: Head, tmp_path: Path) -> Iterator[Prometheus]:
     prometheus.close()
 
 
+@pytest.mark.slow
 def test_every_query_of_the_dashboard_finds_a_run_that_lost_a_worker(
     tiny: TrainConfig, head: Head, prometheus: Prometheus, tmp_path: Path
 ) -> None:
