@@ -10,6 +10,7 @@ from typing import Any
 from orchestrator.config import TrainConfig
 
 Refused = Callable[..., str]  # gives words to the command line and returns why it refuses them
+Say = Callable[..., str]  # the same, and returns what it prints
 
 
 def flags(config: TrainConfig, **changes: Any) -> list[str]:

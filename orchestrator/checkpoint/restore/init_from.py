@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor
 
-from model.names import POSITIONS
+from orchestrator.checkpoint.formats.base import cropped
 from orchestrator.checkpoint.formats.nanogpt import NO_LOSS
 from orchestrator.checkpoint.formats.sources import Kind, ModelSource, find_source, identity_of
 from orchestrator.checkpoint.formats.weights import look_at, read_merged, read_source, tokenizer_json
@@ -285,7 +285,7 @@ def _crop(snapshot: Snapshot, block_size: int) -> Snapshot:
     """Keep the first block_size positions, of the weights and of their moments (nanoGPT's crop_block_size)."""
 
     def cut(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        return {name: x[:block_size].clone() if name.endswith(POSITIONS) else x for name, x in tensors.items()}
+        return {name: cropped(name, x, block_size) for name, x in tensors.items()}
 
     args = {**snapshot.model_args, "block_size": block_size}
     return replace(snapshot, model=cut(snapshot.model), optimizer=cut(snapshot.optimizer), model_args=args)

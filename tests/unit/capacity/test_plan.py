@@ -176,26 +176,23 @@ def config_of(file: str) -> TrainConfig:
     return check(parse(TrainConfig, [str(ROOT / "configs" / file)], "test"))
 
 
-@pytest.mark.parametrize("card", ["A100-40", "L40S"])
-def test_the_network_takes_less_than_a_third_of_an_iteration_of_xl(card: str) -> None:
-    config = config_of("finetune_gpt2_xl.py")
+@pytest.mark.parametrize(
+    ("file", "card", "gbit", "below"),
+    [
+        *(("finetune_gpt2_xl.py", card, 25, 1 / 3) for card in ("A100-40", "L40S")),
+        *(("finetune_gpt2_xl_lora.py", card, 10, 0.1) for card in ("A10G", "L4")),
+    ],
+)
+def test_xl_fits_its_cards_and_the_network_takes_a_small_part_of_an_iteration(
+    file: str, card: str, gbit: int, below: float
+) -> None:
+    config = config_of(file)
     shape, found = shape_of(config, model_args_of(config)), card_of(card)
     assert found.memory_bytes
     assert found.flops
     assert gpu_memory(config, shape, found).fits(found.memory_bytes)
     for workers in range(config.min_workers, config.max_workers + 1):
-        assert network_share(config, shape, workers, 25, found.flops) < 1 / 3
-
-
-@pytest.mark.parametrize("card", ["A10G", "L4"])
-def test_xl_with_adapters_fits_24_gb_and_the_network_takes_a_tenth_at_most(card: str) -> None:
-    config = config_of("finetune_gpt2_xl_lora.py")
-    shape, found = shape_of(config, model_args_of(config)), card_of(card)
-    assert found.memory_bytes
-    assert found.flops
-    assert gpu_memory(config, shape, found).fits(found.memory_bytes)
-    for workers in range(config.min_workers, config.max_workers + 1):
-        assert network_share(config, shape, workers, 10, found.flops) < 0.1
+        assert network_share(config, shape, workers, gbit, found.flops) < below
 
 
 def test_the_command_tells_people_and_programs(capsys: pytest.CaptureFixture[str]) -> None:

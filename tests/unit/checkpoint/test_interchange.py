@@ -7,7 +7,6 @@ import json
 import random
 import shutil
 import weakref
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,6 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from model import GPT, GPTConfig
-from orchestrator.__main__ import main
 from orchestrator.checkpoint.formats.huggingface import write_huggingface
 from orchestrator.checkpoint.formats.nanogpt import HEAD, read_nanogpt, write_nanogpt
 from orchestrator.checkpoint.formats.sources import Kind, find_source
@@ -30,11 +28,11 @@ from orchestrator.commands.inspect_run import InspectConfig, inspect
 from orchestrator.commands.sample import SampleConfig, sample
 from orchestrator.data.tokenizers import CharTokenizer
 from orchestrator.errors import CheckpointError, ConfigError, UserError
+from tests.support.commands import Say
 from tests.support.states import SMALL, random_state, save_run
 
 IDX = torch.arange(8).view(2, 4) % 11
 CHARS = "abcdefghijk"
-Say = Callable[..., str]
 
 
 def logits(model: Any) -> Tensor:
@@ -66,16 +64,6 @@ def places(state: Snapshot, tmp_path: Path) -> dict[str, str]:
     write_nanogpt(state, tmp_path / "nanogpt" / "ckpt.pt")
     write_huggingface(state, tmp_path / "hf", CharTokenizer(CHARS))
     return {"run": f"{tmp_path}/run", "ckpt.pt": f"{tmp_path}/nanogpt/ckpt.pt", "hf": f"{tmp_path}/hf"}
-
-
-@pytest.fixture
-def say(capsys: pytest.CaptureFixture[str]) -> Say:
-    def call(*words: str, code: int = 0) -> str:
-        assert main(words) == code
-        output = capsys.readouterr()
-        return output.out if code == 0 else output.err
-
-    return call
 
 
 # the words

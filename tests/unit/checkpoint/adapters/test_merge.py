@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import json
 import shutil
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,7 +14,6 @@ from torch import Tensor
 
 from model import GPT, LoRAConfig
 from model.lora import LAYERS
-from orchestrator.__main__ import main
 from orchestrator.checkpoint.formats import base as merging
 from orchestrator.checkpoint.formats.huggingface import write_huggingface
 from orchestrator.checkpoint.formats.nanogpt import read_nanogpt, write_nanogpt
@@ -26,13 +24,13 @@ from orchestrator.commands.sample import SampleConfig, build, sample
 from orchestrator.data.tokenizers import CharTokenizer
 from orchestrator.errors import CheckpointError
 from tests.support.adapters import save_adapters, trained_adapters
+from tests.support.commands import Say
 from tests.support.damage import flip_a_bit
 from tests.support.states import SMALL, random_state, save_run
 
 CHARS = "abcdefghijk"
 IDX = torch.arange(8).view(2, 4) % 11
 LORA = LoRAConfig(2, 3.0, ("attn.c_attn", "mlp.c_proj"))
-Say = Callable[..., str]
 
 
 @pytest.fixture
@@ -44,16 +42,6 @@ def base() -> Snapshot:
 def base_dir(base: Snapshot, tmp_path: Path) -> Path:
     write_huggingface(base, tmp_path / "base", CharTokenizer(CHARS))
     return tmp_path / "base"
-
-
-@pytest.fixture
-def say(capsys: pytest.CaptureFixture[str]) -> Say:
-    def call(*words: str, code: int = 0) -> str:
-        assert main(words) == code
-        output = capsys.readouterr()
-        return output.out if code == 0 else output.err
-
-    return call
 
 
 def logits(model: GPT) -> Tensor:

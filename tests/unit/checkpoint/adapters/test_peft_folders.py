@@ -17,7 +17,6 @@ from torch import Tensor
 
 from model import GPT, LoRAConfig
 from model.lora import LAYERS
-from orchestrator.__main__ import main
 from orchestrator.checkpoint.formats.huggingface import write_huggingface
 from orchestrator.checkpoint.formats.nanogpt import read_nanogpt
 from orchestrator.checkpoint.formats.sources import Kind, find_source
@@ -27,6 +26,7 @@ from orchestrator.commands.sample import SampleConfig, build, sample
 from orchestrator.data.tokenizers import CharTokenizer
 from orchestrator.errors import CheckpointError
 from tests.support.adapters import save_adapters
+from tests.support.commands import Say
 from tests.support.states import random_state, save_run
 
 # Transformers', of a property that peft asks for.
@@ -35,7 +35,6 @@ pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is d
 CHARS = "abcdefghijk"
 ARGS = {"n_layer": 2, "n_head": 2, "n_embd": 8, "block_size": 4, "vocab_size": 11, "bias": True, "dropout": 0.0}
 IDX = torch.arange(8).view(2, 4) % 11
-Say = Callable[..., str]
 
 
 @pytest.fixture
@@ -47,16 +46,6 @@ def base() -> Snapshot:
 def base_dir(base: Snapshot, tmp_path: Path) -> Path:
     write_huggingface(base, tmp_path / "base", CharTokenizer(CHARS))
     return tmp_path / "base"
-
-
-@pytest.fixture
-def say(capsys: pytest.CaptureFixture[str]) -> Say:
-    def call(*words: str, code: int = 0) -> str:
-        assert main(words) == code
-        output = capsys.readouterr()
-        return output.out if code == 0 else output.err
-
-    return call
 
 
 def logits(model: Any) -> Tensor:
