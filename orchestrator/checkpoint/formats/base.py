@@ -39,8 +39,11 @@ def base_checksum(per_tensor: Mapping[str, str]) -> str:
 
 
 def cropped(name: str, tensor: Tensor, block_size: int) -> Tensor:
-    """Return a parameter of a model with block_size positions: a view of the first ones, if it is their table."""
-    return tensor[:block_size] if name.endswith(POSITIONS) else tensor
+    """Return a parameter, or a moment of it, of a model with block_size positions: their table is cut, if it is longer.
+
+    A shorter table is a copy, since a view would keep the whole one in memory.
+    """
+    return tensor[:block_size].clone() if name.endswith(POSITIONS) and len(tensor) > block_size else tensor
 
 
 def another_base(where: str, why: str) -> CheckpointError:
