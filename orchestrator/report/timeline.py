@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import ceil
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,7 @@ from orchestrator.report.curves import BLUE, GREEN, GREY, ORANGE, PURPLE, SKY, V
 from orchestrator.report.presences import Presence, evaluations_of, presences_of
 from orchestrator.report.run import Run
 from orchestrator.telemetry.goodput import Incident, Stretch, duration
-from orchestrator.telemetry.records import CheckpointFailed, CheckpointSaved, CheckpointSkipped, Failure
+from orchestrator.telemetry.records import CheckpointFailed, CheckpointSaved, CheckpointSkipped, Failure, StepWindow
 
 COLORS = {
     "productive": GREEN,
@@ -36,13 +37,16 @@ WORDS = {
     "lost": "repeated",
 }
 MARKS = {  # of checkpoints: Bokeh's marker, the same as text, color
+    "checkpoint in memory": ("square", "▪", GREEN),
     "checkpoint in storage": ("circle", "●", BLUE),
-    "checkpoint in memory": ("diamond", "◆", GREEN),
+    "checkpoint rescued into memory": ("diamond", "◆", GREEN),
     "checkpoint skipped": ("triangle", "▲", GREY),
     "checkpoint failed": ("x", "✕", VERMILLION),
 }
 _MAX_RANKS = 48  # as rows; where there are more, the ranks of a node share one
 _MAX_STRETCHES = 20_000
+_MAX_IN_MEMORY = 1_000  # marks: a run may keep a state of every iteration
+_SIZES = {"square": 5, "diamond": 12, "x": 12}
 _ABOVE = ("incidents", "checkpoints", "run")
 
 
@@ -126,9 +130,11 @@ def _longest(stretches: Sequence[Stretch], at_most: int) -> Sequence[Stretch]:
 
 
 def _draw_checkpoints(made: figure, run: Run) -> None:
-    saved, failed, skipped, rescued = [], [], [], []
+    kept, saved, rescued, skipped, failed = [], [], [], [], []
     for stamped in [*run.records.metrics, *run.records.events]:
         match stamped.record:
+            case StepWindow(iter=it, count=count, snapshots=snapshots) if snapshots:
+                kept.append((stamped.time_s, it, f"{snapshots} in the last {count} iterations"))
             case CheckpointSaved(iter=it, name=name, seconds=seconds):
                 saved.append((stamped.time_s, it, f"{name}, uploaded in {seconds or 0.0:.2f} s"))
             case CheckpointFailed(iter=it, name=name, why=why):
@@ -137,7 +143,8 @@ def _draw_checkpoints(made: figure, run: Run) -> None:
                 skipped.append((stamped.time_s, it, f"{name}: {why}"))
             case Failure(reached_iter=int(it), reached_at_s=reached_s):
                 rescued.append((reached_s or stamped.time_s, it, "rescued into node memory"))
-    for marks, (word, (marker, _, color)) in zip((saved, rescued, skipped, failed), MARKS.items(), strict=True):
+    some = kept[:: ceil(len(kept) / _MAX_IN_MEMORY) or 1]
+    for marks, (word, (marker, _, color)) in zip((some, saved, rescued, skipped, failed), MARKS.items(), strict=True):
         _draw_marks(made, marks, _ABOVE.index("checkpoints"), word, marker=marker, color=color)
 
 
@@ -146,7 +153,7 @@ def _draw_marks(made: figure, marks: Sequence[tuple[float, int, str]], row: int,
         return
     times_s, iterations, texts = zip(*sorted(marks), strict=True)
     data = {"x": np.array(times_s) * 1000, "y": [row] * len(marks), "iter": list(iterations), "text": list(texts)}
-    size = 12 if style["marker"] in ("diamond", "x") else 8
+    size = _SIZES.get(style["marker"], 8)
     drawn = made.scatter("x", "y", source=ColumnDataSource(data), size=size, line_width=2, name=word, **style)
     tooltips = [("", "$name"), ("iteration", "@iter{0,0}"), ("", "@text")]
     made.add_tools(HoverTool(renderers=[drawn], tooltips=tooltips))

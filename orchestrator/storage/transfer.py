@@ -13,7 +13,7 @@ from fsspec.implementations.local import LocalFileSystem
 
 from orchestrator.errors import CheckpointError, MissingFileError, StorageUnavailableError
 from orchestrator.storage.location import check_place, locate
-from orchestrator.storage.reasons import lacks_bucket, reason_of, translated
+from orchestrator.storage.reasons import is_transient, lacks_bucket, reason_of, translated
 
 
 def exists(url: str, storage_options: dict[str, Any] | None = None) -> bool:
@@ -43,7 +43,8 @@ def local_copy(url: str, storage_options: dict[str, Any] | None = None) -> Itera
     """Lend a file as one on this machine: itself where it is local, else a copy that we delete afterwards.
 
     Raises:
-        CheckpointError: no such file, or storage that cannot be reached.
+        CheckpointError: no such file, or storage that refuses us.
+        StorageUnavailableError: the storage does not answer.
     """
     fs, path = locate(url, storage_options)
     with ExitStack() as stack:
@@ -53,7 +54,8 @@ def local_copy(url: str, storage_options: dict[str, Any] | None = None) -> Itera
             what = "the path" if isinstance(fs, LocalFileSystem) else "bucket and path"
             raise CheckpointError(f"{url}: no such file; check {what}") from error
         except StorageUnavailableError as error:
-            raise CheckpointError(f"{url}: cannot be fetched: {reason_of(error.__cause__)}") from error
+            kind = StorageUnavailableError if is_transient(error) else CheckpointError
+            raise kind(f"{url}: cannot be fetched: {reason_of(error.__cause__)}") from error
         yield file
 
 

@@ -28,7 +28,7 @@ from orchestrator.data.token_files import read_tokenizer
 from orchestrator.data.tokenizer_folder import read_tokenizer_folder
 from orchestrator.data.tokenizers import Tokenizer
 from orchestrator.data.vocabulary import GPT2, assumed
-from orchestrator.errors import CheckpointError, DamagedError, DataError
+from orchestrator.errors import CheckpointError, DamagedError, DataError, StorageUnavailableError
 from orchestrator.storage.reasons import is_transient
 
 logger = logging.getLogger(__name__)
@@ -113,12 +113,6 @@ def read_merged(source: ModelSource) -> Snapshot:
         CheckpointError: the adapters or their base are missing or damaged, or the base is another model.
     """
     return using(source, lambda weights: replace(weights.snapshot, model=dict(weights.tensors)))
-
-
-def was_unreachable(error: CheckpointError) -> bool:
-    """Return whether pretrained weights could not be read because storage or the Hub has failed, which may pass."""
-    why = error.__cause__
-    return isinstance(why, UnreachableError) and why.__cause__ is not None and is_transient(why.__cause__)
 
 
 def look_at(source: ModelSource, model_only: bool = False) -> Snapshot:
@@ -305,11 +299,16 @@ def _translate(call: Callable[[], T]) -> T:
     try:
         return call()
     except PretrainedError as error:
-        raise CheckpointError(str(error)) from error
+        raise _ours(error) from error
 
 
 def _translated(tensors: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
     try:
         yield from tensors
     except PretrainedError as error:
-        raise CheckpointError(str(error)) from error
+        raise _ours(error) from error
+
+
+def _ours(error: PretrainedError) -> CheckpointError:
+    may_pass = isinstance(error, UnreachableError) and error.__cause__ is not None and is_transient(error.__cause__)
+    return (StorageUnavailableError if may_pass else CheckpointError)(str(error))

@@ -17,7 +17,7 @@ from torch import Tensor
 from model.lora import frozen_parameters
 from orchestrator.checkpoint.formats.base import OTHER_CHECKSUM, another_base, base_checksum, cropped, held
 from orchestrator.checkpoint.formats.sources import ModelSource, base_of, find_base, identity_of
-from orchestrator.checkpoint.formats.weights import look_at, read_source, using, was_unreachable
+from orchestrator.checkpoint.formats.weights import look_at, read_source, using
 from orchestrator.checkpoint.restore.import_tensors import Import, read_on_ranks
 from orchestrator.checkpoint.snapshot import Adapters, Snapshot
 from orchestrator.checkpoint.state import TrainState
@@ -116,9 +116,9 @@ def _readable(source: ModelSource, read: Callable[[], T]) -> T:
     def attempt() -> T:
         try:
             return read()
+        except StorageUnavailableError as error:
+            raise StorageUnavailableError(f"the base model of these adapters: {error}") from error
         except CheckpointError as error:
-            if isinstance(error, StorageUnavailableError) or was_unreachable(error):
-                raise StorageUnavailableError(f"the base model of these adapters: {error}") from error
             raise CheckpointError(
                 f"{source.where}, the base model of these adapters, cannot be read: {error}. Restore it from a copy, "
                 "or give --lora_base=PATH, where one lies"

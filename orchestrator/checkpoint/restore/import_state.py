@@ -32,10 +32,11 @@ def import_state(config: TrainConfig, world: World, data: Vocabulary, folder: Ru
     Raises:
         CheckpointError, ConfigError, DataError: on every rank alike, if no node has it, or the first rank's cannot be
             read, does not fit or is not finite.
+        StorageUnavailableError: on every rank alike, if its storage has not answered for a minute.
     """
 
     def read() -> Snapshot:
-        snapshot = read_initial_state(config, folder)
+        snapshot = folder.read_with_retries(read_initial_state, config, folder)
         return replace(snapshot, optimizer={}) if config.eval_only else snapshot  # an evaluation takes no step
 
     is_resume = config.init_from == "resume"

@@ -28,7 +28,7 @@ from orchestrator.checkpoint.snapshot import Snapshot
 from orchestrator.checkpoint.store import CheckpointStore
 from orchestrator.config import TrainConfig
 from orchestrator.data.vocabulary import PADDED_GPT2_VOCAB_SIZE, difference, is_padded
-from orchestrator.errors import CheckpointError, ConfigError, DataError, FinishedRunError
+from orchestrator.errors import CheckpointError, ConfigError, DataError, FinishedRunError, StorageUnavailableError
 from orchestrator.storage.run_folder import RunFolder
 
 logger = logging.getLogger(__name__)
@@ -246,11 +246,17 @@ def read_initial_state(config: TrainConfig, folder: RunFolder | None = None) -> 
 
     Raises:
         CheckpointError, ConfigError: it is missing, damaged or too short for block_size.
+        StorageUnavailableError: its storage does not answer.
     """
     source = source_of(config, folder)
     if config.lora_rank and source.kind is Kind.RUN:  # a base model is one checkpoint, and no other instead of it
         source = replace(source, which=source.store().select(source.which).name)
-    snapshot = read_source(source, model_only=config.init_weights_only or config.eval_only)
+    try:
+        snapshot = read_source(source, model_only=config.init_weights_only or config.eval_only)
+    except StorageUnavailableError as error:
+        if source.kind is not Kind.HUB:
+            raise
+        raise CheckpointError(str(error)) from None  # the driver has not asked the Hub: it may never answer here
     check_adapters(config, snapshot.adapters, source)
     if snapshot.adapters and not config.lora_rank:
         snapshot = read_merged(source)

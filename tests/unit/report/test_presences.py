@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -10,7 +11,7 @@ from orchestrator.report.presences import Presence, evaluations_of, presences_of
 from orchestrator.report.run import Run
 from orchestrator.report.timeline import timeline_of
 from orchestrator.telemetry.goodput import Stretch
-from orchestrator.telemetry.records import Records, Stamped
+from orchestrator.telemetry.records import Records, Stamped, StepWindow
 
 
 def record(kind: str, time_s: float, attempt: str = "a", **values: Any) -> Stamped:
@@ -113,3 +114,24 @@ def test_the_ranks_of_many_nodes_share_their_nodes_rows() -> None:
     assert made
     rows = list(made.yaxis.major_label_overrides.values())
     assert rows == ["incidents", "checkpoints", "run", *(f"node-{n}" for n in range(8))]
+
+
+def test_checkpoints_are_marks_by_where_they_went() -> None:
+    windows = [
+        replace(each, record=replace(each.record, snapshots=5 if n % 3 else 0))
+        for n in range(3_000)
+        if isinstance((each := window(104.0 + n / 1000, n, eval_s=0.0)).record, StepWindow)
+    ]
+    saved = record("checkpoint", 110.0, iter=9, name="checkpoint_9", state="s", seconds=1.0)
+    failed = record("checkpoint_failed", 111.0, iter=9, name="checkpoint_9", why="no room")
+    rescued = record("failure", 121.0, iter=9, cause="node_lost", ranks=[1], reached_iter=9, reached_at_s=119.5)
+    made = timeline_of(Run("run", Records([*KILLED[:3], rescued], [*windows, saved, failed], [], {})))
+    assert made
+    marks = {each.name: each.data_source.data for each in made.renderers if "checkpoint" in (each.name or "")}
+    assert {name: len(data["x"]) for name, data in marks.items()} == {
+        "checkpoint in memory": 1000,
+        "checkpoint in storage": 1,
+        "checkpoint rescued into memory": 1,
+        "checkpoint failed": 1,
+    }
+    assert set(marks["checkpoint in memory"]["text"]) == {"5 in the last 9 iterations"}
