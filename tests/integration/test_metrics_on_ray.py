@@ -108,5 +108,5 @@ def until(found: Callable[[], Any], what: str = "") -> Any:
 
 
 def answer(head: Head, path: str) -> Any:
-    with urllib.request.urlopen(head.dashboard + path, timeout=30) as response:
+    with urllib.request.urlopen(head.dashboard + path, timeout=FOUND_S) as response:
         return json.load(response)
