@@ -8,7 +8,7 @@ from itertools import combinations, product
 from typing import Any
 
 from orchestrator.capacity.cards import Card
-from orchestrator.capacity.gpu import gpu_memory
+from orchestrator.capacity.gpu import gpu_memory, most_held_sums
 from orchestrator.capacity.shape import ModelShape, with_adapters
 from orchestrator.config import TrainConfig
 
@@ -71,8 +71,12 @@ def _smaller_micro_steps(config: TrainConfig) -> Iterator[Change]:
 def _more_workers(config: TrainConfig) -> Iterator[Change]:
     """Fewer lanes for each of the fewest workers: fewer sums wait."""
     most = config.max_workers
+    held = most_held_sums(config)
     for fewest in range(config.min_workers + 1, most + 1):
-        yield {"num_workers": f"{fewest}-{most}" if fewest < most else most}
+        change: Change = {"num_workers": f"{fewest}-{most}" if fewest < most else most}
+        if (held_then := most_held_sums(replace(config, **change))) < held:
+            yield change
+        held = min(held, held_then)
 
 
 _OPTIONS: tuple[Callable[[TrainConfig], Iterator[Change]], ...] = (
