@@ -67,9 +67,27 @@ def test_cards_are_known_by_ray_s_and_cuda_s_names(name: str, card: str) -> None
 
 def test_gpu_is_a_card_or_a_size() -> None:
     assert [card_of(name).name for name in OFFERED] == list(OFFERED)
-    assert card_of("a10g").memory_bytes == card_of("24GB").memory_bytes == 24e9
-    with pytest.raises(ConfigError, match="did you mean L40S"):
-        card_of("L40X")
+    for word in ("a10g", "NVIDIA A10G", "24GB", "24 gb", "24G", "24"):
+        assert card_of(word).memory_bytes == 24e9
+    assert card_of("24 gb").name == "24GB"
+    assert [card_of(word).name for word in ("a100-40g", "A100-80GB")] == ["A100-40", "A100-80"]
+
+
+@pytest.mark.parametrize(
+    ("word", "message"),
+    [
+        ("L40X", "did you mean L40S"),
+        ("rtx4090", "give its memory"),
+        ("A100", "--gpu=A100-40 or --gpu=A100-80"),
+        ("0GB", "give its memory"),
+        ("-3GB", "give its memory"),
+        ("nan", "give its memory"),
+        ("A100-SXM4-40GB MIG 1g.5gb", "give its memory"),
+    ],
+)
+def test_a_gpu_that_is_unknown_or_several_is_a_mistake(word: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        card_of(word)
 
 
 def test_xl_needs_lora_on_24_gb_and_nothing_on_80() -> None:
