@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
+import logging
 import shlex
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -13,12 +13,14 @@ from orchestrator.capacity.advice import Change, advise, flags_of
 from orchestrator.capacity.cards import OFFERED, Card, card_of
 from orchestrator.capacity.gpu import MARGIN, GpuMemory, gpu_memory, lanes_of
 from orchestrator.capacity.node import NodeNeeds, node_needs
-from orchestrator.capacity.shape import GPT2_SIZES, ModelShape, shape_of
+from orchestrator.capacity.shape import GPT2_BLOCK_SIZE, GPT2_SIZES, ModelShape, shape_of
 from orchestrator.capacity.traffic import ASSUMED_MFU, RATES_GBIT, bytes_per_iteration, compute_s, network_s
-from orchestrator.config import TrainConfig
+from orchestrator.config import TrainConfig, check_model
 from orchestrator.data.token_files import open_token_files
 from orchestrator.data.vocabulary import GPT2_VOCAB_SIZE, PADDED_GPT2_VOCAB_SIZE
 from orchestrator.errors import ConfigError, DataError
+
+logger = logging.getLogger(__name__)
 
 _GB = 1e9
 _SWITCHES = {"--json": True, "--json=True": True, "--json=False": False}
@@ -85,23 +87,35 @@ def model_args_of(config: TrainConfig) -> dict[str, Any]:
     """Return GPTConfig's arguments of the model that the settings train, without its weights.
 
     Raises:
-        UserError: init_from cannot be read, or is no model.
+        UserError: init_from cannot be read, is no model, or does not suit the settings.
     """
     if config.init_from == "scratch":
-        vocab_size = None
-        with suppress(DataError):  # it may be on the nodes
-            vocab_size = open_token_files(config.data_dir, config.dataset).vocab_size
-        sizes = {key: getattr(config, key) for key in ("n_layer", "n_head", "n_embd", "bias")}
-        return {**sizes, "vocab_size": vocab_size or PADDED_GPT2_VOCAB_SIZE}
+        sizes = {key: getattr(config, key) for key in ("n_layer", "n_head", "n_embd", "block_size", "bias")}
+        return {**sizes, "vocab_size": _vocab_size(config)}
     if config.init_from in GPT2_SIZES:
         sizes = dict(zip(("n_layer", "n_head", "n_embd"), GPT2_SIZES[config.init_from], strict=True))
-        return {**sizes, "bias": True, "vocab_size": GPT2_VOCAB_SIZE}
-    return _read_model_args(config)
+        args = {**sizes, "bias": True, "block_size": GPT2_BLOCK_SIZE, "vocab_size": GPT2_VOCAB_SIZE}
+    else:
+        args = _read_model_args(config)
+    check_model(config, args, config.init_from)
+    return args
+
+
+def _vocab_size(config: TrainConfig) -> int:
+    """Return the dataset's number of tokens; where this machine does not have it, as nodes may, GPT-2's."""
+    try:
+        found = open_token_files(config.data_dir, config.dataset).vocab_size
+    except DataError:
+        told = config.dataset, config.data_dir, PADDED_GPT2_VOCAB_SIZE
+        logger.warning("no dataset=%s in data_dir=%s here: we count with GPT-2's vocabulary of %d tokens", *told)
+        found = None
+    return found or PADDED_GPT2_VOCAB_SIZE
 
 
 def _read_model_args(config: TrainConfig) -> dict[str, Any]:
     """Read the model's arguments where its weights lie: this alone needs PyTorch, which takes a second or two."""
     from model import read_pretrained_args
+    from orchestrator.checkpoint.formats.nanogpt import read_nanogpt
     from orchestrator.checkpoint.formats.sources import Kind
     from orchestrator.checkpoint.formats.weights import look_at
     from orchestrator.checkpoint.restore.init_from import source_of
@@ -114,6 +128,8 @@ def _read_model_args(config: TrainConfig) -> dict[str, Any]:
     source = source_of(config, folder)
     if source.kind is Kind.HUGGINGFACE:
         return read_pretrained_args(config.init_from)
+    if source.kind is Kind.NANOGPT:  # mapped, so that no weights are read from a disk
+        return read_nanogpt(source.where, model_only=True, storage_options=source.options).model_args
     return look_at(source, model_only=True).model_args
 
 
@@ -149,6 +165,7 @@ def to_json(found: Forecast) -> str:
     value = {
         "parameters": shape.base_params,
         "trained_parameters": shape.trained_params,
+        "vocabulary": shape.vocab_size,
         "lanes": lanes_of(config),
         "margin": MARGIN,
         "assumed_mfu": ASSUMED_MFU,
@@ -234,7 +251,8 @@ def _network_lines(found: Forecast) -> Iterator[str]:
         times = "".join(f"{compute_s(config, shape, size, card.flops or 1):10.2f}" for card in cards)
         yield f"  {size:>7} {bytes_per_iteration(config, shape, size) / _GB:9.2f}{waits}{times}"
     if cards:
-        yield f"  cards: the time to compute, at {ASSUMED_MFU:.0%} of a card's bfloat16 peak, which is an assumption"
+        kind = "TF32" if config.dtype == "float32" else "bfloat16"
+        yield f"  cards: the time to compute, at {ASSUMED_MFU:.0%} of a card's {kind} peak, which is an assumption"
 
 
 def _end(found: Forecast, words: Sequence[str]) -> Iterator[str]:

@@ -75,20 +75,6 @@ def check_adapters(config: TrainConfig, found: Adapters | None, source: ModelSou
         )
 
 
-def check_rank(config: TrainConfig, model_args: dict[str, Any]) -> None:
-    """Check that the rank is not over the model's width: a product of larger matrices can do no more.
-
-    Raises:
-        ConfigError: it is.
-    """
-    width = model_args["n_embd"]
-    if config.lora_rank > width:
-        raise ConfigError(
-            f"lora_rank={config.lora_rank} is over the model's width, n_embd={width}: give --lora_rank={width} or "
-            "less; 8 to 64 is usual"
-        )
-
-
 def adapters_to_train(config: TrainConfig, source: ModelSource, found: Adapters | None) -> Adapters | None:
     """Return the adapters of a run that begins with a source, None where all weights are trained.
 

@@ -19,14 +19,13 @@ from orchestrator.checkpoint.formats.weights import look_at, read_merged, read_s
 from orchestrator.checkpoint.restore.adapters import (
     adapters_to_train,
     check_adapters,
-    check_rank,
     check_same_adapters,
     told,
 )
 from orchestrator.checkpoint.restore.base import check_base
 from orchestrator.checkpoint.snapshot import Snapshot
 from orchestrator.checkpoint.store import CheckpointStore
-from orchestrator.config import TrainConfig
+from orchestrator.config import TrainConfig, check_model
 from orchestrator.data.vocabulary import PADDED_GPT2_VOCAB_SIZE, difference, is_padded
 from orchestrator.errors import CheckpointError, ConfigError, DataError, FinishedRunError, StorageUnavailableError
 from orchestrator.storage.run_folder import RunFolder
@@ -94,7 +93,6 @@ def check_start(config: TrainConfig, store: CheckpointStore, data: Vocabulary | 
         check_unfinished(config, found.iter_num, "ckpt.pt")
     check_fits(config, source.where, found, data)
     args = {**found.model_args, "block_size": config.block_size}
-    check_rank(config, args)
     return StartingPoint(args, found.iter_num, f"initializing from {_told(source)}{_told_of(config, found)}")
 
 
@@ -181,14 +179,10 @@ def check_fits(config: TrainConfig, where: str, found: Snapshot, data: Vocabular
     """Check that a new run can begin with a state from elsewhere; where: the name of its source in messages.
 
     Raises:
-        ConfigError: it has fewer positions than block_size, or is past max_iters already.
+        ConfigError: it is too short or narrow for the settings, or past max_iters already.
         DataError: its tokens are not the dataset's.
     """
-    if config.block_size > found.model_args["block_size"]:
-        raise ConfigError(
-            f"block_size={config.block_size} is over the model's: {where} has {found.model_args['block_size']} "
-            f"positions. Give --block_size={found.model_args['block_size']} or less"
-        )
+    check_model(config, found.model_args, where)
     if found.iter_num >= config.max_iters and not config.eval_only:
         raise ConfigError(
             f"init_from={config.init_from} is at iteration {found.iter_num} and max_iters={config.max_iters}: a new "

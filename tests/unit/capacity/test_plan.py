@@ -10,7 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+from model import GPT, GPTConfig
 from model.lora import ALL_LINEAR, LAYERS
 from model.lora import targets_of as layers_that_words_mean
 from model.pretrained import GPT2_SIZES
@@ -195,6 +197,16 @@ def test_lora_saves_states_and_traffic() -> None:
     assert compute_s(lora, adapters, 8, 1e12) < 0.75 * compute_s(config, shape, 8, 1e12)
 
 
+def test_float32_computes_at_half_the_rate() -> None:
+    config, shape = xl()
+    in_float32 = compute_s(replace(config, dtype="float32"), shape, 1, 1e12)
+    assert (
+        in_float32
+        == 2 * compute_s(config, shape, 1, 1e12)
+        == 2 * compute_s(replace(config, dtype="float16"), shape, 1, 1e12)
+    )
+
+
 def test_a_node_keeps_two_states_and_storage_those_that_are_asked_for() -> None:
     config, shape = xl(keep_checkpoints=3)
     needs = node_needs(config, shape, 10**9)
@@ -261,6 +273,38 @@ def test_the_command_tells_people_and_programs(capsys: pytest.CaptureFixture[str
         assert each["fits"] == (each["total_bytes"] <= (1 - found["margin"]) * each["memory_bytes"])
     assert main([*words, "--gpu=A1G"]) == 2
     assert "did you mean A10G" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--block_size=2048"], "gpt2 has 1024 positions. Give --block_size=1024"),
+        (["--lora_rank=800"], "over the model's width, n_embd=768"),
+    ],
+)
+def test_the_plan_refuses_what_train_refuses(
+    words: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["plan", "--init_from=gpt2", *words]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_the_plan_says_whose_vocabulary_it_counts(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    words = ["plan", f"--data_dir={tmp_path}", "--dataset=of_the_nodes", "--json"]
+    assert main(words) == 0
+    assert json.loads(capsys.readouterr().out)["vocabulary"] == 50304
+    assert "no dataset=of_the_nodes" in caplog.text
+
+
+def test_a_checkpoint_file_is_planned_without_its_weights(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    args = {"n_layer": 1, "n_head": 2, "n_embd": 32, "block_size": 16, "bias": False, "vocab_size": 65, "dropout": 0.0}
+    weights = {**GPT(GPTConfig(**args)).state_dict()}
+    weights["lm_head.weight"].fill_(float("nan"))  # which `train` finds when it reads them
+    torch.save({"model": weights, "model_args": args, "config": {}}, tmp_path / "ckpt.pt")
+    assert main(["plan", f"--init_from={tmp_path / 'ckpt.pt'}", "--block_size=8", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["vocabulary"] == 65
 
 
 def test_the_plan_needs_no_torch_and_writes_nothing(tmp_path: Path) -> None:
