@@ -22,7 +22,7 @@ def advise(config: TrainConfig, shape: ModelShape, card: Card) -> Change | None:
 
     {}: it fits as it is.
     """
-    options = [list(option(config)) for option in _OPTIONS]
+    options = [list(option(config)) for option in (_FOR_EVALUATION if config.eval_only else _OPTIONS)]
     for count in range(len(options) + 1):
         for chosen in combinations(options, count):
             for parts in product(*chosen):
@@ -64,8 +64,8 @@ def _loss_chunk(config: TrainConfig) -> Iterator[Change]:
 def _smaller_micro_steps(config: TrainConfig) -> Iterator[Change]:
     for batch_size in range(config.batch_size - 1, 0, -1):
         if config.batch_size % batch_size == 0:
-            steps = config.gradient_accumulation_steps * config.batch_size // batch_size
-            yield {"batch_size": batch_size, "gradient_accumulation_steps": steps}
+            times = "eval_iters" if config.eval_only else "gradient_accumulation_steps"
+            yield {"batch_size": batch_size, times: getattr(config, times) * config.batch_size // batch_size}
 
 
 def _more_workers(config: TrainConfig) -> Iterator[Change]:
@@ -86,3 +86,4 @@ _OPTIONS: tuple[Callable[[TrainConfig], Iterator[Change]], ...] = (
     _smaller_micro_steps,
     _more_workers,
 )
+_FOR_EVALUATION = (_loss_chunk, _smaller_micro_steps)

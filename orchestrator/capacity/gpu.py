@@ -47,7 +47,7 @@ def gpu_memory(config: TrainConfig, shape: ModelShape, card: Card | None = None,
     """
     moment = highest(KeptTensors(config, shape, on_gpu))
     base = 2 if shape.rank and config.lora_base_dtype == "bfloat16" else FLOAT32
-    gradient_bytes = FLOAT32 * shape.trained_params
+    gradient_bytes = 0 if config.eval_only else FLOAT32 * shape.trained_params
     items = {
         "weights": base * shape.matrices + FLOAT32 * (shape.vectors + shape.adapter_params),
         "gradients": gradient_bytes,
@@ -75,8 +75,8 @@ def gpu_memory(config: TrainConfig, shape: ModelShape, card: Card | None = None,
 
 
 def lanes_of(config: TrainConfig) -> int:
-    """Return the lanes of a new run, 0 for DDP's order."""
-    if not config.deterministic:
+    """Return the lanes of a new run, 0 for DDP's order, and for a run that only evaluates."""
+    if not config.deterministic or config.eval_only:
         return 0
     return config.lanes or default_lanes(config.min_workers, config.max_workers, config.gradient_accumulation_steps)
 

@@ -20,7 +20,7 @@ def memory_warning(config: TrainConfig, model_args: dict[str, Any], nodes: Seque
     nodes: as ray.nodes() lists them.
     """
     cards = [card for card in cards_of(nodes) if card.memory_bytes]
-    if config.eval_only or not cards:
+    if not cards:
         return ""
     card = min(cards, key=lambda each: each.memory_bytes or 0)
     shape = shape_of(config, model_args)

@@ -276,6 +276,35 @@ def test_the_command_tells_people_and_programs(capsys: pytest.CaptureFixture[str
 
 
 @pytest.mark.parametrize(
+    ("file", "size_gb"), [("eval_gpt2", 8), ("eval_gpt2_medium", 8), ("eval_gpt2_large", 12), ("eval_gpt2_xl", 16)]
+)
+def test_an_evaluation_fits_the_cards_that_its_settings_name(
+    file: str, size_gb: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["plan", str(ROOT / f"configs/{file}.py"), f"--gpu={size_gb}GB"]
+    assert main(words) == 0
+    text = capsys.readouterr().out
+    assert f"it fits {size_gb}GB" in text
+    assert "evaluation alone" in text
+    assert "sends" not in text
+    assert main([*words, "--batch_size=64", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["cards"][0]["change"] == {"loss_chunk": 256}
+    assert found["network"] == []
+
+
+@pytest.mark.parametrize(
+    "words", [["--num_workers=1-9"], ["--num_workers=3", "--deterministic=False"], ["--batch_size=64"]]
+)
+def test_the_plan_is_80_columns_wide_but_for_the_line_to_copy(
+    words: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["plan", "--init_from=gpt2-xl", *words]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert all(len(line) <= 80 for line in lines if "orchestrator train" not in line)
+
+
+@pytest.mark.parametrize(
     ("words", "message"),
     [
         (["--block_size=2048"], "gpt2 has 1024 positions. Give --block_size=1024"),
