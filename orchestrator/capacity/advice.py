@@ -43,7 +43,7 @@ def _fits(config: TrainConfig, shape: ModelShape, card: Card) -> bool:
 
 
 def _lora(config: TrainConfig) -> Iterator[Change]:
-    if config.init_from != "scratch":  # which has nothing to freeze
+    if config.init_from not in ("scratch", "resume"):  # one has nothing to freeze, the other goes on as it was begun
         rank = {} if config.lora_rank else {"lora_rank": _RANK}
         if rank:
             yield rank

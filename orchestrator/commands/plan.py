@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import shlex
 import textwrap
 from collections.abc import Iterator, Sequence
@@ -14,14 +13,10 @@ from orchestrator.capacity.advice import Change, advise, flags_of
 from orchestrator.capacity.cards import OFFERED, Card, card_of
 from orchestrator.capacity.gpu import MARGIN, GpuMemory, gpu_memory, lanes_of
 from orchestrator.capacity.node import NodeNeeds, node_needs
-from orchestrator.capacity.shape import GPT2_BLOCK_SIZE, GPT2_SIZES, ModelShape, shape_of
+from orchestrator.capacity.shape import ModelShape, shape_of
 from orchestrator.capacity.traffic import ASSUMED_MFU, RATES_GBIT, bytes_per_iteration, compute_s, network_s
-from orchestrator.config import TrainConfig, check_model
-from orchestrator.data.token_files import open_token_files
-from orchestrator.data.vocabulary import GPT2_VOCAB_SIZE, PADDED_GPT2_VOCAB_SIZE
-from orchestrator.errors import ConfigError, DataError
-
-logger = logging.getLogger(__name__)
+from orchestrator.config import TrainConfig
+from orchestrator.errors import ConfigError
 
 _GB = 1e9
 _SWITCHES = {"--json": True, "--json=True": True, "--json=False": False}
@@ -82,56 +77,6 @@ def forecast(config: TrainConfig, model_args: dict[str, Any], gpu: str = "") -> 
     busiest = max(sizes, key=lambda size: bytes_per_iteration(config, shape, size))
     node = node_needs(config, shape, max(each.memory.host_bytes for each in on_cards))
     return Forecast(config, shape, on_cards, node, sorted({config.min_workers, busiest, config.max_workers}))
-
-
-def model_args_of(config: TrainConfig) -> dict[str, Any]:
-    """Return GPTConfig's arguments of the model that the settings train, without its weights.
-
-    Raises:
-        UserError: init_from cannot be read, is no model, or does not suit the settings.
-    """
-    if config.init_from == "scratch":
-        sizes = {key: getattr(config, key) for key in ("n_layer", "n_head", "n_embd", "block_size", "bias")}
-        return {**sizes, "vocab_size": _vocab_size(config)}
-    if config.init_from in GPT2_SIZES:
-        sizes = dict(zip(("n_layer", "n_head", "n_embd"), GPT2_SIZES[config.init_from], strict=True))
-        args = {**sizes, "bias": True, "block_size": GPT2_BLOCK_SIZE, "vocab_size": GPT2_VOCAB_SIZE}
-    else:
-        args = _read_model_args(config)
-    check_model(config, args, config.init_from)
-    return args
-
-
-def _vocab_size(config: TrainConfig) -> int:
-    """Return the dataset's number of tokens; where this machine does not have it, as nodes may, GPT-2's."""
-    try:
-        found = open_token_files(config.data_dir, config.dataset).vocab_size
-    except DataError:
-        told = config.dataset, config.data_dir, PADDED_GPT2_VOCAB_SIZE
-        logger.warning("no dataset=%s in data_dir=%s here: we count with GPT-2's vocabulary of %d tokens", *told)
-        found = None
-    return found or PADDED_GPT2_VOCAB_SIZE
-
-
-def _read_model_args(config: TrainConfig) -> dict[str, Any]:
-    """Read the model's arguments where its weights lie: this alone needs PyTorch, which takes a second or two."""
-    from model import read_pretrained_args
-    from orchestrator.checkpoint.formats.nanogpt import read_nanogpt
-    from orchestrator.checkpoint.formats.sources import Kind
-    from orchestrator.checkpoint.formats.weights import look_at
-    from orchestrator.checkpoint.restore.init_from import source_of
-    from orchestrator.checkpoint.store import CheckpointStore
-    from orchestrator.storage.run_folder import open_run_folder
-
-    folder = open_run_folder(config)
-    if config.init_from == "resume" and (saved := next(CheckpointStore(folder).newest_first(), None)):
-        return dict(saved.state["model_args"])
-    source = source_of(config, folder)
-    if source.kind is Kind.HUGGINGFACE:
-        return read_pretrained_args(config.init_from)
-    if source.kind is Kind.NANOGPT:  # mapped, so that no weights are read from a disk
-        return read_nanogpt(source.where, model_only=True, storage_options=source.options).model_args
-    return look_at(source, model_only=True).model_args
 
 
 def to_json(found: Forecast) -> str:

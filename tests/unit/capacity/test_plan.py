@@ -24,11 +24,12 @@ from orchestrator.capacity.gpu import MARGIN, PIECE_BYTES, gpu_memory, held_sums
 from orchestrator.capacity.node import node_needs
 from orchestrator.capacity.shape import ModelShape, shape_of, targets_of, with_adapters
 from orchestrator.capacity.traffic import bytes_per_iteration, compute_s, network_share
-from orchestrator.commands.plan import model_args_of
+from orchestrator.capacity.warning import memory_warning
+from orchestrator.checkpoint.restore.beginning import beginning_of
 from orchestrator.config import LORA_TARGETS, TrainConfig, check, parse
 from orchestrator.distributed import flat_gradient
 from orchestrator.distributed.lanes import Lanes, wait_on_device
-from orchestrator.driver.memory_check import memory_warning
+from orchestrator.driver.cluster_cards import cards_of
 from orchestrator.errors import ConfigError
 
 ROOT = Path(__file__).parents[3]
@@ -222,18 +223,19 @@ def node(accelerator: str, alive: bool = True) -> dict[str, Any]:
 
 def test_train_warns_of_what_will_not_fit_and_names_the_remedy() -> None:
     config, _ = xl(num_workers="2-8")
-    warning = memory_warning(config, XL, [node("A100"), node("A10G")])
+    warning = memory_warning(config, XL, cards_of([node("A100"), node("A10G")]))
     assert "A10G has 24 GB" in warning
     assert "--lora_rank=8" in warning
+    assert "--lora_rank" not in memory_warning(replace(config, init_from="resume"), XL, [card_of("A10G")])
     lora = replace(config, lora_rank=8)
-    assert memory_warning(lora, XL, [node("A10G")]) == ""
+    assert memory_warning(lora, XL, cards_of([node("A10G")])) == ""
     for nodes in (
         [node("A100")],
         [node("A10G", alive=False)],
         [node("unheard-of")],
         [{"Alive": True, "Resources": {}}],
     ):
-        assert memory_warning(config, XL, nodes) == ""
+        assert memory_warning(config, XL, cards_of(nodes)) == ""
 
 
 def config_of(file: str) -> TrainConfig:
@@ -251,7 +253,7 @@ def test_xl_fits_its_cards_and_the_network_takes_a_small_part_of_an_iteration(
     file: str, card: str, gbit: int, below: float
 ) -> None:
     config = config_of(file)
-    shape, found = shape_of(config, model_args_of(config)), card_of(card)
+    shape, found = shape_of(*beginning_of(config)), card_of(card)
     assert found.memory_bytes
     assert found.flops
     assert gpu_memory(config, shape, found).fits(found.memory_bytes)
