@@ -11,7 +11,7 @@
 # fewer, larger micro-steps. --activation_checkpointing=True --loss_chunk=256 saves 3.1 GB for a third more time.
 #
 # A checkpoint is 18.7 GB (weights and moments); with the next one being written, each run keeps up to four of them. A
-# node keeps two in its memory, and up to 12.5 GB of gradients that wait: 54 GB in all, so take nodes with 64 GB.
+# node keeps two in its memory, and up to 17.2 GB for gradients that wait: 59 GB in all, so take nodes with 64 GB.
 
 out_dir = "out-gpt2-xl"
 init_from = "gpt2-xl"

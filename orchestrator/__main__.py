@@ -191,11 +191,12 @@ def _program() -> str:
 
 def plan(argv: Sequence[str]) -> int:
     """Tell what a run needs."""
+    from orchestrator.checkpoint.restore.beginning import beginning_of
     from orchestrator.commands import plan as planning
 
     gpu, is_json, words = planning.own_flags(argv)
     config = check(_parse(TrainConfig, words, "plan"))
-    found = planning.forecast(config, planning.model_args_of(config), gpu)
+    found = planning.forecast(*beginning_of(config), gpu)
     print(planning.to_json(found) if is_json else planning.to_text(found, words))
     return 0
 

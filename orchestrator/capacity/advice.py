@@ -8,7 +8,7 @@ from itertools import combinations, product
 from typing import Any
 
 from orchestrator.capacity.cards import Card
-from orchestrator.capacity.gpu import gpu_memory
+from orchestrator.capacity.gpu import gpu_memory, most_held_sums
 from orchestrator.capacity.shape import ModelShape, with_adapters
 from orchestrator.config import TrainConfig
 
@@ -22,7 +22,7 @@ def advise(config: TrainConfig, shape: ModelShape, card: Card) -> Change | None:
 
     {}: it fits as it is.
     """
-    options = [list(option(config)) for option in _OPTIONS]
+    options = [list(option(config)) for option in (_FOR_EVALUATION if config.eval_only else _OPTIONS)]
     for count in range(len(options) + 1):
         for chosen in combinations(options, count):
             for parts in product(*chosen):
@@ -43,7 +43,7 @@ def _fits(config: TrainConfig, shape: ModelShape, card: Card) -> bool:
 
 
 def _lora(config: TrainConfig) -> Iterator[Change]:
-    if config.init_from != "scratch":  # which has nothing to freeze
+    if config.init_from not in ("scratch", "resume"):  # one has nothing to freeze, the other goes on as it was begun
         rank = {} if config.lora_rank else {"lora_rank": _RANK}
         if rank:
             yield rank
@@ -64,15 +64,19 @@ def _loss_chunk(config: TrainConfig) -> Iterator[Change]:
 def _smaller_micro_steps(config: TrainConfig) -> Iterator[Change]:
     for batch_size in range(config.batch_size - 1, 0, -1):
         if config.batch_size % batch_size == 0:
-            steps = config.gradient_accumulation_steps * config.batch_size // batch_size
-            yield {"batch_size": batch_size, "gradient_accumulation_steps": steps}
+            times = "eval_iters" if config.eval_only else "gradient_accumulation_steps"
+            yield {"batch_size": batch_size, times: getattr(config, times) * config.batch_size // batch_size}
 
 
 def _more_workers(config: TrainConfig) -> Iterator[Change]:
     """Fewer lanes for each of the fewest workers: fewer sums wait."""
     most = config.max_workers
+    held = most_held_sums(config)
     for fewest in range(config.min_workers + 1, most + 1):
-        yield {"num_workers": f"{fewest}-{most}" if fewest < most else most}
+        change: Change = {"num_workers": f"{fewest}-{most}" if fewest < most else most}
+        if (held_then := most_held_sums(replace(config, **change))) < held:
+            yield change
+        held = min(held, held_then)
 
 
 _OPTIONS: tuple[Callable[[TrainConfig], Iterator[Change]], ...] = (
@@ -82,3 +86,4 @@ _OPTIONS: tuple[Callable[[TrainConfig], Iterator[Change]], ...] = (
     _smaller_micro_steps,
     _more_workers,
 )
+_FOR_EVALUATION = (_loss_chunk, _smaller_micro_steps)

@@ -37,7 +37,7 @@ _CARDS = (
     (r"B200", Card("B200", 180 * _GB, 2250e12)),
 )
 _SLICE = re.compile(r"\bMIG\b")  # a part of a card
-_SIZE = re.compile(r"(\d+(?:\.\d+)?) ?GB", re.IGNORECASE)
+_SIZE = re.compile(r"(\d+(?:\.\d+)?) ?(?:GB?)?", re.IGNORECASE)
 
 OFFERED = ("A10G", "L4", "A100-40", "L40S", "A100-80", "H100")  # smallest first; as `plan --gpu` knows them
 
@@ -49,19 +49,22 @@ def card_named(name: str) -> Card | None:
     """
     if _SLICE.search(name):
         return None
-    return next((card for pattern, card in _CARDS if re.search(rf"\b({pattern})(?!\w)", name)), None)
+    return next((card for pattern, card in _CARDS if re.search(rf"\b({pattern})(?!\w)", name, re.IGNORECASE)), None)
 
 
 def card_of(word: str) -> Card:
-    """Return the card of --gpu: one of OFFERED, or a size such as 24GB.
+    """Return the card of --gpu: one of OFFERED, another of CUDA's or Ray's names, or a size such as 24GB.
 
     Raises:
-        ConfigError: it is neither.
+        ConfigError: it is none of them, or two cards have this name.
     """
-    if size := _SIZE.fullmatch(word):
-        return Card(word, round(float(size[1]) * _GB), None)
-    found = next((card for _, card in _CARDS if card.name.lower() == word.lower()), None)
+    if (size := _SIZE.fullmatch(word)) and (memory_bytes := round(float(size[1]) * _GB)):
+        return Card(f"{float(size[1]):g}GB", memory_bytes, None)
+    if word.upper() == "A100":
+        raise ConfigError(f"gpu={word!r} has 40 or 80 GB: give --gpu=A100-40 or --gpu=A100-80")
+    found = next((card for _, card in _CARDS if card.name.lower() == word.lower()), None) or card_named(word)
     if not found:
         names = ", ".join(OFFERED)
-        raise ConfigError(f"gpu={word!r} is none of {names}, and no size such as 24GB{nearest(word, OFFERED)}")
+        remedy = "for another card give its memory, such as --gpu=24GB"
+        raise ConfigError(f"gpu={word!r} is none of {names}{nearest(word, OFFERED)}; {remedy}")
     return found

@@ -141,6 +141,14 @@ class KeptTensors:
         """Return the bytes of the blocks' copies that the backward pass finds: recomputed blocks make them anew."""
         return 0 if self.config.activation_checkpointing else self.copies_in_forward()
 
+    def copies_in_evaluation(self) -> tuple[int, int]:
+        """Return the bytes of copies that autocast keeps, the head's apart, and of the largest one that it does not."""
+        shape = self.shape
+        if not shape.rank:
+            return shape.n_layer * self.copies_of_block(), 0
+        frozen = _HALF * 4 * shape.n_embd**2 if self.is_mixed and self._base_is_float32 else 0
+        return _HALF * shape.adapter_params if self.is_mixed else 0, frozen or self.widened(4 * shape.n_embd**2)
+
     def widened(self, values: int) -> int:
         """Return the bytes of a matrix in float32 for the time of a product, where it is held in bfloat16."""
         return 0 if self._base_is_float32 or self.is_mixed else FLOAT32 * values

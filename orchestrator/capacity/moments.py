@@ -32,8 +32,9 @@ class Moment:
 
 
 def highest(kept: KeptTensors) -> Moment:
-    """Return the moment of a step that holds most."""
-    return max(moments(kept), key=lambda moment: moment.total)
+    """Return the moment that holds most: of a step, or of a run that only evaluates."""
+    found = in_evaluation(kept) if kept.config.eval_only else moments(kept)
+    return max(found, key=lambda moment: moment.total)
 
 
 def moments(kept: KeptTensors) -> Iterator[Moment]:
@@ -44,6 +45,23 @@ def moments(kept: KeptTensors) -> Iterator[Moment]:
     yield from _in_head(kept)
     yield from _in_last_block_backward(kept)
     yield _in_embedding(kept)
+
+
+def in_evaluation(kept: KeptTensors) -> Iterator[Moment]:
+    """Yield the moments of a forward pass without gradients: GELU in a block, and the loss.
+
+    Autocast keeps copies of weights that could be trained till its end, and of frozen ones none.
+    """
+    c, x, shape, logits = kept.c, kept.x, kept.shape, _logits(kept)
+    copies, frozen = kept.copies_in_evaluation()
+    variables = 4 * FLOAT32 * x  # the embedding's, the block's input, what attention has made of it, its norm
+    inner = (12 if "mlp.c_fc" in shape.targets else 8) * c * x  # with an adapter, both products and the scaled one
+    yield Moment("a block's evaluation", copies, variables + inner)
+    yield Moment("a block's evaluation", copies + frozen, variables + 5 * c * x)
+    head = kept.copy_of_head()
+    yield Moment("the head's evaluation", copies + head, (FLOAT32 + c) * x, c * logits, kept.widened(shape.embedding))
+    in_float32 = (2 if kept.is_mixed else 1) * FLOAT32 * logits  # with the logarithm of softmax
+    yield Moment("the evaluation's loss", copies + (0 if shape.rank else head), FLOAT32 * x, c * logits + in_float32)
 
 
 def _logits(kept: KeptTensors) -> int:

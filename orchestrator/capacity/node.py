@@ -27,6 +27,8 @@ class NodeNeeds:
 
 def node_needs(config: TrainConfig, shape: ModelShape, lane_buffers_bytes: int) -> NodeNeeds:
     """Return a node's needs; lane_buffers_bytes: those of its worker in host memory."""
+    if config.eval_only:  # it keeps nothing
+        return NodeNeeds(state=0, memory_dir=0, storage=0, host=WORKER_BYTES)
     state = 12 * shape.trained_params
     in_memory = STATES_IN_NODE_MEMORY * state if config.memory_dir else 0
     checkpoints = config.keep_checkpoints + 2  # the best one, and the one that is being written

@@ -20,6 +20,7 @@ GPT2_SIZES = {  # n_layer, n_head, n_embd; model/pretrained.py has them too, and
     "gpt2-large": (36, 20, 1280),
     "gpt2-xl": (48, 25, 1600),
 }
+GPT2_BLOCK_SIZE = 1024
 
 
 def targets_of(words: str) -> tuple[str, ...]:

@@ -8,7 +8,8 @@ from orchestrator.config import TrainConfig
 from orchestrator.distributed.lanes import Lanes
 
 RATES_GBIT = (10, 25, 100)  # a node's network, per second and direction
-ASSUMED_MFU = 0.4  # of the card's dense bfloat16: an assumption
+ASSUMED_MFU = 0.4  # of the card's peak: an assumption
+_TF32 = 0.5  # of bfloat16's peak: float32 is multiplied so (distributed/numerics.py); Source: NVIDIA's datasheets
 
 
 def bytes_per_iteration(config: TrainConfig, shape: ModelShape, workers: int) -> int:
@@ -35,7 +36,7 @@ def network_s(config: TrainConfig, shape: ModelShape, workers: int, rate_gbit: f
 
 
 def compute_s(config: TrainConfig, shape: ModelShape, workers: int, flops: float) -> float:
-    """Return the seconds in which the busiest worker computes its micro-steps; flops: the card's, per second."""
+    """Return the seconds in which the busiest worker computes its micro-steps; flops: the card's with bfloat16."""
     micro_steps = config.gradient_accumulation_steps
     if count := lanes_of(config):
         lanes = Lanes(count, micro_steps)
@@ -43,7 +44,8 @@ def compute_s(config: TrainConfig, shape: ModelShape, workers: int, flops: float
     else:
         most = -(-micro_steps // workers)
     per_token = shape.flops_per_token(recompute=config.activation_checkpointing, recompute_head=bool(config.loss_chunk))
-    return most * config.batch_size * config.block_size * per_token / (ASSUMED_MFU * flops)
+    peak = _TF32 * flops if config.dtype == "float32" else flops
+    return most * config.batch_size * config.block_size * per_token / (ASSUMED_MFU * peak)
 
 
 def network_share(config: TrainConfig, shape: ModelShape, workers: int, rate_gbit: float, flops: float) -> float:

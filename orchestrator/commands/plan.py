@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import shlex
+import textwrap
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -13,12 +13,10 @@ from orchestrator.capacity.advice import Change, advise, flags_of
 from orchestrator.capacity.cards import OFFERED, Card, card_of
 from orchestrator.capacity.gpu import MARGIN, GpuMemory, gpu_memory, lanes_of
 from orchestrator.capacity.node import NodeNeeds, node_needs
-from orchestrator.capacity.shape import GPT2_SIZES, ModelShape, shape_of
+from orchestrator.capacity.shape import ModelShape, shape_of
 from orchestrator.capacity.traffic import ASSUMED_MFU, RATES_GBIT, bytes_per_iteration, compute_s, network_s
 from orchestrator.config import TrainConfig
-from orchestrator.data.token_files import open_token_files
-from orchestrator.data.vocabulary import GPT2_VOCAB_SIZE, PADDED_GPT2_VOCAB_SIZE
-from orchestrator.errors import ConfigError, DataError
+from orchestrator.errors import ConfigError
 
 _GB = 1e9
 _SWITCHES = {"--json": True, "--json=True": True, "--json=False": False}
@@ -81,42 +79,6 @@ def forecast(config: TrainConfig, model_args: dict[str, Any], gpu: str = "") -> 
     return Forecast(config, shape, on_cards, node, sorted({config.min_workers, busiest, config.max_workers}))
 
 
-def model_args_of(config: TrainConfig) -> dict[str, Any]:
-    """Return GPTConfig's arguments of the model that the settings train, without its weights.
-
-    Raises:
-        UserError: init_from cannot be read, or is no model.
-    """
-    if config.init_from == "scratch":
-        vocab_size = None
-        with suppress(DataError):  # it may be on the nodes
-            vocab_size = open_token_files(config.data_dir, config.dataset).vocab_size
-        sizes = {key: getattr(config, key) for key in ("n_layer", "n_head", "n_embd", "bias")}
-        return {**sizes, "vocab_size": vocab_size or PADDED_GPT2_VOCAB_SIZE}
-    if config.init_from in GPT2_SIZES:
-        sizes = dict(zip(("n_layer", "n_head", "n_embd"), GPT2_SIZES[config.init_from], strict=True))
-        return {**sizes, "bias": True, "vocab_size": GPT2_VOCAB_SIZE}
-    return _read_model_args(config)
-
-
-def _read_model_args(config: TrainConfig) -> dict[str, Any]:
-    """Read the model's arguments where its weights lie: this alone needs PyTorch, which takes a second or two."""
-    from model import read_pretrained_args
-    from orchestrator.checkpoint.formats.sources import Kind
-    from orchestrator.checkpoint.formats.weights import look_at
-    from orchestrator.checkpoint.restore.init_from import source_of
-    from orchestrator.checkpoint.store import CheckpointStore
-    from orchestrator.storage.run_folder import open_run_folder
-
-    folder = open_run_folder(config)
-    if config.init_from == "resume" and (saved := next(CheckpointStore(folder).newest_first(), None)):
-        return dict(saved.state["model_args"])
-    source = source_of(config, folder)
-    if source.kind is Kind.HUGGINGFACE:
-        return read_pretrained_args(config.init_from)
-    return look_at(source, model_only=True).model_args
-
-
 def to_json(found: Forecast) -> str:
     """Return the forecast as one JSON object, sizes in bytes and times in seconds."""
     config, shape = found.config, found.shape
@@ -144,11 +106,12 @@ def to_json(found: Forecast) -> str:
                 if each.card.flops
             },
         }
-        for size in found.sizes
+        for size in ([] if config.eval_only else found.sizes)
     ]
     value = {
         "parameters": shape.base_params,
         "trained_parameters": shape.trained_params,
+        "vocabulary": shape.vocab_size,
         "lanes": lanes_of(config),
         "margin": MARGIN,
         "assumed_mfu": ASSUMED_MFU,
@@ -160,42 +123,38 @@ def to_json(found: Forecast) -> str:
 
 
 def to_text(found: Forecast, words: Sequence[str] = ()) -> str:
-    """Return the forecast for people; words: those of the command, for the line that fits."""
-    parts = [
-        _head(found),
-        *_gpu_lines(found),
-        "",
-        *_card_lines(found),
-        "",
-        *_node_lines(found),
-        "",
-        *_network_lines(found),
-    ]
-    return "\n".join([*parts, "", *_end(found, words)])
+    """Return the forecast for people, 80 columns wide; words: those of the command, for the line that fits."""
+    parts = [_head(found), _gpu_lines(found), _card_lines(found), _node_lines(found)]
+    if not found.config.eval_only:
+        parts += [_network_lines(found), _compute_lines(found)]
+    return "\n\n".join("\n".join(lines) for part in [*parts, _end(found, words)] if (lines := list(part)))
 
 
-def _head(found: Forecast) -> str:
+def _head(found: Forecast) -> Iterator[str]:
     config, shape = found.config, found.shape
     trained = f", of which {shape.trained_params / 1e6:.2f}M are trained" if shape.rank else ""
     dtype = "bfloat16" if config.dtype == "auto" else config.dtype
-    workers = f"{config.num_workers} worker(s)".replace("-", " to ")
-    return (
-        f"{shape.base_params / 1e6:.0f}M parameters{trained}, vocabulary of {shape.vocab_size}; {workers}, {dtype}; "
-        f"micro-steps of {config.batch_size} x {config.block_size} tokens, {config.gradient_accumulation_steps} in an "
-        "iteration"
+    workers = f"{config.min_workers} to {config.max_workers}" if config.is_elastic else f"{config.max_workers}"
+    of_tokens = f"{config.batch_size} x {config.block_size} tokens"
+    steps = f"micro-steps of {of_tokens}, {config.gradient_accumulation_steps} in an iteration"
+    if config.eval_only:
+        steps = f"evaluation alone, of {of_tokens} at a time"
+    yield from _wrapped(
+        f"{shape.base_params / 1e6:.0f}M parameters{trained}, vocabulary of {shape.vocab_size}; {workers} "
+        f"{_count('worker', config.max_workers)}, {dtype}; {steps}"
     )
 
 
 def _gpu_lines(found: Forecast) -> Iterator[str]:
     memory = found.cards[0].memory
-    yield f"\none GPU, in GB, when it holds most ({memory.moment.when})"
+    yield f"one GPU, in GB, when it holds most ({memory.moment.when})"
     for name, size in memory.items.items():
         if size:
             yield f"  {name:<30} {size / _GB:8.2f}"
     yield f"  {'together':<30} {memory.total / _GB:8.2f}"
     if memory.host_bytes:
-        where = f"on {memory.workers} worker(s), in pinned host memory, or fewer lanes"
-        yield f"  {'lane buffers, beside that':<30} {memory.host_bytes / _GB:8.2f}   {where}"
+        where = f"pinned, on {memory.workers} {_count('worker', memory.workers)}"
+        yield f"  {'lane buffers in host memory':<30} {memory.host_bytes / _GB:8.2f}   {where}"
 
 
 def _card_lines(found: Forecast) -> Iterator[str]:
@@ -203,7 +162,7 @@ def _card_lines(found: Forecast) -> Iterator[str]:
     for each in found.cards:
         assert each.card.memory_bytes
         sizes = f"{each.memory.total / _GB:7.2f} of {(1 - MARGIN) * each.card.memory_bytes / _GB:6.1f} GB"
-        yield f"  {each.card.name:<10} {sizes}   {_verdict(each.change)}"
+        yield from _wrapped(f"  {each.card.name:<10} {sizes}   {_verdict(each.change)}", indent=36)
 
 
 def _verdict(change: Change | None) -> str:
@@ -213,28 +172,39 @@ def _verdict(change: Change | None) -> str:
 
 
 def _node_lines(found: Forecast) -> Iterator[str]:
-    node, config = found.node, found.config
+    node, memory_dir = found.node, found.config.memory_dir
     yield "one node with one worker, and storage, in GB"
-    yield f"  {'a state':<30} {node.state / _GB:8.2f}"
-    if config.memory_dir:
-        yield f"  {config.memory_dir + ', two states':<30} {node.memory_dir / _GB:8.2f}"
-    yield f"  {'host memory, with that':<30} {node.host / _GB:8.2f}   4 for each worker's process are an estimate"
-    yield f"  {'out_dir, while one is saved':<30} {node.storage / _GB:8.2f}"
+    if node.state:
+        yield f"  {'a state':<30} {node.state / _GB:8.2f}"
+    if node.memory_dir:
+        yield f"  {memory_dir + ', two states':<30} {node.memory_dir / _GB:8.2f}"
+    yield f"  {'host memory':<30} {node.host / _GB:8.2f}   in all, of it 4 an estimate"
+    if node.storage:
+        yield f"  {'out_dir, while one is saved':<30} {node.storage / _GB:8.2f}"
 
 
 def _network_lines(found: Forecast) -> Iterator[str]:
-    config, shape = found.config, found.shape
-    lanes = f"in {lanes_of(config)} lanes" if lanes_of(config) else "in DDP's order"
-    yield f"one iteration, gradients summed {lanes}, every worker on a node of its own; seconds"
-    cards = [each.card for each in found.cards if each.card.flops]
-    rates = "".join(f"{f'{rate} Gbit/s':>12}" for rate in RATES_GBIT)
-    yield f"  {'workers':>7} {'GB sent':>9}{rates}" + "".join(f"{card.name:>10}" for card in cards)
+    config, shape, lanes = found.config, found.shape, lanes_of(found.config)
+    if config.max_workers == 1:
+        return
+    order = f"in {lanes} {_count('lane', lanes)}" if lanes else "in DDP's order"
+    yield f"one iteration sends, each worker on a node of its own ({order}); seconds"
+    yield f"  {'workers':>7} {'GB sent':>9}" + "".join(f"{f'{rate} Gbit/s':>12}" for rate in RATES_GBIT)
     for size in found.sizes:
         waits = "".join(f"{network_s(config, shape, size, rate):12.2f}" for rate in RATES_GBIT)
-        times = "".join(f"{compute_s(config, shape, size, card.flops or 1):10.2f}" for card in cards)
-        yield f"  {size:>7} {bytes_per_iteration(config, shape, size) / _GB:9.2f}{waits}{times}"
-    if cards:
-        yield f"  cards: the time to compute, at {ASSUMED_MFU:.0%} of a card's bfloat16 peak, which is an assumption"
+        yield f"  {size:>7} {bytes_per_iteration(config, shape, size) / _GB:9.3f}{waits}"
+
+
+def _compute_lines(found: Forecast) -> Iterator[str]:
+    config, shape = found.config, found.shape
+    if not (cards := [each.card for each in found.cards if each.card.flops]):
+        return
+    peak = "TF32" if config.dtype == "float32" else "bfloat16"
+    yield f"one iteration computes, in seconds, at {ASSUMED_MFU:.0%} of a card's {peak} peak (assumed)"
+    yield f"  {'workers':>7}" + "".join(f"{card.name:>11}" for card in cards)
+    for size in found.sizes:
+        times = "".join(f"{compute_s(config, shape, size, card.flops or 1):11.2f}" for card in cards)
+        yield f"  {size:>7}{times}"
 
 
 def _end(found: Forecast, words: Sequence[str]) -> Iterator[str]:
@@ -246,6 +216,14 @@ def _end(found: Forecast, words: Sequence[str]) -> Iterator[str]:
     if fitting and fitting[0].change:
         change = flags_of(fitting[0].change)
         yield f"for {fitting[0].card.name}:"
-        yield f"  orchestrator train {shlex.join(words)} {change}"
+        yield f"  orchestrator train {shlex.join(words)} {change}"  # one line, to copy
     if not fitting:
-        yield "no change of settings that we know makes it fit: take a larger GPU or a smaller model"
+        yield from _wrapped("no change of settings that we know makes it fit: take a larger GPU or a smaller model")
+
+
+def _count(noun: str, number: int) -> str:
+    return noun if number == 1 else f"{noun}s"
+
+
+def _wrapped(text: str, indent: int = 0) -> list[str]:
+    return textwrap.wrap(text, 80, subsequent_indent=" " * indent, break_on_hyphens=False, break_long_words=False)

@@ -19,11 +19,9 @@ from orchestrator.config import TrainConfig
 from orchestrator.distributed.exchange import Exchange
 from orchestrator.distributed.flat_gradient import FlatGradient
 from orchestrator.distributed.gradients import clip_gradients
-from orchestrator.distributed.lanes import Lanes
+from orchestrator.distributed.lanes import Lanes, wait_on_device
 from orchestrator.distributed.numerics import compiled
 from orchestrator.distributed.world import World
-
-_LARGEST_PART = 0.25  # of the device's free memory, for sums that wait; else they wait in host memory
 
 
 class LaneTraining:
@@ -73,7 +71,8 @@ class LaneTraining:
         gradient = self._gradient.flat
         for _ in range(joins):
             self._free.append(self._waiting.pop())
-            gradient.add_(self._free[-1].to(gradient.device, non_blocking=True))
+            for piece in self._gradient.pieces:  # a whole sum from host memory may find no room on the device
+                gradient[piece].add_(self._free[-1][piece].to(gradient.device, non_blocking=True))
         self._waiting.append(self._free.pop().copy_(gradient, non_blocking=True))
         gradient.zero_()
 
@@ -88,8 +87,7 @@ class LaneTraining:
 
 def _buffers(count: int, like: Tensor) -> list[Tensor]:
     """Return buffers for sums that wait: on the device, or in pinned host memory where it has no room."""
-    if like.device.type == "cuda":
-        free_bytes, _ = torch.cuda.mem_get_info(like.device)
-        if count * like.nbytes > _LARGEST_PART * free_bytes:
-            return [torch.empty(like.shape, dtype=like.dtype, pin_memory=True) for _ in range(count)]
+    memory_bytes = torch.cuda.mem_get_info(like.device) if like.device.type == "cuda" else None  # free, and in all
+    if memory_bytes and not wait_on_device(count * like.nbytes, like.nbytes, *memory_bytes):
+        return [torch.empty(like.shape, dtype=like.dtype, pin_memory=True) for _ in range(count)]
     return [torch.empty_like(like) for _ in range(count)]

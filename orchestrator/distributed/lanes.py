@@ -11,8 +11,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache
 
 Span = tuple[int, int]  # lanes first to last - 1
+_LARGEST_PART = 0.25  # of a device's room, for sums that wait; else they wait in host memory
 
 
 @dataclass(frozen=True)
@@ -38,7 +40,7 @@ class Lanes:
             For each span the number of sums, those that waited last, that its own is added to before it waits as well;
             and the spans of the sums that wait in the end: the roots of the tree's largest parts.
         """
-        tree = set(_tree(0, self.count))
+        tree = _tree(self.count)
         joined, waiting = [], list[Span]()
         for first, end in spans:
             joined.append(0)
@@ -80,9 +82,23 @@ def default_lanes(fewest: int, most: int, micro_steps: int, *, has_room: bool = 
     return 4 * most if fewest < most and 4 * most <= micro_steps and has_room else most
 
 
-def _tree(first: int, end: int) -> Iterator[Span]:
+def wait_on_device(held_bytes: int, gradient_bytes: int, free_bytes: int, total_bytes: int) -> bool:
+    """Return whether a worker's sums wait on its device, which has so much memory in all, and so much free.
+
+    A run that begins has no moments yet. So its room is at most the memory that weights, gradient and two moments
+    leave, each as large as the gradient.
+    """
+    return held_bytes <= _LARGEST_PART * min(free_bytes, total_bytes - 4 * gradient_bytes)
+
+
+@cache
+def _tree(count: int) -> frozenset[Span]:
+    return frozenset(_spans(0, count))
+
+
+def _spans(first: int, end: int) -> Iterator[Span]:
     yield first, end
     if end - first > 1:
         middle = (first + end) // 2
-        yield from _tree(first, middle)
-        yield from _tree(middle, end)
+        yield from _spans(first, middle)
+        yield from _spans(middle, end)

@@ -29,6 +29,7 @@ variables.set_defaults()
 
 import ray
 
+from orchestrator.capacity.warning import memory_warning
 from orchestrator.cluster.join import ClusterLostError, StoppedError, cluster_of, last_line, logs_folder
 from orchestrator.cluster.mailbox import open_mailbox
 from orchestrator.cluster.room import wait_for_room
@@ -36,11 +37,11 @@ from orchestrator.config import TrainConfig
 from orchestrator.controller import spares
 from orchestrator.controller.budgets import RunAbandonedError
 from orchestrator.driver import preflight
+from orchestrator.driver.cluster_cards import cards_of
 from orchestrator.driver.driver import Driver, Worker
 from orchestrator.driver.fit import fit
 from orchestrator.driver.journal import open_journal
 from orchestrator.driver.lease import Lease
-from orchestrator.driver.memory_check import memory_warning
 from orchestrator.driver.preflight import Plan
 from orchestrator.driver.ray_output import LOG_FILE, ray_output
 from orchestrator.driver.registry import REGISTRY_FILE
@@ -163,7 +164,8 @@ def _train_on_ray(driver: Driver) -> dict[str, Any]:
         driver.ray_output.log_to(_log_folder(driver) / LOG_FILE)
         logger.info("%s", plan.start.summary)
         if driver.is_first_try:
-            if gpus_per_worker >= 1 and (warning := memory_warning(config, plan.start.model_args, ray.nodes())):
+            cards = cards_of(ray.nodes()) if gpus_per_worker >= 1 else []
+            if warning := memory_warning(plan.start.config, plan.start.model_args, cards):
                 logger.warning("%s", warning)
             log_passed_variables(os.environ)
         job = Job.of(config, **ids, cwd=str(Path.cwd()), mailbox=open_mailbox())

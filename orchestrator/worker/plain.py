@@ -11,10 +11,16 @@ import os
 import signal
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from dataclasses import replace
 
+import torch
 import torch.distributed as dist
 
+from orchestrator.capacity.cards import Card
+from orchestrator.capacity.gpu import lanes_of
+from orchestrator.capacity.warning import memory_warning
+from orchestrator.checkpoint.restore.beginning import beginning_of
 from orchestrator.checkpoint.restore.init_from import told_finished
 from orchestrator.checkpoint.store import CheckpointStore
 from orchestrator.config import TrainConfig, check, parse
@@ -23,7 +29,7 @@ from orchestrator.distributed.join import plain_world
 from orchestrator.errors import FinishedRunError, StorageError, UserError
 from orchestrator.host.signals import STOP_SIGNALS, on_stop_signals
 from orchestrator.loop import train
-from orchestrator.storage.run_folder import open_run_folder
+from orchestrator.storage.run_folder import RunFolder, open_run_folder
 from orchestrator.telemetry.display import quiet, until_nobody_reads
 from orchestrator.telemetry.emit import open_telemetry
 from orchestrator.telemetry.format import print_record, stopped_line
@@ -33,6 +39,8 @@ from orchestrator.training.lr_schedule import tell_doubts
 from orchestrator.worker import environment as worker_environment
 from orchestrator.worker.torchrun import PeerLossGuard
 from orchestrator.worker.watchdog import be_outlasted
+
+logger = logging.getLogger(__name__)
 
 PROGRAM = "python -m orchestrator.loop"
 
@@ -85,6 +93,8 @@ def _train(config: TrainConfig) -> Outcome:
     folder = world.collectively(open_run_folder, config)
     if finished := world.on_main(told_finished, config, CheckpointStore(folder)):
         raise FinishedRunError(finished)
+    if world.is_main and (card := _card_of(world.device)):
+        warn_of_memory(config, world.size, folder, card)
     be_outlasted()
     with (
         _stop_asked() as asked,
@@ -97,6 +107,28 @@ def _train(config: TrainConfig) -> Outcome:
             return StopRequest.STOP if asked else StopRequest.NONE
 
         return train(config, world, Callbacks(emit, stop_request=stop_request, ready=guard.guard), folder)
+
+
+def _card_of(device: torch.device) -> Card | None:
+    """Return a GPU by the name and memory that CUDA tells, None for a CPU."""
+    if device.type != "cuda":
+        return None
+    found = torch.cuda.get_device_properties(device)
+    return Card(found.name, found.total_memory, flops=None)
+
+
+def warn_of_memory(config: TrainConfig, size: int, folder: RunFolder, card: Card) -> None:
+    """Warn of a run that probably does not fit a card, on so many ranks, as `orchestrator train` does.
+
+    Faults of init_from and storage are the loop's to tell.
+    """
+    if "://" in config.init_from and config.init_from.endswith(".pt"):  # all of it would be fetched twice
+        return
+    lanes = config.lanes or (lanes_of(config) if config.is_elastic else 0)
+    with suppress(UserError, StorageError):
+        began, model_args = beginning_of(replace(config, num_workers=size, lanes=lanes), folder)
+        if warning := memory_warning(began, model_args, [card]):
+            logger.warning("%s", warning)
 
 
 @contextmanager

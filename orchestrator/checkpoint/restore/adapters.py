@@ -26,6 +26,19 @@ def told(lora: LoRAConfig) -> str:
     return flags if lora.base_dtype == "float32" else f"{flags} --lora_base_dtype={lora.base_dtype}"
 
 
+def as_saved(config: TrainConfig, saved: Adapters | None) -> TrainConfig:
+    """Return the settings with which the run in out_dir goes on: with its own adapters, if they were left out."""
+    lora = saved.lora if saved else None
+    return replace(
+        config,
+        init_from="resume",
+        lora_rank=lora.rank if lora else 0,
+        lora_alpha=lora.alpha if lora else config.lora_alpha,
+        lora_targets=",".join(lora.targets) if lora else config.lora_targets,
+        lora_base_dtype="bfloat16" if lora and lora.base_dtype == "bfloat16" else "float32",
+    )
+
+
 def check_same_adapters(config: TrainConfig, saved: dict[str, Any] | None) -> None:
     """Compare the adapters of the run in out_dir, as its state.json has them, with the settings.
 
@@ -72,20 +85,6 @@ def check_adapters(config: TrainConfig, found: Adapters | None, source: ModelSou
         raise ConfigError(
             f"init_from={config.init_from} holds adapters, {told(has)}, asked for {told(wanted)}: give those settings, "
             "or merge them (`orchestrator export --format=hf`) and begin with that folder"
-        )
-
-
-def check_rank(config: TrainConfig, model_args: dict[str, Any]) -> None:
-    """Check that the rank is not over the model's width: a product of larger matrices can do no more.
-
-    Raises:
-        ConfigError: it is.
-    """
-    width = model_args["n_embd"]
-    if config.lora_rank > width:
-        raise ConfigError(
-            f"lora_rank={config.lora_rank} is over the model's width, n_embd={width}: give --lora_rank={width} or "
-            "less; 8 to 64 is usual"
         )
 
 

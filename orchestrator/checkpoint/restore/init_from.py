@@ -18,15 +18,15 @@ from orchestrator.checkpoint.formats.sources import Kind, ModelSource, find_sour
 from orchestrator.checkpoint.formats.weights import look_at, read_merged, read_source, tokenizer_json
 from orchestrator.checkpoint.restore.adapters import (
     adapters_to_train,
+    as_saved,
     check_adapters,
-    check_rank,
     check_same_adapters,
     told,
 )
 from orchestrator.checkpoint.restore.base import check_base
 from orchestrator.checkpoint.snapshot import Snapshot
 from orchestrator.checkpoint.store import CheckpointStore
-from orchestrator.config import TrainConfig
+from orchestrator.config import TrainConfig, check_model
 from orchestrator.data.vocabulary import PADDED_GPT2_VOCAB_SIZE, difference, is_padded
 from orchestrator.errors import CheckpointError, ConfigError, DataError, FinishedRunError, StorageUnavailableError
 from orchestrator.storage.run_folder import RunFolder
@@ -39,11 +39,15 @@ _DIFFERENT_TOKENS = "Prepare the text again with the model's tokens, or begin wi
 
 @dataclass(frozen=True)
 class StartingPoint:
-    """Where a run will begin: GPTConfig's arguments, the iteration, and a line for the user."""
+    """Where a run will begin: GPTConfig's arguments, the iteration, a line for the user.
+
+    config: the settings that count; of a run that goes on, with its own adapters.
+    """
 
     model_args: dict[str, Any]
     iter_num: int
     summary: str
+    config: TrainConfig
 
 
 @dataclass(frozen=True)
@@ -76,13 +80,14 @@ def check_start(config: TrainConfig, store: CheckpointStore, data: Vocabulary | 
             check_unfinished(config, saved.iter_num, saved.name)
         if saved.adapters:
             check_base(config, saved.adapters, config.block_size)
-        return StartingPoint(saved.state["model_args"], saved.iter_num, f"continuing {saved.name} in {config.out_dir}")
+        summary = f"continuing {saved.name} in {config.out_dir}"
+        return StartingPoint(saved.state["model_args"], saved.iter_num, summary, as_saved(config, saved.adapters))
     store.check_not_lost()
     if config.max_iters == 0 and not config.eval_only:
         raise ConfigError("max_iters=0: a new run could take no step; to evaluate alone, give --eval_only=True")
     if config.init_from == "scratch":
         size = data.size if data else None
-        return StartingPoint(scratch_args(config, size), 0, "initializing a new model from scratch")
+        return StartingPoint(scratch_args(config, size), 0, "initializing a new model from scratch", config)
     source = source_of(config, store.folder)
     model_only = config.init_weights_only or config.eval_only
     found = look_at(source, model_only)
@@ -94,8 +99,7 @@ def check_start(config: TrainConfig, store: CheckpointStore, data: Vocabulary | 
         check_unfinished(config, found.iter_num, "ckpt.pt")
     check_fits(config, source.where, found, data)
     args = {**found.model_args, "block_size": config.block_size}
-    check_rank(config, args)
-    return StartingPoint(args, found.iter_num, f"initializing from {_told(source)}{_told_of(config, found)}")
+    return StartingPoint(args, found.iter_num, f"initializing from {_told(source)}{_told_of(config, found)}", config)
 
 
 def check_unfinished(config: TrainConfig, iter_num: int, name: str) -> None:
@@ -181,14 +185,10 @@ def check_fits(config: TrainConfig, where: str, found: Snapshot, data: Vocabular
     """Check that a new run can begin with a state from elsewhere; where: the name of its source in messages.
 
     Raises:
-        ConfigError: it has fewer positions than block_size, or is past max_iters already.
+        ConfigError: it is too short or narrow for the settings, or past max_iters already.
         DataError: its tokens are not the dataset's.
     """
-    if config.block_size > found.model_args["block_size"]:
-        raise ConfigError(
-            f"block_size={config.block_size} is over the model's: {where} has {found.model_args['block_size']} "
-            f"positions. Give --block_size={found.model_args['block_size']} or less"
-        )
+    check_model(config, found.model_args, where)
     if found.iter_num >= config.max_iters and not config.eval_only:
         raise ConfigError(
             f"init_from={config.init_from} is at iteration {found.iter_num} and max_iters={config.max_iters}: a new "

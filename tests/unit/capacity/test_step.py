@@ -67,10 +67,22 @@ def fake_step_bytes(config: TrainConfig, shape: ModelShape) -> int:
     return live.peak_bytes - state_bytes
 
 
+def fake_evaluation_bytes(config: TrainConfig, shape: ModelShape) -> int:
+    """Return the most bytes of tensors in an evaluation of two batches, beyond the weights."""
+    with FakeTensorMode(), LiveBytes() as live, torch.no_grad():
+        model = built(config, shape).eval()
+        X, Y = (torch.zeros(config.batch_size, config.block_size, dtype=torch.int64) for _ in range(2))
+        weights_bytes = live.peak_bytes = live.bytes
+        for _ in range(2):
+            with autocast(config):
+                model(X, Y)
+    return live.peak_bytes - weights_bytes
+
+
 def error(config: TrainConfig, vocab_size: int) -> float:
     """Return by how much the formulas miss the fake tensors, as a part."""
     shape = shape_of(config, scratch_args(config, vocab_size))
-    counted = fake_step_bytes(config, shape)
+    counted = (fake_evaluation_bytes if config.eval_only else fake_step_bytes)(config, shape)
     return highest(KeptTensors(config, shape, on_gpu=False)).total / counted - 1
 
 
@@ -94,6 +106,26 @@ CASES: list[tuple[int, dict[str, Any]]] = [
 def test_the_formulas_count_what_pytorch_keeps(vocab_size: int, keys: dict[str, Any], dtype: str) -> None:
     config = settings(**SMALL, **keys, dtype=dtype)
     assert abs(error(config, vocab_size)) < 0.05
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    ("vocab_size", "keys"),
+    [
+        (512, {"dropout": 0.1}),  # a block is the highest
+        (8192, {}),  # the loss is
+        (8192, {"loss_chunk": 100}),
+        (512, LORA),
+        (8192, LORA),
+        (512, {**LORA, "lora_targets": "all-linear"}),
+        (8192, {**LORA, "lora_base_dtype": "bfloat16", "loss_chunk": 100}),  # the head is, in float32
+    ],
+)
+def test_an_evaluation_keeps_nothing_for_gradients(vocab_size: int, keys: dict[str, Any], dtype: str) -> None:
+    config = settings(**SMALL, **keys, dtype=dtype, eval_only=True)
+    assert abs(error(config, vocab_size)) < 0.05
+    items = gpu_memory(config, shape_of(config, scratch_args(config, vocab_size))).items
+    assert items["gradients"] == items["AdamW's moments"] == items["lane buffers"] == 0
 
 
 @pytest.mark.parametrize(

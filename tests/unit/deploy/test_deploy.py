@@ -14,6 +14,8 @@ import jsonschema
 import pytest
 import yaml
 
+from orchestrator.checkpoint.restore.beginning import beginning_of
+from orchestrator.commands.plan import forecast
 from orchestrator.config import TrainConfig, check, parse
 from tests.support.kuberay import schema_of
 
@@ -21,7 +23,9 @@ pytestmark = pytest.mark.filterwarnings("default")  # Ray's parts warn of themse
 
 ROOT = Path(__file__).parents[3]
 RAYJOB = ROOT / "deploy/kuberay/rayjob.yaml"
+LORA = ROOT / "deploy/kuberay/rayjob-lora.yaml"
 HEAD_FT = ROOT / "deploy/kuberay/raycluster-redis.yaml"
+FILES = (RAYJOB, LORA, HEAD_FT)
 CRDS = "KUBERAY_CRDS"  # a folder with KubeRay's ray.io_*.yaml, of config/crd/bases in its repository
 
 
@@ -38,7 +42,7 @@ def pods(spec: dict[str, Any]) -> list[dict[str, Any]]:
     return [group["template"] for group in (spec["headGroupSpec"], *spec["workerGroupSpecs"])]
 
 
-@pytest.mark.parametrize("file", [RAYJOB, HEAD_FT], ids=lambda file: file.name)
+@pytest.mark.parametrize("file", FILES, ids=lambda file: file.name)
 def test_kubernetes_accepts_the_pods(file: Path) -> None:
     validate = pytest.importorskip("kubernetes_validate")
     for pod in pods(cluster_spec(file)):
@@ -55,18 +59,22 @@ def of_kuberay(file: Path) -> dict[str, Any]:
     return found
 
 
-@pytest.mark.parametrize("file", [RAYJOB, HEAD_FT], ids=lambda file: file.name)
+@pytest.mark.parametrize("file", FILES, ids=lambda file: file.name)
 def test_kuberays_schema_accepts_it(file: Path) -> None:
     jsonschema.validate(of_kuberay(file), schema_of(of_kuberay(file)["kind"]))
 
 
-def mistyped(job: dict[str, Any], path: str, value: Any) -> dict[str, Any]:
+def steps_of(path: str) -> list[str | int]:
+    return [int(name) if name.isdigit() else name for name in path.split(".")]
+
+
+def replaced(job: dict[str, Any], path: str, value: Any) -> dict[str, Any]:
     """Return the object with another value at a path such as spec.backoffLimit; None takes it out."""
     job = copy.deepcopy(job)
-    *parents, last = path.split(".")
+    *parents, last = steps_of(path)
     inner: Any = job
     for name in parents:
-        inner = inner[int(name) if name.isdigit() else name]
+        inner = inner[name]
     inner[last] = value
     if value is None:
         del inner[last]
@@ -89,10 +97,10 @@ def mistyped(job: dict[str, Any], path: str, value: Any) -> dict[str, Any]:
 )
 def test_kuberays_schema_finds_mistakes(path: str, value: Any, message: str) -> None:
     with pytest.raises(jsonschema.ValidationError, match=message):
-        jsonschema.validate(mistyped(of_kuberay(RAYJOB), path, value), schema_of("RayJob"))
+        jsonschema.validate(replaced(of_kuberay(RAYJOB), path, value), schema_of("RayJob"))
 
 
-@pytest.mark.parametrize("file", [RAYJOB, HEAD_FT], ids=lambda file: file.name)
+@pytest.mark.parametrize("file", FILES, ids=lambda file: file.name)
 def test_kuberays_operator_accepts_it(file: Path) -> None:
     """The operator refuses what no schema can: validation.go in its ray-operator/controllers/ray/utils."""
     spec, cluster = of_kuberay(file)["spec"], cluster_spec(file)
@@ -106,7 +114,7 @@ def test_kuberays_operator_accepts_it(file: Path) -> None:
         assert not {"labels", "redis-password", "redis-username"} & group["rayStartParams"].keys()
 
 
-@pytest.mark.parametrize("file", [RAYJOB, HEAD_FT], ids=lambda file: file.name)
+@pytest.mark.parametrize("file", FILES, ids=lambda file: file.name)
 def test_kuberays_crds_accept_it(file: Path) -> None:
     if not os.environ.get(CRDS):
         pytest.skip(f"no registry has KubeRay's CRDs: {CRDS}=FOLDER names one with its ray.io_*.yaml")
@@ -130,7 +138,7 @@ def closed(schema: Any) -> Any:
     return inner
 
 
-@pytest.mark.parametrize("file", [RAYJOB, HEAD_FT], ids=lambda file: file.name)
+@pytest.mark.parametrize("file", FILES, ids=lambda file: file.name)
 def test_rays_autoscaler_reads_it(file: Path) -> None:
     from ray import __version__
     from ray.autoscaler._private.kuberay.autoscaling_config import _derive_autoscaling_config_from_ray_cr
@@ -139,14 +147,15 @@ def test_rays_autoscaler_reads_it(file: Path) -> None:
     config = _derive_autoscaling_config_from_ray_cr({"metadata": {"name": "x", "namespace": "y"}, "spec": spec})
     types = config["available_node_types"]
     assert types["headgroup"]["resources"]["CPU"] == 0
-    assert types["gpu"]["resources"] == {"CPU": 6, "GPU": 1, "memory": 56 * 2**30}
+    cpus, memory_gib = (3, 12) if file == LORA else (6, 58)
+    assert types["gpu"]["resources"] == {"CPU": cpus, "GPU": 1, "memory": memory_gib * 2**30}
     assert types["gpu"]["min_workers"] < types["gpu"]["max_workers"]
     assert spec["rayVersion"] == __version__
     assert f"ray:{__version__}-" in (ROOT / "deploy/kuberay/Dockerfile").read_text()
     assert spec["authOptions"] == {"mode": "token"}
 
 
-@pytest.mark.parametrize("file", [RAYJOB, HEAD_FT], ids=lambda file: file.name)
+@pytest.mark.parametrize("file", FILES, ids=lambda file: file.name)
 def test_there_is_time_to_save(file: Path) -> None:
     head, gpu = (pod["spec"] for pod in pods(cluster_spec(file)))
     values = {each["name"]: each.get("value") for pod in (head, gpu) for each in pod["containers"][0]["env"]}
@@ -155,13 +164,54 @@ def test_there_is_time_to_save(file: Path) -> None:
     assert "TERM" in gpu["containers"][0]["lifecycle"]["preStop"]["exec"]["command"][-1]
 
 
-def test_the_job_is_a_command_of_ours(monkeypatch: pytest.MonkeyPatch) -> None:
-    (job,) = objects(RAYJOB)
+def config_of(file: Path) -> TrainConfig:
+    """Return the settings of the command that a job runs."""
+    (job,) = objects(file)
     words = job["spec"]["entrypoint"].split()
     assert words[:7] == ["cd", "/home/ray/nanogpt", "&&", "python", "-m", "orchestrator", "train"]
+    return check(parse(TrainConfig, words[7:], "train"))
+
+
+@pytest.mark.parametrize("file", [RAYJOB, LORA], ids=lambda file: file.name)
+def test_the_job_is_a_command_of_ours(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
-    config = check(parse(TrainConfig, words[7:], "train"))
-    assert config.max_workers == job["spec"]["rayClusterSpec"]["workerGroupSpecs"][0]["maxReplicas"]
+    assert config_of(file).max_workers == cluster_spec(file)["workerGroupSpecs"][0]["maxReplicas"]
+
+
+def quantity(text: str) -> int:
+    """Return Kubernetes' 12Gi in bytes."""
+    return int(text.removesuffix("Gi")) * 2**30
+
+
+@pytest.mark.parametrize(("file", "gpu"), [(RAYJOB, "A100-40"), (RAYJOB, "L40S"), (LORA, "L4"), (LORA, "A10G")])
+def test_a_pod_has_what_the_plan_asks_for(file: Path, gpu: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    (group,) = cluster_spec(file)["workerGroupSpecs"]
+    (pod,), volumes = group["template"]["spec"]["containers"], group["template"]["spec"]["volumes"]
+    (shm,) = (quantity(each["emptyDir"]["sizeLimit"]) for each in volumes if each["name"] == "shm")
+    store = int(group["rayStartParams"]["object-store-memory"])
+    needs = forecast(*beginning_of(config_of(file)), gpu)
+    assert needs.cards[0].change == {}
+    assert needs.node.memory_dir + store < shm
+    assert needs.node.host + store < quantity(pod["resources"]["limits"]["memory"])
+
+
+def test_adapters_differ_from_all_weights_in_what_they_need_alone() -> None:
+    """The two files stay one in all else; a job's name and folder are its own."""
+    whole, lora = of_kuberay(RAYJOB), of_kuberay(LORA)
+    pod = "spec.rayClusterSpec.workerGroupSpecs.0.template.spec"
+    for path in (
+        "metadata.name",
+        "spec.entrypoint",
+        f"{pod}.nodeSelector",
+        f"{pod}.containers.0.resources",
+        f"{pod}.volumes.1",
+    ):
+        inner: Any = lora
+        for name in steps_of(path):
+            inner = inner[name]
+        whole = replaced(whole, path, inner)
+    assert whole == lora
 
 
 def test_the_script_for_slurm_is_sound() -> None:

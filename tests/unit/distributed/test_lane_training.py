@@ -11,10 +11,12 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from orchestrator.checkpoint.snapshot import Snapshot, tensors_equal
 from orchestrator.commands.inspect_run import InspectConfig, inspect
 from orchestrator.config import TrainConfig
+from orchestrator.distributed import flat_gradient
 from orchestrator.distributed.flat_gradient import FlatGradient
 from orchestrator.distributed.lane_training import LaneTraining
 from orchestrator.distributed.lanes import Lanes
@@ -217,6 +219,32 @@ def step_in_lanes(world: World) -> Callable[[], object]:
             model(x, x)[1].backward()
 
     return step
+
+
+class Moved(TorchFunctionMode):
+    """Notes the largest tensor that `Tensor.to` is asked for."""
+
+    most = 0
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is Tensor.to:
+            self.most = max(self.most, args[0].nbytes)
+        return func(*args, **(kwargs or {}))
+
+
+def test_sums_in_host_memory_come_back_piece_by_piece(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A whole one is 6.2 GB for GPT-2 XL, for which a GPU that has sums wait elsewhere has no room."""
+    monkeypatch.setattr(flat_gradient, "PIECE_BYTES", 1024)
+    config = TrainConfig(device="cpu", compile=False, gradient_accumulation_steps=4)
+    linear, x = nn.Linear(50, 50, bias=False), torch.ones(1, 50)
+    model = LaneTraining(linear, config, World(), Lanes(4, 4))
+    moved = Moved()
+    for micro_step in model.micro_steps:
+        with moved, model.accumulate(micro_step):
+            linear(x * (micro_step + 1)).sum().backward()
+    assert 0 < moved.most <= 1024
+    assert linear.weight.grad is not None
+    assert torch.equal(linear.weight.grad, torch.full((50, 50), 10.0))
 
 
 def test_an_exchange_that_a_peer_has_left_is_a_lost_peer(tmp_path: Path) -> None:

@@ -11,9 +11,14 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
+from orchestrator.capacity.cards import Card
+from orchestrator.capacity.warning import memory_warning
+from orchestrator.checkpoint.restore.beginning import beginning_of
 from orchestrator.checkpoint.snapshot import tensors_equal
-from orchestrator.config import TrainConfig
+from orchestrator.config import TrainConfig, check
+from orchestrator.storage.run_folder import open_run_folder
 from orchestrator.telemetry.format import print_record
 from orchestrator.telemetry.records import Record, Step
 from orchestrator.worker import plain
@@ -108,3 +113,28 @@ def test_under_torchrun_a_mistake_is_one_line_and_a_signal_saves(tiny: TrainConf
         said = running.communicate(timeout=60)[0].decode()
     assert "stopped at iteration" in said, said
     assert final_state(config.out_dir).iter_num > 50
+
+
+@pytest.mark.parametrize("is_begun", [False, True])
+def test_a_gpu_that_is_too_small_is_told_before_training(
+    tiny: TrainConfig, is_begun: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    config, small = check(tiny), Card("NVIDIA Small", 10**9, None)
+    if is_begun:
+        assert plain.main(flags(config)) == 0
+    folder = open_run_folder(config)
+    caplog.clear()
+    plain.warn_of_memory(config, 1, folder, Card("NVIDIA A10G", 24 * 10**9, None))
+    assert not caplog.messages
+    plain.warn_of_memory(config, 2, folder, small)  # NCCL's buffers are too much for it
+    assert caplog.messages == [memory_warning(*beginning_of(replace(config, num_workers=2), folder), [small])]
+    assert "NVIDIA Small has 1 GB" in caplog.text
+
+
+def test_a_cpu_is_no_card_and_a_mistake_is_the_loops_to_tell(
+    tiny: TrainConfig, caplog: pytest.LogCaptureFixture
+) -> None:
+    assert plain._card_of(torch.device("cpu")) is None
+    small = Card("NVIDIA Small", 10**8, None)
+    plain.warn_of_memory(replace(tiny, init_from="resume"), 1, open_run_folder(tiny), small)
+    assert not caplog.records

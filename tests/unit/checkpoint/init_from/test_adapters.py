@@ -12,6 +12,7 @@ import torch
 
 from model.lora import is_adapter
 from orchestrator.checkpoint.restore.adapters import told
+from orchestrator.checkpoint.restore.beginning import beginning_of
 from orchestrator.checkpoint.snapshot import tensors_equal
 from orchestrator.checkpoint.store import ADAPTER_FORMAT_VERSION, FORMAT_VERSION, Checkpoint
 from orchestrator.config import TrainConfig, check
@@ -219,6 +220,17 @@ def test_settings_may_be_left_out_with_resume(lora: TrainConfig) -> None:
     assert begun(resumed)[0] == 4
     with pytest.raises(ConfigError, match="asked for --lora_rank=2"):
         plan(replace(resumed, lora_rank=2, max_iters=9))
+
+
+def test_before_a_start_a_resumed_run_counts_with_its_own_adapters(lora: TrainConfig) -> None:
+    begun(lora)
+    left_out = replace(lora, init_from="resume", lora_rank=0, max_iters=8)
+    counted, model_args = beginning_of(left_out)
+    assert plan(left_out).start.config == counted
+    assert (counted.lora_rank, counted.lora_targets) == (4, "attn.c_attn")
+    assert model_args["n_embd"] == 32
+    with pytest.raises(ConfigError, match=r"holds adapters\. To go on with them"):
+        beginning_of(replace(lora, init_from=lora.out_dir, out_dir=f"{lora.out_dir}-more", lora_rank=0))
 
 
 def test_a_run_of_all_weights_stays_one(first: TrainConfig) -> None:
