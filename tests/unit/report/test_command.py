@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import sys
 from pathlib import Path
@@ -61,6 +62,36 @@ def test_damaged_records_are_left_out_and_counted(run: Path, page_file: Path, br
     assert page.value("[...document.querySelectorAll('.card.plot[id]')].length") == 6
     assert page.complaints() == []
     page.close()
+
+
+@pytest.mark.parametrize(
+    ("kind", "key", "damaged", "is_left_out"),
+    [
+        ("step", "loss", 10**400, True),
+        ("eval", "val_loss", 10**400, True),
+        ("begin", "restore_s", 10**400, True),
+        ("failure", "reached_iter", 10**400, True),
+        ("failure", "ranks", [[1]], True),
+        ("failure", "reached_at_s", -(2**40), True),
+        ("failure", "reached_at_s", math.nan, False),
+        ("failure", "cause", None, False),
+        ("step", "loss", math.inf, False),
+    ],
+    ids=lambda each: str(each)[:12],
+)
+def test_damaged_values_give_a_report_of_the_rest(
+    run: Path, page_file: Path, kind: str, key: str, damaged: Any, *, is_left_out: bool
+) -> None:
+    count = 0
+    for file in (run / "metrics.jsonl", run / "events.jsonl"):
+        values = [json.loads(line) for line in file.read_text().splitlines()]
+        for value in values:
+            if value["kind"] == kind:
+                value[key], count = damaged, count + 1
+        file.write_text("".join(json.dumps(value) + "\n" for value in values))
+    assert " iterations in " in report(ReportConfig(str(run)))
+    text = without_tags(page_of(run, page_file))
+    assert (f"{count} line(s) are cut off, damaged" in text) == is_left_out
 
 
 def test_half_written_numbers_are_gaps(run: Path, page_file: Path) -> None:
