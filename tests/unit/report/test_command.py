@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
 import sys
 from pathlib import Path
@@ -13,10 +14,13 @@ import pytest
 
 from benchmarks.browser import Browser
 from benchmarks.look import write_run
+from orchestrator.__main__ import main
 from orchestrator.commands import report_page
 from orchestrator.commands.report import ReportConfig, report
 from orchestrator.commands.report_page import write_at_end
 from orchestrator.config import TrainConfig
+from orchestrator.driver import launch
+from orchestrator.driver.resubmit import LOST
 from orchestrator.errors import CheckpointError, ConfigError
 from orchestrator.storage.orphans import delete_orphans
 from orchestrator.storage.run_folder import RunFolder
@@ -177,6 +181,31 @@ def test_a_run_writes_its_page_at_its_end(run: Path) -> None:
     assert "200 of 200" in without_tags((run / "report.html").read_text())
     assert write_at_end(TrainConfig(out_dir=str(run), eval_only=True)) is None
     assert write_at_end(TrainConfig(out_dir=str(run / "not begun"))) is None
+
+
+def interrupt(_config: TrainConfig) -> str:
+    raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("write", [lambda _config: "run/report.html", interrupt], ids=["written", "Ctrl-C"])
+@pytest.mark.parametrize(
+    ("error", "code"), [(launch.RunFailedError, 1), (launch.RunLostError, LOST), (launch.InterruptedRunError, 130)]
+)
+def test_the_page_never_hides_how_a_run_ended(
+    error: type[Exception], code: int, write: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fails(_plan: object) -> None:
+        raise error("it has failed")
+
+    monkeypatch.setattr("orchestrator.driver.preflight.plan", lambda config: config)
+    monkeypatch.setattr(launch, "run", fails)
+    monkeypatch.setattr(report_page, "write_at_end", write)
+    read, written = os.pipe()
+    os.close(read)  # as of `| head`, which has ended
+    with os.fdopen(written, "w") as out:
+        monkeypatch.setattr(sys, "stdout", out)
+        assert main(["train"]) == code
+    assert ("error: it has failed" in capsys.readouterr().err) == (code != 130)
 
 
 def test_what_a_killed_driver_leaves_of_a_page_is_deleted(run: Path) -> None:
