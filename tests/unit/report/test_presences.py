@@ -11,6 +11,7 @@ from bokeh.models import Text
 from bokeh.plotting import figure
 
 from orchestrator.report import timeline
+from orchestrator.report.curves import curves_of
 from orchestrator.report.presences import Presence, evaluations_of, presences_of
 from orchestrator.report.run import Run
 from orchestrator.report.timeline import _row_names, timeline_of
@@ -176,6 +177,22 @@ def test_rows_are_named_by_hosts_without_their_domain_where_that_tells_them_apar
     assert rows("a.x.net", "b.x.net") == ["a · rank 0", "b · rank 1"]
     assert rows("a.x.net", "a.y.net") == ["a.x.net · rank 0", "a.y.net · rank 1"]
     assert rows("10.0.0.1", "11.0.0.1") == ["10.0.0.1 · rank 0", "11.0.0.1 · rank 1"]
+
+
+def test_of_several_runs_the_legend_has_one_word_each() -> None:
+    records = killed_often(3, 4)
+    steps = [record("step", 101.0 + n, iter=n, loss=3.0) for n in range(9)]
+    evaluated = [record("eval", 110.0, iter=9, val_loss=2.5), record("rollback", 111.0, iter=9, to_iter=4)]
+    run = Run(
+        "s3://bucket/mine", replace(records, metrics=[*records.metrics, *steps, *evaluated], superseded=steps[:3])
+    )
+
+    def legend_of(*runs: Run) -> list[str]:
+        return [item.label.value for item in curves_of(runs)["loss"].legend[0].items]
+
+    assert legend_of(run) == ["computed again", "train", "validation", "best: 2.5000", "rolled back", "failure"]
+    assert legend_of(run, replace(run, name="other")) == ["s3://bucket/mine", "other"]
+    assert legend_of(run, run) == ["s3://bucket/mine (1)", "s3://bucket/mine (2)"]
 
 
 def test_many_incidents_are_dots_without_numbers() -> None:
