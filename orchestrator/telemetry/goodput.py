@@ -113,7 +113,7 @@ class Ledger:
                 self._phase("start", time_s)
             case Begin():
                 self._began(record, time_s)
-            case StepWindow() if None not in (record.step_s, record.eval_s, record.pause_s):
+            case StepWindow() if None not in (record.count, record.step_s, record.eval_s, record.pause_s):
                 self._stepped(record, time_s)
             case Failure():
                 self._failed(record, time_s)

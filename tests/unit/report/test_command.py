@@ -80,6 +80,7 @@ def test_damaged_records_are_left_out_and_counted(run: Path, page_file: Path, br
         ("failure", "reached_at_s", math.nan, False),
         ("failure", "cause", None, False),
         ("step", "loss", math.inf, False),
+        ("steps", "count", None, False),
     ],
     ids=lambda each: str(each)[:12],
 )
