@@ -11,6 +11,7 @@ import shlex
 import shutil
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TypeVar
 
@@ -143,7 +144,7 @@ def train(argv: Sequence[str]) -> int:
     try:
         outcome = run(planned)
     except InterruptedRunError as stopped:
-        print(stopped)
+        _print(str(stopped))
         _write_page(config)
         return 130
     except RunFailedError as failure:
@@ -157,11 +158,20 @@ def train(argv: Sequence[str]) -> int:
 
 
 def _write_page(config: TrainConfig) -> None:
-    """Write the page with pictures into out_dir, and say where it is."""
+    """Write the page with pictures into out_dir, and say where it is; the run's exit code stays, whatever comes."""
     from orchestrator.commands.report_page import write_at_end
 
-    if place := write_at_end(config):
-        print(f"report: {place}")
+    with suppress(KeyboardInterrupt):  # Ctrl-C ends the waiting for storage
+        if place := write_at_end(config):
+            _print(f"report: {place}")
+
+
+def _print(text: str) -> None:
+    """Print a line at the end of a run, to nowhere if nobody reads any more."""
+    from orchestrator.telemetry.display import until_nobody_reads
+
+    with until_nobody_reads():
+        print(text, flush=True)
 
 
 def _next_steps(config: StorageSettings, source: str = "") -> str:

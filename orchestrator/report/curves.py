@@ -72,15 +72,19 @@ def _over_iterations(title: str, x_range: DataRange1d, ticks: Any = None, height
 def _losses(runs: Sequence[Run], x_range: DataRange1d) -> figure:
     made = _over_iterations("loss", x_range, height=380)
     is_alone = len(runs) == 1
+    labels = [label_of(run) for run in runs]
     for n, run in enumerate(runs):
-        color = OF_RUNS[n % len(OF_RUNS)]
-        name = "train" if is_alone else label_of(run)
+        color, label = OF_RUNS[n % len(OF_RUNS)], labels[n]
+        # of several runs the legend has one word each, for all that is drawn of it
+        of_run = "" if is_alone else label if labels.count(label) == 1 else f"{label} ({n + 1})"
         if len(run.undone_steps["iter"]):
             x, y = _with_gaps(run.undone_steps["iter"], run.undone_steps["loss"])
-            _line(made, x, y, name, color=GREY, alpha=0.7, legend_label="computed again")
-        _curve(made, run, run.steps["iter"], run.steps["loss"], color, name, width=2 + 3 * (len(runs) - 1 - n))
-        _evaluations(made, run, VERMILLION if is_alone else color, "validation" if is_alone else f"{name}, validation")
-        _marks(made, run, "" if is_alone else f"{name}, ")
+            style = {"color": GREY, "alpha": 0.7, "legend_label": of_run or "computed again"}
+            _line(made, x, y, f"{of_run or 'train'}, computed again", **style)
+        width = 2 + 3 * (len(runs) - 1 - n)
+        _curve(made, run, run.steps["iter"], run.steps["loss"], color, of_run or "train", width=width)
+        _evaluations(made, run, VERMILLION if is_alone else color, of_run)
+        _marks(made, run, of_run)
     if made.renderers:
         _hover(made, "loss", "0.0000")
         made.legend.click_policy = "hide"
@@ -116,32 +120,32 @@ def _hover(made: figure, what: str, digits: str) -> None:
     made.add_tools(HoverTool(renderers=renderers, tooltips=tooltips))
 
 
-def _evaluations(made: figure, run: Run, color: str, name: str) -> None:
+def _evaluations(made: figure, run: Run, color: str, of_run: str) -> None:
     if not run.evaluations:
         return
     x = np.array([each.iter for each in run.evaluations], dtype=np.float64)
     y = np.array([each.val_loss for each in run.evaluations])
-    _line(made, x, y, name, color=color, line_width=2, line_dash=[6, 3], legend_label=name)
+    name, legend = f"{of_run}, validation".removeprefix(", "), of_run or "validation"
+    _line(made, x, y, name, color=color, line_width=2, line_dash=[6, 3], legend_label=legend)
     if len(x) <= 200:
-        made.scatter(x, y, size=5, color=color, legend_label=name, name=name)
+        made.scatter(x, y, size=5, color=color, legend_label=legend, name=name)
     if run.best:
-        label = f"best: {run.best.val_loss:.4f}"
+        label = of_run or f"best: {run.best.val_loss:.4f}"
         style = {"marker": "star", "size": 17, "line_color": GREY, "fill_color": YELLOW}
         made.scatter([run.best.iter], [run.best.val_loss], name=f"{name}, best", legend_label=label, **style)
 
 
-def _marks(made: figure, run: Run, whose: str) -> None:
+def _marks(made: figure, run: Run, of_run: str) -> None:
     """Mark what was undone, the steps that were skipped, and where the run was when something failed."""
     if run.rollbacks:
         left, right = [each.to_iter for each in run.rollbacks], [each.iter for each in run.rollbacks]
-        made.vstrip(
-            x0=left, x1=right, fill_color=VERMILLION, fill_alpha=0.12, line_alpha=0, legend_label=f"{whose}rolled back"
-        )
+        style = {"fill_color": VERMILLION, "fill_alpha": 0.12, "line_alpha": 0}
+        made.vstrip(x0=left, x1=right, legend_label=of_run or "rolled back", **style)
     if run.skipped_steps:
         style = {"color": ORANGE, "alpha": 0.8, "line_dash": "dotted"}
-        made.vspan(x=[each.iter for each in run.skipped_steps], legend_label=f"{whose}step skipped", **style)
+        made.vspan(x=[each.iter for each in run.skipped_steps], legend_label=of_run or "step skipped", **style)
     if failures := [each.iter_num for each in run.ledger.incidents if each.cause != "bad_numbers"]:
-        made.vspan(x=failures, color=GREY, line_dash="dashed", legend_label=f"{whose}failure")
+        made.vspan(x=failures, color=GREY, line_dash="dashed", legend_label=of_run or "failure")
 
 
 def _with_gaps(x: Array, y: Array) -> tuple[Array, Array]:

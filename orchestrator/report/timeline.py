@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from math import ceil
+from collections.abc import Collection, Sequence
+from itertools import groupby
 from typing import Any
 
 import numpy as np
@@ -13,6 +13,7 @@ from bokeh.plotting import figure
 from orchestrator.report.curves import BLUE, GREEN, GREY, ORANGE, PURPLE, SKY, VERMILLION, YELLOW
 from orchestrator.report.presences import Presence, evaluations_of, presences_of
 from orchestrator.report.run import Run
+from orchestrator.report.thinning import Array
 from orchestrator.telemetry.goodput import Incident, Stretch, duration
 from orchestrator.telemetry.records import CheckpointFailed, CheckpointSaved, CheckpointSkipped, Failure, StepWindow
 
@@ -44,9 +45,10 @@ MARKS = {  # of checkpoints: Bokeh's marker, the same as text, color
     "checkpoint failed": ("x", "✕", VERMILLION),
 }
 _MAX_RANKS = 48  # as rows; where there are more, the ranks of a node share one
-_MAX_STRETCHES = 20_000
-_MAX_IN_MEMORY = 1_000  # marks: a run may keep a state of every iteration
-_SIZES = {"square": 5, "diamond": 12, "x": 12}
+_MAX_BARS = 30_000  # of about 40 bytes on the page
+_MAX_IN_MEMORY = 150  # marks that lie apart on a screen; a run may keep a state of every iteration
+_MAX_NUMBERED = 50  # incidents whose numbers have room beside each other
+_SIZES = {"square": 4, "diamond": 12, "x": 12}
 _ABOVE = ("incidents", "checkpoints", "run")
 
 
@@ -56,32 +58,46 @@ def timeline_of(run: Run) -> figure | None:
     if not stretches:
         return None
     presences = presences_of(run.records)
-    rows = _rows(presences)
-    made = _empty([*_ABOVE, *rows])
+    names = _row_names(presences)
+    rows = [*_ABOVE, *dict.fromkeys(names.values())]
+    made = _empty(rows)
+    of_run = (rows.index("run"), stretches[0].begin_s, stretches[-1].end_s)
+    numbers = {name: n for n, name in enumerate(rows)}
+    # of the ranks that share a row and were there at the same time, one is drawn
+    placed = {of_run, *((numbers[names[each.node, each.rank]], each.begin_s, each.end_s) for each in presences)}
     evaluations = evaluations_of(run.records.metrics)
-    row_of_run = Presence(0, "", stretches[0].begin_s, stretches[-1].end_s)
-    placed = [(float(_ABOVE.index("run")), row_of_run)]
-    placed += [(float(len(_ABOVE) + rows.index(_row(each, presences))), each) for each in presences]
-    for entry, color in COLORS.items():
-        of_entry = evaluations if entry == "evaluation" else [each for each in stretches if each.entry == entry]
-        _draw(made, entry, color, placed, _longest(of_entry, _MAX_STRETCHES // len(placed)))
+    bars = {
+        entry: _bars(
+            evaluations if entry == "evaluation" else [each for each in stretches if each.entry == entry], placed
+        )
+        for entry in COLORS
+    }
+    for entry, drawn in _longest(bars).items():
+        _draw(made, entry, drawn)
     _draw_checkpoints(made, run)
     _draw_incidents(made, run.ledger.incidents)
     return made
 
 
-def _row(presence: Presence, presences: Sequence[Presence]) -> str:
-    rank = f"rank {presence.rank}"
-    if len({(each.node, each.rank) for each in presences}) > _MAX_RANKS and presence.node:
-        return presence.node
-    return f"{presence.node} · {rank}" if presence.node else rank
+def _row_names(presences: Sequence[Presence]) -> dict[tuple[str, int], str]:
+    """Return the name of the row for each rank on each node, node by node in the order in which they came."""
+    nodes = {node: n for n, node in enumerate(dict.fromkeys(each.node for each in presences))}
+    seats = sorted({(each.node, each.rank) for each in presences}, key=lambda seat: (nodes[seat[0]], seat[1]))
+    short = _without_domain(list(nodes))
+
+    def name_of(node: str, rank: int) -> str:
+        if not node:
+            return f"rank {rank}"
+        return short[node] if len(seats) > _MAX_RANKS else f"{short[node]} · rank {rank}"
+
+    return {seat: name_of(*seat) for seat in seats}
 
 
-def _rows(presences: Sequence[Presence]) -> list[str]:
-    """Return the names of the rows, node by node in the order in which they came."""
-    nodes = list(dict.fromkeys(each.node for each in presences))
-    in_order = sorted(presences, key=lambda each: (nodes.index(each.node), each.rank))
-    return list(dict.fromkeys(_row(each, presences) for each in in_order))
+def _without_domain(nodes: Sequence[str]) -> dict[str, str]:
+    """Return node -> its host name without the domain, unless two would be one or they are addresses."""
+    short = {node: node.partition(".")[0] for node in nodes}
+    is_enough = len(set(short.values())) == len(short) and not any(each.isdigit() for each in short.values())
+    return short if is_enough else {node: node for node in nodes}
 
 
 def _empty(rows: Sequence[str]) -> figure:
@@ -102,39 +118,49 @@ def _empty(rows: Sequence[str]) -> figure:
     return made
 
 
-def _draw(
-    made: figure, entry: str, color: str, placed: Sequence[tuple[float, Presence]], stretches: Sequence[Stretch]
-) -> None:
-    """Draw an entry's stretches on every row, as far as its rank was there."""
-    begin, end = (np.array([getattr(each, name) for each in stretches]) for name in ("begin_s", "end_s"))
-    lefts, rights, tops = [], [], []
-    for row, presence in placed:
-        left, right = np.maximum(begin, presence.begin_s), np.minimum(end, presence.end_s)
-        is_there = right > left
-        lefts.append(left[is_there])
-        rights.append(right[is_there])
-        tops.append(np.full(is_there.sum(), row, dtype=np.float32))
-    left, right, y = np.concatenate(lefts), np.concatenate(rights), np.concatenate(tops)
-    if not len(left):
+def _bars(stretches: Sequence[Stretch], placed: Collection[tuple[int, float, float]]) -> Array:
+    """Return the parts of stretches, given by time, in which somebody was in a row: (N, 3), row, begin and end.
+
+    placed: row, begin and end of each presence.
+    """
+    begin = np.array([each.begin_s for each in stretches])
+    end = np.array([each.end_s for each in stretches])
+    found = [np.empty((0, 3))]
+    for row, begin_s, end_s in placed:
+        its = slice(np.searchsorted(end, begin_s, side="right"), np.searchsorted(begin, end_s))
+        left, right = np.maximum(begin[its], begin_s), np.minimum(end[its], end_s)
+        found.append(np.column_stack([np.full(len(left), row), left, right]))
+    bars = np.concatenate(found)
+    return bars[bars[:, 2] > bars[:, 1]]
+
+
+def _longest(bars: dict[str, Array]) -> dict[str, Array]:
+    """Return the bars of each entry, without the shortest of all where there are too many for a browser."""
+    lengths = np.concatenate([each[:, 2] - each[:, 1] for each in bars.values()])
+    if len(lengths) <= _MAX_BARS:
+        return bars
+    at_least_s = np.partition(lengths, -_MAX_BARS)[-_MAX_BARS]
+    return {entry: each[each[:, 2] - each[:, 1] >= at_least_s] for entry, each in bars.items()}
+
+
+def _draw(made: figure, entry: str, bars: Array) -> None:
+    if not len(bars):
         return
-    data = {"left": left * 1000, "right": right * 1000, "top": y - 0.36, "bottom": y + 0.36, "s": (right - left)}
-    source = ColumnDataSource({**data, "s": data["s"].astype(np.float32)})
-    style = {"fill_color": color, "line_color": color, "line_width": 0.5}
+    y, left, right = bars.T
+    tops, bottoms, seconds = (each.astype(np.float32) for each in (y - 0.36, y + 0.36, right - left))
+    source = ColumnDataSource(
+        {"left": left * 1000, "right": right * 1000, "top": tops, "bottom": bottoms, "s": seconds}
+    )
+    style = {"fill_color": COLORS[entry], "line_color": COLORS[entry], "line_width": 0.5}
     drawn = made.quad("left", "right", "top", "bottom", source=source, name=WORDS[entry], **style)
     tooltips = [("", "$name"), ("from", "@left{%m-%d %H:%M:%S}"), ("seconds", "@s{0,0.0}")]
-    made.add_tools(HoverTool(renderers=[drawn], tooltips=tooltips, formatters={"@left": "datetime"}))
-
-
-def _longest(stretches: Sequence[Stretch], at_most: int) -> Sequence[Stretch]:
-    return sorted(stretches, key=lambda each: each.begin_s - each.end_s)[: max(1, at_most)]
+    made.add_tools(HoverTool(renderers=[drawn], tooltips=tooltips, formatters={"@left": "datetime"}, limit=1))
 
 
 def _draw_checkpoints(made: figure, run: Run) -> None:
-    kept, saved, rescued, skipped, failed = [], [], [], [], []
+    saved, rescued, skipped, failed = [], [], [], []
     for stamped in [*run.records.metrics, *run.records.events]:
         match stamped.record:
-            case StepWindow(iter=it, count=count, snapshots=snapshots) if snapshots:
-                kept.append((stamped.time_s, it, f"{snapshots} in the last {count} iterations"))
             case CheckpointSaved(iter=it, name=name, seconds=seconds):
                 saved.append((stamped.time_s, it, f"{name}, uploaded in {seconds or 0.0:.2f} s"))
             case CheckpointFailed(iter=it, name=name, why=why):
@@ -143,9 +169,27 @@ def _draw_checkpoints(made: figure, run: Run) -> None:
                 skipped.append((stamped.time_s, it, f"{name}: {why}"))
             case Failure(reached_iter=int(it), reached_at_s=reached_s):
                 rescued.append((reached_s or stamped.time_s, it, "rescued into node memory"))
-    some = kept[:: ceil(len(kept) / _MAX_IN_MEMORY) or 1]
-    for marks, (word, (marker, _, color)) in zip((some, saved, rescued, skipped, failed), MARKS.items(), strict=True):
+    kept = _kept_in_memory(run)
+    for marks, (word, (marker, _, color)) in zip((kept, saved, rescued, skipped, failed), MARKS.items(), strict=True):
         _draw_marks(made, marks, _ABOVE.index("checkpoints"), word, marker=marker, color=color)
+
+
+def _kept_in_memory(run: Run) -> list[tuple[float, int, str]]:
+    """Return a mark for each part of the run's time in which states were copied into node memory."""
+    begin_s, end_s = run.ledger.stretches[0].begin_s, run.ledger.stretches[-1].end_s
+    windows = sorted(
+        ((x.time_s, x.record) for x in run.records.metrics if isinstance(x.record, StepWindow)),
+        key=lambda each: each[0],
+    )
+    found: list[tuple[float, int, str]] = []
+    for _, part in groupby(windows, lambda each: int((each[0] - begin_s) / (end_s - begin_s) * _MAX_IN_MEMORY)):
+        of_part = list(part)
+        if kept := sum(each.snapshots or 0 for _, each in of_part):
+            time_s, last = of_part[-1]
+            found.append(
+                (time_s, last.iter, f"{kept:,} in the last {sum(each.count or 0 for _, each in of_part):,} iterations")
+            )
+    return found
 
 
 def _draw_marks(made: figure, marks: Sequence[tuple[float, int, str]], row: int, word: str, **style: Any) -> None:
@@ -156,15 +200,16 @@ def _draw_marks(made: figure, marks: Sequence[tuple[float, int, str]], row: int,
     size = _SIZES.get(style["marker"], 8)
     drawn = made.scatter("x", "y", source=ColumnDataSource(data), size=size, line_width=2, name=word, **style)
     tooltips = [("", "$name"), ("iteration", "@iter{0,0}"), ("", "@text")]
-    made.add_tools(HoverTool(renderers=[drawn], tooltips=tooltips))
+    made.add_tools(HoverTool(renderers=[drawn], tooltips=tooltips, limit=1))
 
 
 def _draw_incidents(made: figure, incidents: Sequence[Incident]) -> None:
-    """Draw a line through all rows at every incident, and its number at the top."""
+    """Draw a line through all rows at every incident, and its number at the top; many are dots and faint lines."""
     if not incidents:
         return
     x = np.array([each.time for each in incidents]) * 1000
-    made.vspan(x=x, color=GREY, line_dash="dashed", line_width=1)
+    is_numbered = len(incidents) <= _MAX_NUMBERED
+    made.vspan(x=x, color=GREY, line_dash="dashed", line_width=1, line_alpha=1.0 if is_numbered else 0.25)
     data = {
         "x": x,
         "y": [0] * len(incidents),
@@ -178,20 +223,13 @@ def _draw_incidents(made: figure, incidents: Sequence[Incident]) -> None:
         "text": [each.text for each in incidents],
     }
     source = ColumnDataSource(data)
-    drawn = made.scatter("x", "y", source=source, marker="circle", size=19, color=VERMILLION)
-    made.text(
-        "x",
-        "y",
-        "number",
-        source=source,
-        text_color="white",
-        text_font_size="11px",
-        text_font_style="bold",
-        text_align="center",
-        text_baseline="middle",
-    )
+    drawn = made.scatter("x", "y", source=source, marker="circle", size=19 if is_numbered else 6, color=VERMILLION)
+    if is_numbered:
+        font = {"text_color": "white", "text_font_size": "11px", "text_font_style": "bold"}
+        made.text("x", "y", "number", source=source, text_align="center", text_baseline="middle", **font)
     names = ("cause", "where", "iter", "total", "mostly", "repeated", "text")
-    made.add_tools(HoverTool(renderers=[drawn], tooltips=[("incident", "@number"), *((n, f"@{n}") for n in names)]))
+    tooltips = [("incident", "@number"), *((n, f"@{n}") for n in names)]
+    made.add_tools(HoverTool(renderers=[drawn], tooltips=tooltips, limit=1))
 
 
 def _longest_phases(incident: Incident) -> str:

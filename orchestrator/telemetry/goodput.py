@@ -113,7 +113,7 @@ class Ledger:
                 self._phase("start", time_s)
             case Begin():
                 self._began(record, time_s)
-            case StepWindow() if None not in (record.step_s, record.eval_s, record.pause_s):
+            case StepWindow() if None not in (record.count, record.step_s, record.eval_s, record.pause_s):
                 self._stepped(record, time_s)
             case Failure():
                 self._failed(record, time_s)
@@ -205,7 +205,7 @@ class Ledger:
             self._pass(time_s)
             reached_s = time_s
         self.iter_num = max(self.iter_num, failure.reached_iter or 0)
-        self._incident(failure.cause, failure.node or "", reached_s, failure.text or "")
+        self._incident(failure.cause or "unknown", failure.node or "", reached_s, failure.text or "")
         self._phase("detect", time_s)
         self._phase("rescue", time_s + (failure.rescue_s or 0.0))
         self._entry = self._before = "recovery"

@@ -31,6 +31,9 @@ _COMPUTED = (Step.kind, Evaluation.kind)  # kinds of which an iteration has one 
 _PART_BYTES = 256 * 1024  # a part grows to about this size, so that weeks of training are hundreds of parts
 _YEAR_9999_S = 253_370_764_800  # later, there are no dates
 _KEPT_LINES = 100_000  # while storage does not answer: about 20 MB
+_DECODER = json.JSONDecoder(
+    parse_constant=lambda _: None
+)  # NaN and Infinity, which are not JSON, as `to_line` has them
 
 
 class MetricsLog:
@@ -208,7 +211,7 @@ def _read_lines(folder: RunFolder, stem: str, left_out: dict[str, int]) -> Itera
 
 def _parse(line: str) -> dict[str, Any] | None:
     try:
-        value = json.loads(line)
+        value = _DECODER.decode(line)
     except (ValueError, RecursionError):
         return None
     return value if isinstance(value, dict) and _is_record(value) else None
@@ -218,14 +221,13 @@ def _is_record(value: dict[str, Any]) -> bool:
     if not value.keys() >= {"kind", "iter", "attempt", "time"}:
         return False
     stamp = isinstance(value["kind"], str) and isinstance(value["attempt"], str)
-    numbers = isinstance(value["iter"], int) and isinstance(value["time"], int | float)
-    return (
-        stamp
-        and numbers
-        and 0 <= value["iter"] < 2**31
-        and 0 <= value["time"] < _YEAR_9999_S
-        and has_right_types(value)
-    )
+    iteration = isinstance(value["iter"], int) and 0 <= value["iter"] < 2**31
+    times = _is_time(value["time"]) and _is_time(value.get("reached_at_s") or 0)
+    return stamp and iteration and times and has_right_types(value)
+
+
+def _is_time(value: Any) -> bool:
+    return isinstance(value, int | float) and 0 <= value < _YEAR_9999_S
 
 
 def to_line(value: dict[str, Any]) -> str:

@@ -30,7 +30,7 @@ def store_of(folder: RunFolder) -> str:
     """Return the URI of MLflow's store: MLFLOW_TRACKING_URI, or without it a database in the run's folder.
 
     Raises:
-        ConfigError: that folder is none on a disk, or the URI holds a password.
+        ConfigError: that folder is none on a disk or a URI cannot name it, or the URI holds a password.
     """
     if uri := os.environ.get("MLFLOW_TRACKING_URI"):
         if re.search(r"://[^/]*:[^/]*@", uri):  # Ray shows the variables that it passes on
@@ -43,6 +43,11 @@ def store_of(folder: RunFolder) -> str:
         raise ConfigError(
             f"mlflow_log=True needs a store, and out_dir={folder.out_dir} can hold none: set MLFLOW_TRACKING_URI to "
             "the address of your MLflow server"
+        )
+    if "?" in folder.root:  # SQLAlchemy would take the rest for options, and write a database beside the folder
+        raise ConfigError(
+            f"mlflow_log=True keeps its database in out_dir={folder.out_dir}, and its URI can hold no `?`: give "
+            "another out_dir, or set MLFLOW_TRACKING_URI"
         )
     return f"sqlite:///{folder.root}/mlflow.db"
 

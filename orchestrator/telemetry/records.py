@@ -12,6 +12,7 @@ while it has that value. Must not know who writes or shows a record.
 
 from __future__ import annotations
 
+import sys
 from dataclasses import MISSING, dataclass, fields
 from types import NoneType
 from typing import Any, ClassVar, get_args
@@ -384,5 +385,16 @@ def is_known(value: dict[str, Any]) -> bool:
 
 
 def has_right_types(value: dict[str, Any]) -> bool:
-    """Return whether JSON values are of the types of their record's fields; None and unknown kinds pass."""
-    return all(isinstance(value.get(key), types) for _, key, _, types in _FIELDS.get(value["kind"], ()))
+    """Return whether JSON values are of the types of their record's fields, and their numbers finite.
+
+    None and unknown kinds pass.
+    """
+    return all(_fits(value.get(key), types) for _, key, _, types in _FIELDS.get(value["kind"], ()))
+
+
+def _fits(value: Any, types: tuple[type, ...]) -> bool:
+    if isinstance(value, list) and list in types:
+        return all(isinstance(each, int | str) for each in value)
+    if isinstance(value, int | float) and not abs(value) <= sys.float_info.max:  # JSON has integers of any size
+        return False
+    return isinstance(value, types)

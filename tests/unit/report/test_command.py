@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+import os
 import re
 import sys
 from pathlib import Path
@@ -12,10 +14,13 @@ import pytest
 
 from benchmarks.browser import Browser
 from benchmarks.look import write_run
+from orchestrator.__main__ import main
 from orchestrator.commands import report_page
 from orchestrator.commands.report import ReportConfig, report
 from orchestrator.commands.report_page import write_at_end
 from orchestrator.config import TrainConfig
+from orchestrator.driver import launch
+from orchestrator.driver.resubmit import LOST
 from orchestrator.errors import CheckpointError, ConfigError
 from orchestrator.storage.orphans import delete_orphans
 from orchestrator.storage.run_folder import RunFolder
@@ -61,6 +66,37 @@ def test_damaged_records_are_left_out_and_counted(run: Path, page_file: Path, br
     assert page.value("[...document.querySelectorAll('.card.plot[id]')].length") == 6
     assert page.complaints() == []
     page.close()
+
+
+@pytest.mark.parametrize(
+    ("kind", "key", "damaged", "is_left_out"),
+    [
+        ("step", "loss", 10**400, True),
+        ("eval", "val_loss", 10**400, True),
+        ("begin", "restore_s", 10**400, True),
+        ("failure", "reached_iter", 10**400, True),
+        ("failure", "ranks", [[1]], True),
+        ("failure", "reached_at_s", -(2**40), True),
+        ("failure", "reached_at_s", math.nan, False),
+        ("failure", "cause", None, False),
+        ("step", "loss", math.inf, False),
+        ("steps", "count", None, False),
+    ],
+    ids=lambda each: str(each)[:12],
+)
+def test_damaged_values_give_a_report_of_the_rest(
+    run: Path, page_file: Path, kind: str, key: str, damaged: Any, *, is_left_out: bool
+) -> None:
+    count = 0
+    for file in (run / "metrics.jsonl", run / "events.jsonl"):
+        values = [json.loads(line) for line in file.read_text().splitlines()]
+        for value in values:
+            if value["kind"] == kind:
+                value[key], count = damaged, count + 1
+        file.write_text("".join(json.dumps(value) + "\n" for value in values))
+    assert " iterations in " in report(ReportConfig(str(run)))
+    text = without_tags(page_of(run, page_file))
+    assert (f"{count} line(s) are cut off, damaged" in text) == is_left_out
 
 
 def test_half_written_numbers_are_gaps(run: Path, page_file: Path) -> None:
@@ -146,6 +182,31 @@ def test_a_run_writes_its_page_at_its_end(run: Path) -> None:
     assert "200 of 200" in without_tags((run / "report.html").read_text())
     assert write_at_end(TrainConfig(out_dir=str(run), eval_only=True)) is None
     assert write_at_end(TrainConfig(out_dir=str(run / "not begun"))) is None
+
+
+def interrupt(_config: TrainConfig) -> str:
+    raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("write", [lambda _config: "run/report.html", interrupt], ids=["written", "Ctrl-C"])
+@pytest.mark.parametrize(
+    ("error", "code"), [(launch.RunFailedError, 1), (launch.RunLostError, LOST), (launch.InterruptedRunError, 130)]
+)
+def test_the_page_never_hides_how_a_run_ended(
+    error: type[Exception], code: int, write: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fails(_plan: object) -> None:
+        raise error("it has failed")
+
+    monkeypatch.setattr("orchestrator.driver.preflight.plan", lambda config: config)
+    monkeypatch.setattr(launch, "run", fails)
+    monkeypatch.setattr(report_page, "write_at_end", write)
+    read, written = os.pipe()
+    os.close(read)  # as of `| head`, which has ended
+    with os.fdopen(written, "w") as out:
+        monkeypatch.setattr(sys, "stdout", out)
+        assert main(["train"]) == code
+    assert ("error: it has failed" in capsys.readouterr().err) == (code != 130)
 
 
 def test_what_a_killed_driver_leaves_of_a_page_is_deleted(run: Path) -> None:

@@ -94,6 +94,21 @@ def test_a_bucket_holds_no_store() -> None:
         MlflowSink(RunFolder("memory://bucket/run"), "nano", {})
 
 
+def test_a_folder_that_no_uri_can_name_holds_no_store(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"its URI can hold no `\?`"):
+        MlflowSink(RunFolder(str(tmp_path / "lr=1e-3?")), "nano", {})
+
+
+def test_a_store_lies_in_a_folder_of_any_other_name(tmp_path: Path) -> None:
+    folder = tmp_path / "a b'\"#%d %20 &x=ü"
+    folder.mkdir()
+    sink = MlflowSink(RunFolder(str(folder)), "of / '%d#? ü", {})
+    sink.write(Stamped(step(0, 3.0), 1000.0, "a"))
+    sink._begun.result(timeout=60)
+    sink.close()
+    assert losses_in(folder) == [(0, 3.0)]
+
+
 def test_a_password_is_not_shown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "https://me:hush@server")
     with pytest.raises(ConfigError, match="MLFLOW_TRACKING_PASSWORD on the nodes") as refused:
