@@ -31,9 +31,7 @@ _COMPUTED = (Step.kind, Evaluation.kind)  # kinds of which an iteration has one 
 _PART_BYTES = 256 * 1024  # a part grows to about this size, so that weeks of training are hundreds of parts
 _YEAR_9999_S = 253_370_764_800  # later, there are no dates
 _KEPT_LINES = 100_000  # while storage does not answer: about 20 MB
-_DECODER = json.JSONDecoder(
-    parse_constant=lambda _: None
-)  # NaN and Infinity, which are not JSON, as `to_line` has them
+_DECODER = json.JSONDecoder(parse_constant=lambda _: None)  # NaN and Infinity, no JSON, are null as in `to_line`
 
 
 class MetricsLog:
