@@ -180,6 +180,21 @@ def test_another_base_model_is_refused(first: TrainConfig, lora: TrainConfig, tm
     assert names(lora) == before
 
 
+def test_a_base_model_of_other_shapes_is_refused_on_the_ranks(first: TrainConfig, lora: TrainConfig) -> None:
+    """Where the driver does not see the weights, as on a cluster, the ranks are the first to read them."""
+    begun(lora)
+    short = beside(first, "short", block_size=8, init_from="scratch", max_iters=1)
+    train(resolve(short), World())
+    with pytest.raises(CheckpointError, match=r"is not the base .*wpe\.weight is \(8, 32\) instead of \(16, 32\)"):
+        train(resolve(replace(lora, max_iters=6, lora_base=short.out_dir)), World())
+
+
+def test_a_base_model_that_no_node_has_is_asked_for(lora: TrainConfig) -> None:
+    begun(lora)
+    with pytest.raises(CheckpointError, match=r"no worker's node has it; .* give --lora_base=PATH"):
+        train(resolve(replace(lora, max_iters=6, lora_base=f"{lora.out_dir}/gone")), World())
+
+
 def test_adapters_are_no_base_model(lora: TrainConfig) -> None:
     begun(lora)
     for start in (plan, lambda config: train(resolve(config), World())):
