@@ -228,10 +228,13 @@ def test_other_adapters_than_the_runs(lora: TrainConfig, changes: dict[str, Any]
             plan(beside(lora, "more", init_from=lora.out_dir, max_iters=8, **changes))
 
 
-def test_settings_may_be_left_out_with_resume(lora: TrainConfig) -> None:
+def test_settings_may_be_left_out_with_resume(lora: TrainConfig, caplog: pytest.LogCaptureFixture) -> None:
+    lora = replace(lora, lora_alpha=4.0)
     begun(lora)
-    resumed = replace(lora, init_from="resume", lora_rank=0, max_iters=8)
-    assert begun(resumed)[0] == 4
+    resumed = replace(lora, init_from="resume", n_layer=12, n_embd=768, lora_rank=0, lora_alpha=16.0, max_iters=8)
+    with caplog.at_level("INFO"):
+        assert begun(resumed)[0] == 4
+    assert "settings that differ from the saved run's: max_iters 4 -> 8\n" in caplog.text, "the others are the state's"
     with pytest.raises(ConfigError, match="asked for --lora_rank=2"):
         plan(replace(resumed, lora_rank=2, max_iters=9))
 
