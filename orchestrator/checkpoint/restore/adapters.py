@@ -7,7 +7,7 @@ from typing import Any
 
 from model.lora import LoRAConfig, targets_of
 from orchestrator.checkpoint.formats.sources import Kind, ModelSource, base_of
-from orchestrator.checkpoint.snapshot import Adapters
+from orchestrator.checkpoint.snapshot import Adapters, Snapshot
 from orchestrator.config import TrainConfig
 from orchestrator.errors import ConfigError
 
@@ -53,10 +53,16 @@ def check_adapters(config: TrainConfig, found: Adapters | None, source: ModelSou
     """Compare the adapters of the source that init_from names with the settings.
 
     Raises:
-        ConfigError: they differ, or all weights are to be trained and nothing says that they are to be merged.
+        ConfigError: they differ, or all weights are to be trained and nothing says that they are to be merged, or it
+            is a whole model, and a base model is named besides.
     """
     wanted = lora_of(config)
     if found is None:
+        if config.lora_base:
+            raise ConfigError(
+                f"lora_base={config.lora_base} tells where the base model of adapters lies, and init_from="
+                f"{config.init_from} is a whole model: a new run begins with that one. Leave lora_base out"
+            )
         return
     has = found.lora
     if wanted is None:
@@ -75,7 +81,7 @@ def check_adapters(config: TrainConfig, found: Adapters | None, source: ModelSou
         )
 
 
-def check_rank(config: TrainConfig, model_args: dict[str, Any]) -> None:
+def _check_rank(config: TrainConfig, model_args: dict[str, Any]) -> None:
     """Check that the rank is not over the model's width: a product of larger matrices can do no more.
 
     Raises:
@@ -89,12 +95,18 @@ def check_rank(config: TrainConfig, model_args: dict[str, Any]) -> None:
         )
 
 
-def adapters_to_train(config: TrainConfig, source: ModelSource, found: Adapters | None) -> Adapters | None:
+def adapters_to_train(config: TrainConfig, source: ModelSource, found: Snapshot) -> Adapters | None:
     """Return the adapters of a run that begins with a source, None where all weights are trained.
 
-    found: the source's own, which go on; otherwise it is the base model of new ones.
+    found: the source's state. Its adapters go on, whatever their rank; otherwise it is the base model of new ones.
+
+    Raises:
+        ConfigError: the rank of new ones is over the model's width.
     """
     wanted = lora_of(config)
     if wanted is None:
         return None
-    return Adapters(wanted, found.base if found else base_of(source))
+    if found.adapters:
+        return Adapters(wanted, found.adapters.base)
+    _check_rank(config, found.model_args)
+    return Adapters(wanted, base_of(source))

@@ -19,7 +19,6 @@ from orchestrator.checkpoint.formats.weights import look_at, read_merged, read_s
 from orchestrator.checkpoint.restore.adapters import (
     adapters_to_train,
     check_adapters,
-    check_rank,
     check_same_adapters,
     told,
 )
@@ -94,7 +93,6 @@ def check_start(config: TrainConfig, store: CheckpointStore, data: Vocabulary | 
         check_unfinished(config, found.iter_num, "ckpt.pt")
     check_fits(config, source.where, found, data)
     args = {**found.model_args, "block_size": config.block_size}
-    check_rank(config, args)
     return StartingPoint(args, found.iter_num, f"initializing from {_told(source)}{_told_of(config, found)}")
 
 
@@ -267,7 +265,7 @@ def read_initial_state(config: TrainConfig, folder: RunFolder | None = None) -> 
 
 def _as_begun(config: TrainConfig, source: ModelSource, found: Snapshot) -> Snapshot:
     """Return the state with which a new run begins, without the values that are about the run it comes from."""
-    adapters = adapters_to_train(config, source, found.adapters)
+    adapters = adapters_to_train(config, source, found)
     becomes_base = adapters and not found.adapters
     if config.init_weights_only or becomes_base:
         return Snapshot(found.model, {}, (), found.model_args, 0, NO_LOSS, config=found.config, adapters=adapters)

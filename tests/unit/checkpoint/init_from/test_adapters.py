@@ -263,9 +263,13 @@ def test_nanogpts_ckpt_is_begun_with_elsewhere(first: TrainConfig, lora: TrainCo
         ({"lora_targets": ""}, "lora_targets='' is out of range"),
         ({"lora_alpha": 0.0}, r"lora_alpha=0\.0 is out of range: more than 0"),
         ({"lora_dropout": 1.0}, r"lora_dropout=1\.0 is out of range"),
+        ({"lora_base": "elsewhere"}, r"init_from=\S+ is a whole model: .* Leave lora_base out"),
+        ({"lora_base": "elsewhere", "lora_rank": 0}, r"init_from=\S+ is a whole model: .* Leave lora_base out"),
     ],
 )
 def test_settings_that_mean_nothing(lora: TrainConfig, changes: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
         plan(replace(lora, **changes))
     assert not Path(lora.out_dir).exists()
+    with pytest.raises(UserError, match=message):
+        train(resolve(check(replace(lora, **changes))), World())
