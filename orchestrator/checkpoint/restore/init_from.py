@@ -85,7 +85,7 @@ def check_start(config: TrainConfig, store: CheckpointStore, data: Vocabulary | 
     source = source_of(config, store.folder)
     model_only = config.init_weights_only or config.eval_only
     found = look_at(source, model_only)
-    check_adapters(config, found.adapters, source)
+    check_adapters(config, found, source)
     if found.adapters:
         check_base(config, found.adapters, config.block_size)
     found = _as_begun(config, source, found)
@@ -93,7 +93,7 @@ def check_start(config: TrainConfig, store: CheckpointStore, data: Vocabulary | 
         check_unfinished(config, found.iter_num, "ckpt.pt")
     check_fits(config, source.where, found, data)
     args = {**found.model_args, "block_size": config.block_size}
-    return StartingPoint(args, found.iter_num, f"initializing from {_told(source)}{_told_of(config, found)}")
+    return StartingPoint(args, found.iter_num, f"initializing from {_told(source)}{_told_of(config, source, found)}")
 
 
 def check_unfinished(config: TrainConfig, iter_num: int, name: str) -> None:
@@ -255,7 +255,7 @@ def read_initial_state(config: TrainConfig, folder: RunFolder | None = None) -> 
         if source.kind is not Kind.HUB:
             raise
         raise CheckpointError(str(error)) from None  # the driver has not asked the Hub: it may never answer here
-    check_adapters(config, snapshot.adapters, source)
+    check_adapters(config, snapshot, source)
     if snapshot.adapters and not config.lora_rank:
         snapshot = read_merged(source)
     snapshot = _as_begun(config, source, snapshot)
@@ -277,9 +277,13 @@ def _told(source: ModelSource) -> str:
     return f"{source.where} (checkpoint={source.which})" if is_chosen else source.where
 
 
-def _told_of(config: TrainConfig, found: Snapshot) -> str:
+def _told_of(config: TrainConfig, source: ModelSource, found: Snapshot) -> str:
     if found.adapters and not found.iter_num:
-        return f", with adapters: {told(found.adapters.lora)}"
+        flags = told(replace(found.adapters.lora, dropout=config.lora_dropout))
+        before = found.config["lora_dropout"] if source.kind is Kind.ADAPTER else config.lora_dropout
+        return f", with adapters: {flags}" + (
+            f" (lora_dropout was {before:g})" if before != config.lora_dropout else ""
+        )
     if config.init_weights_only:
         return ", its weights alone"
     return f", at iteration {found.iter_num}" if found.iter_num else ""

@@ -160,7 +160,7 @@ def test_adapters_of_a_bare_transformer(base_dir: Path, tmp_path: Path) -> None:
 @pytest.fixture
 def folder(base_dir: Path, base: Snapshot, tmp_path: Path, say: Say) -> Path:
     """A folder of peft's with adapters beside the base."""
-    save_adapters(tmp_path / "run", base, LoRAConfig(2, 5.0), Base(str(base_dir)))
+    save_adapters(tmp_path / "run", base, LoRAConfig(2, 5.0, dropout=0.25), Base(str(base_dir)))
     say("export", f"--out_dir={tmp_path}/run", "--format=peft", f"--to={tmp_path}/peft")
     return tmp_path / "peft"
 
@@ -222,10 +222,15 @@ def test_every_command_takes_a_folder(folder: Path, tmp_path: Path, say: Say, by
         load_file(tmp_path / "again" / "adapter_model.safetensors").keys()
         == load_file(folder / "adapter_model.safetensors").keys()
     )
+    again = json.loads((tmp_path / "again" / "adapter_config.json").read_text())
+    assert again == json.loads((folder / "adapter_config.json").read_text())
+    assert again["lora_dropout"] == 0.25
     told = say("inspect", words, "--verify")
     assert f"{place}: a peft adapter" in told
     assert "LoRA of rank 2, alpha 5, on attn.c_attn" in told
     assert "nothing tells its checksum, all finite" in told
+    flags = "--lora_rank=2 --lora_alpha=5 --lora_targets=attn.c_attn --lora_dropout=0.25"
+    assert (f"train {words} {flags} --out_dir=out/tuned" in told) == (by != "out_dir")
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from model.lora import is_adapter
+from orchestrator.checkpoint.formats.peft import write_peft
 from orchestrator.checkpoint.restore.adapters import told
 from orchestrator.checkpoint.snapshot import tensors_equal
 from orchestrator.checkpoint.store import ADAPTER_FORMAT_VERSION, FORMAT_VERSION, Checkpoint
@@ -111,6 +112,16 @@ def test_adapters_go_on_in_a_run_of_their_own(lora: TrainConfig) -> None:
     straight = final_state(lora.out_dir)
     assert tensors_equal(end, straight)
     assert end.adapters == straight.adapters, "the base model is the first run's, not the run of adapters"
+
+
+def test_a_folder_of_pefts_goes_on_with_the_dropout_that_is_given(lora: TrainConfig, tmp_path: Path) -> None:
+    _, end = begun(lora)
+    write_peft(end, tmp_path / "peft")
+    more = beside(lora, "more", init_from=str(tmp_path / "peft"))
+    with pytest.raises(ConfigError, match=r"To go on with them, give --lora_rank=4 .* --lora_dropout=0\.2;"):
+        plan(replace(more, lora_rank=0))
+    assert plan(more).start.summary.endswith("--lora_targets=attn.c_attn --lora_dropout=0.2")
+    assert plan(replace(more, lora_dropout=0.0)).start.summary.endswith("attn.c_attn (lora_dropout was 0.2)")
 
 
 def test_adapters_alone_begin_at_0_with_new_moments(lora: TrainConfig) -> None:
