@@ -126,6 +126,17 @@ def test_a_base_of_the_hub_has_its_owners_name(base: Snapshot, tmp_path: Path, s
     assert content["revision"] == "15ea56dee5df4983c59b2538573817e1667135e2"
 
 
+def test_a_base_that_has_moved_is_named_where_it_is(base: Snapshot, base_dir: Path, tmp_path: Path, say: Say) -> None:
+    save_adapters(tmp_path / "run", base, LoRAConfig(2), Base(str(base_dir)))
+    base_dir.rename(moved := tmp_path / "moved")
+    words = f"--out_dir={tmp_path}/run", "--format=peft", f"--to={tmp_path}/peft"
+    said = say("export", *words, f"--lora_base={tmp_path}/nowhere", code=2)
+    assert "the base model of these adapters is missing" in said
+    say("export", *words, f"--lora_base={moved}")
+    content = json.loads((tmp_path / "peft" / "adapter_config.json").read_text())
+    assert (content["base_model_name_or_path"], content["revision"]) == (str(moved), None)
+
+
 # peft's here
 
 
