@@ -28,6 +28,7 @@ _HARMLESS = {
 }
 _READ = {"peft_type", "r", "lora_alpha", "lora_dropout", "base_model_name_or_path", "revision"}
 _PLAIN = {"bias": ("none",), "init_lora_weights": (True, False, "gaussian", "eva", "orthogonal")}  # others change W
+_MERGE = "Merge it into its base model (peft's merge_and_unload), save that, and give its folder"
 
 
 def adapter_names(names: Iterable[str]) -> dict[str, str]:
@@ -48,7 +49,7 @@ def adapter_names(names: Iterable[str]) -> dict[str, str]:
     if others:
         more = f" and {len(others) - 3} more" if len(others) > 3 else ""
         raise PretrainedError(
-            f"it has {', '.join(others[:3])}{more}: adapters are computed here for {', '.join(LAYERS)} alone"
+            f"it has {', '.join(others[:3])}{more}: adapters are computed here for {', '.join(LAYERS)} alone. {_MERGE}"
         )
     try:
         return renamed(pairs)
@@ -67,7 +68,9 @@ def lora_config(content: Mapping[str, Any], names: Iterable[str]) -> LoRAConfig:
     if not isinstance(content, Mapping):
         raise PretrainedError(f"it holds a {type(content).__name__}, not the settings of an adapter")
     if content.get("peft_type") != "LORA":
-        raise PretrainedError(f"peft_type must be LORA, got {content.get('peft_type')!r}: no other adapter is known")
+        raise PretrainedError(
+            f"peft_type must be LORA, got {content.get('peft_type')!r}: no other adapter is known. {_MERGE}"
+        )
     _refuse_unknown({key: value for key, value in content.items() if key not in _READ | _HARMLESS})
     rank, alpha, dropout = content.get("r", 8), content.get("lora_alpha", 8), content.get("lora_dropout", 0.0)
     if type(rank) is not int:
@@ -94,9 +97,11 @@ def _refuse_unknown(others: dict[str, Any]) -> None:
     for key, plain in _PLAIN.items():
         value = others.pop(key, plain[0])
         if value is not None and value not in plain:
-            raise PretrainedError(f"{key} must be {plain[0]!r}, got {value!r}: our adapters do not compute that")
+            raise PretrainedError(
+                f"{key} must be {plain[0]!r}, got {value!r}: our adapters do not compute that. {_MERGE}"
+            )
     if on := [f"{key}={value!r}" for key, value in others.items() if value]:
-        raise PretrainedError(f"it has {', '.join(on)}, which our adapters do not compute")
+        raise PretrainedError(f"it has {', '.join(on)}, which our adapters do not compute. {_MERGE}")
 
 
 def base_of_config(content: Mapping[str, Any]) -> tuple[str, str]:

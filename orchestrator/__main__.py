@@ -174,14 +174,14 @@ def _print(text: str) -> None:
         print(text, flush=True)
 
 
-def _next_steps(config: StorageSettings, source: str = "") -> str:
-    """Return commands to go on with: for out_dir, or for another source of a model."""
+def _next_steps(config: StorageSettings, source: str = "", lora: str = "") -> str:
+    """Return commands to go on with: for out_dir, or for another source of a model; lora: the flags of its adapters."""
     program = _program()
     if source:
         model = shlex.join([f"--init_from={source}"])
         return f"""next:
   {program} sample {model}
-  {program} train {model} --out_dir=out/tuned
+  {program} train {model}{f" {lora}" if lora else ""} --out_dir=out/tuned
   {program} export {model} --format=hf --to=exported"""
     out_dir = shlex.join([f"--out_dir={config.out_dir}"])
     if config.storage_options:
@@ -233,7 +233,8 @@ def inspect(argv: Sequence[str]) -> int:
 
     config = _parse(inspecting.InspectConfig, argv, "inspect")
     print(inspecting.inspect(config))
-    print(_next_steps(config, "" if config.init_from == "resume" else config.init_from))
+    source = "" if config.init_from == "resume" else config.init_from
+    print(_next_steps(config, source, inspecting.lora_flags(config) if source else ""))
     return 0
 
 

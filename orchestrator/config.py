@@ -206,19 +206,27 @@ def check(config: TrainConfig) -> TrainConfig:
     return config
 
 
-def check_model(config: TrainConfig, model_args: dict[str, Any], where: str) -> None:
-    """Check that the model with which a run begins is long and wide enough; where: its name in messages.
+def check_block_size(config: TrainConfig, model_args: dict[str, Any], where: str) -> None:
+    """Check that the model with which a run begins has block_size positions; where: its name in messages.
 
     Raises:
-        ConfigError: it has fewer positions than block_size, or is not so wide as lora_rank: a product of larger
-            matrices can do no more.
+        ConfigError: it has fewer.
     """
-    positions, width = model_args["block_size"], model_args["n_embd"]
+    positions = model_args["block_size"]
     if config.block_size > positions:
         raise ConfigError(
             f"block_size={config.block_size} is over the model's: {where} has {positions} positions. "
             f"Give --block_size={positions} or less"
         )
+
+
+def check_rank(config: TrainConfig, model_args: dict[str, Any]) -> None:
+    """Check the rank of new adapters: over the model's width, a product of larger matrices can do no more.
+
+    Raises:
+        ConfigError: it is.
+    """
+    width = model_args["n_embd"]
     if config.lora_rank > width:
         raise ConfigError(
             f"lora_rank={config.lora_rank} is over the model's width, n_embd={width}: give --lora_rank={width} or "

@@ -12,7 +12,7 @@ from orchestrator.checkpoint.formats.huggingface import write_huggingface
 from orchestrator.checkpoint.formats.nanogpt import write_nanogpt
 from orchestrator.checkpoint.formats.peft import write_peft
 from orchestrator.checkpoint.formats.run_tokenizer import whole_json
-from orchestrator.checkpoint.formats.sources import Kind, ModelSource, find_base, find_source, refuse_missing
+from orchestrator.checkpoint.formats.sources import Kind, ModelSource, base_of, find_base, find_source, refuse_missing
 from orchestrator.checkpoint.formats.weights import Weights, look_at, tokenizer_of, using
 from orchestrator.checkpoint.snapshot import Snapshot
 from orchestrator.data.tokenizers import Tokenizer
@@ -123,7 +123,11 @@ def _writer(config: ExportConfig, source: ModelSource) -> Callable[[Weights], st
         return weights.name
 
     def write_pefts(weights: Weights) -> str:
-        write_peft(replace(weights.snapshot, model=dict(weights.tensors)), config.to, storage_options=options)
+        adapters = weights.snapshot.adapters
+        if adapters and config.lora_base:  # it has moved, and peft is to find it
+            adapters = replace(adapters, base=base_of(find_base(config, adapters.base)))
+        snapshot = replace(weights.snapshot, model=dict(weights.tensors), adapters=adapters)
+        write_peft(snapshot, config.to, storage_options=options)
         return weights.name
 
     return {"nanogpt": write_nanogpts, "hf": write_huggingfaces, "peft": write_pefts}[config.format]

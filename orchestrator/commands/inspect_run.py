@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
@@ -12,7 +13,8 @@ from fsspec.implementations.local import LocalFileSystem
 from orchestrator.checkpoint.finite import count_not_finite
 from orchestrator.checkpoint.formats.nanogpt import NO_LOSS
 from orchestrator.checkpoint.formats.sources import Kind, ModelSource, find_source, refuse_missing
-from orchestrator.checkpoint.formats.weights import Weights, tokenizer_json, using
+from orchestrator.checkpoint.formats.weights import Weights, look_at, tokenizer_json, using
+from orchestrator.checkpoint.restore.adapters import told_to_go_on
 from orchestrator.checkpoint.save.node_memory import run_path, share_path, states_in
 from orchestrator.checkpoint.snapshot import Adapters
 from orchestrator.checkpoint.store import Checkpoint, CheckpointStore, best, newest_name_first
@@ -49,6 +51,17 @@ def inspect(config: InspectConfig) -> str:
     refuse_missing(config)
     source = find_source(config)
     return _table(config, source) if source.kind is Kind.RUN else describe_model(source, config.data_dir, config.verify)
+
+
+def lora_flags(config: InspectConfig) -> str:
+    """Return the flags with which `train` goes on with the adapters that init_from names, "" where it names none."""
+    source = find_source(config)
+    if source.kind not in (Kind.RUN, Kind.ADAPTER):
+        return ""
+    with suppress(CheckpointError):  # of a run without a whole checkpoint, which the table has told
+        found = look_at(source, model_only=True)
+        return told_to_go_on(found) if found.adapters else ""
+    return ""
 
 
 def _table(config: InspectConfig, source: ModelSource) -> str:

@@ -17,8 +17,12 @@ logger = logging.getLogger(__name__)
 _WHERE_THINGS_ARE = {"out_dir", "init_from", "storage_options", "data_dir", "memory_dir", "resubmit", "lora_base"}
 _OF_THE_DATA = {"tokenizer", "epoch_began"}
 _KEPT_BY_THE_OPTIMIZER = {"beta1", "beta2", "weight_decay"}  # as saved; the restore tells it
+_KEPT_BY_THE_STATE = {  # with init_from=resume they may be left out
+    *("n_layer", "n_head", "n_embd", "bias"),
+    *("lora_rank", "lora_alpha", "lora_targets", "lora_base_dtype"),
+}
 _IN_THE_FINGERPRINT = {"num_workers", "device", "backend", "compile", "dtype", "lanes"}
-_UNTOLD = _WHERE_THINGS_ARE | _OF_THE_DATA | _KEPT_BY_THE_OPTIMIZER | _IN_THE_FINGERPRINT
+_UNTOLD = _WHERE_THINGS_ARE | _OF_THE_DATA | _KEPT_BY_THE_OPTIMIZER | _KEPT_BY_THE_STATE | _IN_THE_FINGERPRINT
 
 
 def log_changed_settings(now: dict[str, Any], saved: dict[str, Any]) -> None:

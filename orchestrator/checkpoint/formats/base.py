@@ -63,7 +63,9 @@ def check_adapters_fit(adapters: Snapshot, title: str) -> None:
     assert adapters.adapters
     expected = adapter_shapes(parameter_shapes(adapters.model_args), adapters.adapters.lora)
     if faults := differences(expected, {name: tuple(tensor.shape) for name, tensor in adapters.model.items()}):
-        raise CheckpointError(f"{title}: its tensors do not fit its settings and its base model: {faults}")
+        lacks = expected.keys() - adapters.model.keys()
+        hint = ". Here adapters are on the same layers of every block" if lacks else ""
+        raise CheckpointError(f"{title}: its tensors do not fit its settings and its base model: {faults}{hint}")
 
 
 def merged_outline(adapters: Snapshot) -> Snapshot:

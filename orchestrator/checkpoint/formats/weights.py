@@ -217,6 +217,7 @@ def _adapter(source: ModelSource) -> Iterator[Weights]:
             its = replace(named, revision=named.revision or its.revision)
         outlined = _headers(base, model_only=True)
         tokenizer = _adapters_tokenizer(source, base, outlined)
+        carried = {"tokenizer": whole_json(tokenizer)} if tokenizer else {}
         snapshot = Snapshot(
             model={name: torch.empty(each.shape, device="meta") for name, each in found.stored.items()},
             optimizer={},
@@ -224,7 +225,7 @@ def _adapter(source: ModelSource) -> Iterator[Weights]:
             model_args=outlined.model_args,
             iter_num=0,
             best_val_loss=NO_LOSS,
-            config={"tokenizer": whole_json(tokenizer)} if tokenizer else {},
+            config={"lora_dropout": found.lora.dropout, **carried},
             adapters=Adapters(replace(found.lora, dropout=0.0), its),
         )
         check_adapters_fit(snapshot, source.where)

@@ -7,8 +7,8 @@ from typing import Any
 
 from model.lora import LoRAConfig, targets_of
 from orchestrator.checkpoint.formats.sources import Kind, ModelSource, base_of
-from orchestrator.checkpoint.snapshot import Adapters
-from orchestrator.config import TrainConfig
+from orchestrator.checkpoint.snapshot import Adapters, Snapshot
+from orchestrator.config import TrainConfig, check_rank
 from orchestrator.errors import ConfigError
 
 
@@ -21,9 +21,16 @@ def lora_of(config: TrainConfig) -> LoRAConfig | None:
 
 def told(lora: LoRAConfig) -> str:
     """Return the flags that ask for such adapters."""
-    targets = ",".join(lora.targets)
-    flags = f"--lora_rank={lora.rank} --lora_alpha={lora.alpha:g} --lora_targets={targets}"
-    return flags if lora.base_dtype == "float32" else f"{flags} --lora_base_dtype={lora.base_dtype}"
+    flags = [f"--lora_rank={lora.rank}", f"--lora_alpha={lora.alpha:g}", f"--lora_targets={','.join(lora.targets)}"]
+    flags += [f"--lora_dropout={lora.dropout:g}"] if lora.dropout else []
+    flags += [f"--lora_base_dtype={lora.base_dtype}"] if lora.base_dtype != "float32" else []
+    return " ".join(flags)
+
+
+def told_to_go_on(found: Snapshot) -> str:
+    """Return the flags with which a run goes on with a state's adapters as they were trained, with their dropout."""
+    assert found.adapters
+    return told(replace(found.adapters.lora, dropout=float(found.config.get("lora_dropout", 0.0))))
 
 
 def as_saved(config: TrainConfig, saved: Adapters | None) -> TrainConfig:
@@ -62,22 +69,28 @@ def check_same_adapters(config: TrainConfig, saved: dict[str, Any] | None) -> No
     )
 
 
-def check_adapters(config: TrainConfig, found: Adapters | None, source: ModelSource) -> None:
-    """Compare the adapters of the source that init_from names with the settings.
+def check_adapters(config: TrainConfig, found: Snapshot, source: ModelSource) -> None:
+    """Compare the adapters of the source that init_from names with the settings; found: its state.
 
     Raises:
-        ConfigError: they differ, or all weights are to be trained and nothing says that they are to be merged.
+        ConfigError: they differ, or all weights are to be trained and nothing says that they are to be merged, or it
+            is a whole model, and a base model is named besides.
     """
     wanted = lora_of(config)
-    if found is None:
+    if found.adapters is None:
+        if config.lora_base:
+            raise ConfigError(
+                f"lora_base={config.lora_base} tells where the base model of adapters lies, and init_from="
+                f"{config.init_from} is a whole model: a new run begins with that one. Leave lora_base out"
+            )
         return
-    has = found.lora
+    has = found.adapters.lora
     if wanted is None:
         if config.init_weights_only or config.eval_only:
             return
         raise ConfigError(
-            f"init_from={config.init_from} holds adapters. To go on with them, give {told(has)}; to train all weights "
-            "of the model that they make, give --init_weights_only=True"
+            f"init_from={config.init_from} holds adapters. To go on with them, give {told_to_go_on(found)}; to "
+            "train all weights of the model that they make, give --init_weights_only=True"
         )
     if source.kind is Kind.ADAPTER:  # which does not say in which type the rest is held
         has = replace(has, base_dtype=wanted.base_dtype)
@@ -88,12 +101,18 @@ def check_adapters(config: TrainConfig, found: Adapters | None, source: ModelSou
         )
 
 
-def adapters_to_train(config: TrainConfig, source: ModelSource, found: Adapters | None) -> Adapters | None:
+def adapters_to_train(config: TrainConfig, source: ModelSource, found: Snapshot) -> Adapters | None:
     """Return the adapters of a run that begins with a source, None where all weights are trained.
 
-    found: the source's own, which go on; otherwise it is the base model of new ones.
+    found: the source's state. Its adapters go on, whatever their rank; otherwise it is the base model of new ones.
+
+    Raises:
+        ConfigError: the rank of new ones is over the model's width.
     """
     wanted = lora_of(config)
     if wanted is None:
         return None
-    return Adapters(wanted, found.base if found else base_of(source))
+    if found.adapters:
+        return Adapters(wanted, found.adapters.base)
+    check_rank(config, found.model_args)
+    return Adapters(wanted, base_of(source))

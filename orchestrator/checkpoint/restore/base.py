@@ -15,6 +15,7 @@ from typing import TypeVar
 from torch import Tensor
 
 from model.lora import frozen_parameters
+from model.names import differences
 from orchestrator.checkpoint.formats.base import OTHER_CHECKSUM, another_base, base_checksum, cropped, held
 from orchestrator.checkpoint.formats.sources import ModelSource, base_of, find_base, identity_of
 from orchestrator.checkpoint.formats.weights import look_at, read_source, using
@@ -60,11 +61,13 @@ def load_base(config: TrainConfig, state: TrainState, world: World) -> None:
         model = {name: cropped(name, x, block_size) for name, x in snapshot.model.items()}
         return replace(snapshot, model=model, adapters=Adapters(lora, base_of(source)))
 
-    found = read_on_ranks(f"the base model {where}", identity_of(where), read, world)
-    live = by_tensor(replicate(_frozen(state), world.size))
-    if differing := live.keys() ^ found.shapes.keys():
-        raise another_base(where, f"it lacks or adds tensors: {', '.join(sorted(differing)[:5])}")
-    sums = base_checksum(found.fill(live, world, checksums=True))
+    remedy = "give --lora_base=PATH, where it lies now"
+    found = read_on_ranks(f"the base model {where}", identity_of(where), read, world, remedy=remedy)
+    frozen = _frozen(state)
+    shapes = {name: tuple(shape) for name, shape in found.shapes.items()}
+    if faults := differences({name: tuple(tensor.shape) for name, tensor in frozen.items()}, shapes):
+        raise another_base(where, faults)
+    sums = base_checksum(found.fill(by_tensor(replicate(frozen, world.size)), world, checksums=True))
     if base.checksum not in ("", sums):
         raise another_base(where, OTHER_CHECKSUM)
     read_now = found.snapshot().adapters
@@ -72,7 +75,7 @@ def load_base(config: TrainConfig, state: TrainState, world: World) -> None:
         base = replace(base, revision=base.revision or read_now.base.revision)
     state.adapters = Adapters(lora, replace(base, checksum=sums))
     if world.is_main:
-        held_bytes, taken_s = sum(tensor.nbytes for tensor in _frozen(state).values()), time.perf_counter() - began_s
+        held_bytes, taken_s = sum(tensor.nbytes for tensor in frozen.values()), time.perf_counter() - began_s
         logger.info("the base model %s: %.2f GB held, read and compared in %.1f s", where, held_bytes / 1e9, taken_s)
 
 

@@ -9,7 +9,7 @@ import logging
 from typing import Any
 
 from orchestrator.capacity.shape import GPT2_BLOCK_SIZE, GPT2_SIZES
-from orchestrator.config import TrainConfig, check_model
+from orchestrator.config import TrainConfig, check_block_size, check_rank
 from orchestrator.data.token_files import open_token_files
 from orchestrator.data.vocabulary import GPT2_VOCAB_SIZE, PADDED_GPT2_VOCAB_SIZE
 from orchestrator.errors import DataError
@@ -38,10 +38,12 @@ def beginning_of(config: TrainConfig, folder: RunFolder | None = None) -> tuple[
         return config, {**sizes, "vocab_size": _vocab_size(config)}
     if config.init_from in GPT2_SIZES:
         sizes = dict(zip(("n_layer", "n_head", "n_embd"), GPT2_SIZES[config.init_from], strict=True))
-        args = {**sizes, "bias": True, "block_size": GPT2_BLOCK_SIZE, "vocab_size": GPT2_VOCAB_SIZE}
+        args, is_whole = {**sizes, "bias": True, "block_size": GPT2_BLOCK_SIZE, "vocab_size": GPT2_VOCAB_SIZE}, True
     else:
-        args = _read_model_args(config, folder)
-    check_model(config, args, config.init_from)
+        args, is_whole = _read_model_args(config, folder)
+    check_block_size(config, args, config.init_from)
+    if is_whole:
+        check_rank(config, args)
     return config, args
 
 
@@ -56,7 +58,8 @@ def _vocab_size(config: TrainConfig) -> int:
     return found or PADDED_GPT2_VOCAB_SIZE
 
 
-def _read_model_args(config: TrainConfig, folder: RunFolder | None) -> dict[str, Any]:
+def _read_model_args(config: TrainConfig, folder: RunFolder | None) -> tuple[dict[str, Any], bool]:
+    """Return GPTConfig's arguments of a source, and whether it is a whole model, no adapters."""
     from model import read_pretrained_args
     from orchestrator.checkpoint.formats.nanogpt import read_nanogpt
     from orchestrator.checkpoint.formats.sources import Kind
@@ -66,9 +69,9 @@ def _read_model_args(config: TrainConfig, folder: RunFolder | None) -> dict[str,
 
     source = source_of(config, folder)
     if source.kind is Kind.HUGGINGFACE:
-        return read_pretrained_args(config.init_from)
+        return read_pretrained_args(config.init_from), True
     if source.kind is Kind.NANOGPT:  # mapped, so that no weights are read from a disk
-        return read_nanogpt(source.where, model_only=True, storage_options=source.options).model_args
+        return read_nanogpt(source.where, model_only=True, storage_options=source.options).model_args, True
     found = look_at(source, model_only=True)
-    check_adapters(config, found.adapters, source)
-    return found.model_args
+    check_adapters(config, found, source)
+    return found.model_args, not found.adapters

@@ -98,19 +98,26 @@ def _send(slices: list[TensorSlice], here: dict[str, Tensor], sources: list[int]
 
 
 def read_on_ranks(
-    title: str, identity: str | None, read: Callable[[], Snapshot], world: World, *, may_be_nowhere: bool = False
+    title: str,
+    identity: str | None,
+    read: Callable[[], Snapshot],
+    world: World,
+    *,
+    may_be_nowhere: bool = False,
+    remedy: str = "give a path or URL that all see",
 ) -> Import:
     """Read a source on one rank of every node that has its own.
 
     identity: the source's name, the same on all nodes that see the same one; None where this node does not have it.
     may_be_nowhere: the first rank reads it in any case, and its error tells what is wrong.
+    remedy: what the user can do beside copying it to a node, if none has it.
 
     Raises:
         CheckpointError, ConfigError: on every rank alike, if no node has it, or the first rank cannot read it.
     """
     origins = world.gather_json(identity)
     if not may_be_nowhere and not any(origins):
-        raise CheckpointError(f"{title}: no worker's node has it; copy it to one, or give a path or URL that all see")
+        raise CheckpointError(f"{title}: no worker's node has it; copy it to one, or {remedy}")
     first = next((rank for rank, origin in enumerate(origins) if origin), 0)
     reader_of = [origins.index(origin) if origin else first for origin in origins]
     is_first, is_reader = world.rank == first, reader_of[world.rank] == world.rank

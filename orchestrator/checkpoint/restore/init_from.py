@@ -26,7 +26,7 @@ from orchestrator.checkpoint.restore.adapters import (
 from orchestrator.checkpoint.restore.base import check_base
 from orchestrator.checkpoint.snapshot import Snapshot
 from orchestrator.checkpoint.store import CheckpointStore
-from orchestrator.config import TrainConfig, check_model
+from orchestrator.config import TrainConfig, check_block_size
 from orchestrator.data.vocabulary import PADDED_GPT2_VOCAB_SIZE, difference, is_padded
 from orchestrator.errors import CheckpointError, ConfigError, DataError, FinishedRunError, StorageUnavailableError
 from orchestrator.storage.run_folder import RunFolder
@@ -91,7 +91,7 @@ def check_start(config: TrainConfig, store: CheckpointStore, data: Vocabulary | 
     source = source_of(config, store.folder)
     model_only = config.init_weights_only or config.eval_only
     found = look_at(source, model_only)
-    check_adapters(config, found.adapters, source)
+    check_adapters(config, found, source)
     if found.adapters:
         check_base(config, found.adapters, config.block_size)
     found = _as_begun(config, source, found)
@@ -99,7 +99,8 @@ def check_start(config: TrainConfig, store: CheckpointStore, data: Vocabulary | 
         check_unfinished(config, found.iter_num, "ckpt.pt")
     check_fits(config, source.where, found, data)
     args = {**found.model_args, "block_size": config.block_size}
-    return StartingPoint(args, found.iter_num, f"initializing from {_told(source)}{_told_of(config, found)}", config)
+    summary = f"initializing from {_told(source)}{_told_of(config, source, found)}"
+    return StartingPoint(args, found.iter_num, summary, config)
 
 
 def check_unfinished(config: TrainConfig, iter_num: int, name: str) -> None:
@@ -188,7 +189,7 @@ def check_fits(config: TrainConfig, where: str, found: Snapshot, data: Vocabular
         ConfigError: it is too short or narrow for the settings, or past max_iters already.
         DataError: its tokens are not the dataset's.
     """
-    check_model(config, found.model_args, where)
+    check_block_size(config, found.model_args, where)
     if found.iter_num >= config.max_iters and not config.eval_only:
         raise ConfigError(
             f"init_from={config.init_from} is at iteration {found.iter_num} and max_iters={config.max_iters}: a new "
@@ -257,7 +258,7 @@ def read_initial_state(config: TrainConfig, folder: RunFolder | None = None) -> 
         if source.kind is not Kind.HUB:
             raise
         raise CheckpointError(str(error)) from None  # the driver has not asked the Hub: it may never answer here
-    check_adapters(config, snapshot.adapters, source)
+    check_adapters(config, snapshot, source)
     if snapshot.adapters and not config.lora_rank:
         snapshot = read_merged(source)
     snapshot = _as_begun(config, source, snapshot)
@@ -267,7 +268,7 @@ def read_initial_state(config: TrainConfig, folder: RunFolder | None = None) -> 
 
 def _as_begun(config: TrainConfig, source: ModelSource, found: Snapshot) -> Snapshot:
     """Return the state with which a new run begins, without the values that are about the run it comes from."""
-    adapters = adapters_to_train(config, source, found.adapters)
+    adapters = adapters_to_train(config, source, found)
     becomes_base = adapters and not found.adapters
     if config.init_weights_only or becomes_base:
         return Snapshot(found.model, {}, (), found.model_args, 0, NO_LOSS, config=found.config, adapters=adapters)
@@ -279,9 +280,13 @@ def _told(source: ModelSource) -> str:
     return f"{source.where} (checkpoint={source.which})" if is_chosen else source.where
 
 
-def _told_of(config: TrainConfig, found: Snapshot) -> str:
+def _told_of(config: TrainConfig, source: ModelSource, found: Snapshot) -> str:
     if found.adapters and not found.iter_num:
-        return f", with adapters: {told(found.adapters.lora)}"
+        flags = told(replace(found.adapters.lora, dropout=config.lora_dropout))
+        before = found.config["lora_dropout"] if source.kind is Kind.ADAPTER else config.lora_dropout
+        return f", with adapters: {flags}" + (
+            f" (lora_dropout was {before:g})" if before != config.lora_dropout else ""
+        )
     if config.init_weights_only:
         return ", its weights alone"
     return f", at iteration {found.iter_num}" if found.iter_num else ""

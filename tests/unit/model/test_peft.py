@@ -44,6 +44,7 @@ def test_other_tensors_are_refused_by_name(name: str) -> None:
     with pytest.raises(PretrainedError) as refused:
         adapter_names([f"base_model.model.{OURS[0]}.weight", name])
     assert str(refused.value).startswith(f"it has {name}: adapters are computed here for attn.c_attn, ")
+    assert "peft's merge_and_unload" in str(refused.value)
 
 
 def test_two_adapters_in_one_file_are_refused() -> None:
@@ -71,9 +72,9 @@ def test_the_tensors_tell_the_layers(targets: Any) -> None:
     ("changes", "told"),
     [
         ({"peft_type": "IA3"}, "peft_type must be LORA, got 'IA3'"),
-        ({"use_rslora": True}, "it has use_rslora=True, which our adapters do not compute"),
+        ({"use_rslora": True}, r"it has use_rslora=True, which our adapters do not compute\. Merge it into its base"),
         ({"use_dora": True}, "it has use_dora=True"),
-        ({"bias": "all"}, "bias must be 'none', got 'all'"),
+        ({"bias": "all"}, "bias must be 'none', got 'all': .* Merge it into its base"),
         ({"modules_to_save": ["lm_head"]}, r"it has modules_to_save=\['lm_head'\]"),
         ({"rank_pattern": {"c_attn": 2}}, "it has rank_pattern="),
         ({"alpha_pattern": {"c_attn": 2}}, "it has alpha_pattern="),

@@ -126,6 +126,17 @@ def test_a_base_of_the_hub_has_its_owners_name(base: Snapshot, tmp_path: Path, s
     assert content["revision"] == "15ea56dee5df4983c59b2538573817e1667135e2"
 
 
+def test_a_base_that_has_moved_is_named_where_it_is(base: Snapshot, base_dir: Path, tmp_path: Path, say: Say) -> None:
+    save_adapters(tmp_path / "run", base, LoRAConfig(2), Base(str(base_dir)))
+    base_dir.rename(moved := tmp_path / "moved")
+    words = f"--out_dir={tmp_path}/run", "--format=peft", f"--to={tmp_path}/peft"
+    said = say("export", *words, f"--lora_base={tmp_path}/nowhere", code=2)
+    assert "the base model of these adapters is missing" in said
+    say("export", *words, f"--lora_base={moved}")
+    content = json.loads((tmp_path / "peft" / "adapter_config.json").read_text())
+    assert (content["base_model_name_or_path"], content["revision"]) == (str(moved), None)
+
+
 # peft's here
 
 
@@ -160,7 +171,7 @@ def test_adapters_of_a_bare_transformer(base_dir: Path, tmp_path: Path) -> None:
 @pytest.fixture
 def folder(base_dir: Path, base: Snapshot, tmp_path: Path, say: Say) -> Path:
     """A folder of peft's with adapters beside the base."""
-    save_adapters(tmp_path / "run", base, LoRAConfig(2, 5.0), Base(str(base_dir)))
+    save_adapters(tmp_path / "run", base, LoRAConfig(2, 5.0, dropout=0.25), Base(str(base_dir)))
     say("export", f"--out_dir={tmp_path}/run", "--format=peft", f"--to={tmp_path}/peft")
     return tmp_path / "peft"
 
@@ -222,10 +233,15 @@ def test_every_command_takes_a_folder(folder: Path, tmp_path: Path, say: Say, by
         load_file(tmp_path / "again" / "adapter_model.safetensors").keys()
         == load_file(folder / "adapter_model.safetensors").keys()
     )
+    again = json.loads((tmp_path / "again" / "adapter_config.json").read_text())
+    assert again == json.loads((folder / "adapter_config.json").read_text())
+    assert again["lora_dropout"] == 0.25
     told = say("inspect", words, "--verify")
     assert f"{place}: a peft adapter" in told
     assert "LoRA of rank 2, alpha 5, on attn.c_attn" in told
     assert "nothing tells its checksum, all finite" in told
+    flags = "--lora_rank=2 --lora_alpha=5 --lora_targets=attn.c_attn --lora_dropout=0.25"
+    assert (f"train {words} {flags} --out_dir=out/tuned" in told) == (by != "out_dir")
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -260,7 +276,10 @@ def lose_the_last_block(found: dict[str, Tensor]) -> dict[str, Tensor]:
     [
         (lambda folder: edit(folder, use_rslora=True), "it has use_rslora=True, which our adapters do not compute"),
         (lambda folder: edit(folder, r=4), r"lora_A is \(2, 8\) instead of \(4, 8\)"),
-        (lambda folder: edit_tensors(folder, lose_the_last_block), r"missing transformer\.h\.1\.attn\.c_attn\.lora_A"),
+        (
+            lambda folder: edit_tensors(folder, lose_the_last_block),
+            r"missing transformer\.h\.1\.attn\.c_attn\.lora_A.*every block",
+        ),
         (lambda folder: edit(folder, base_model_name_or_path=None), "nothing tells the base model of these adapters"),
         (lambda folder: edit(folder, base_model_name_or_path="distilgpt2"), "missing: init_from=distilgpt2 holds no"),
         (lambda folder: (folder / "adapter_config.json").write_text("{"), r"adapter_config\.json: Expecting"),

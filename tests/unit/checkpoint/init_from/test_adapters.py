@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from model.lora import is_adapter
+from orchestrator.checkpoint.formats.peft import write_peft
 from orchestrator.checkpoint.restore.adapters import told
 from orchestrator.checkpoint.restore.beginning import beginning_of
 from orchestrator.checkpoint.snapshot import tensors_equal
@@ -114,6 +115,16 @@ def test_adapters_go_on_in_a_run_of_their_own(lora: TrainConfig) -> None:
     assert end.adapters == straight.adapters, "the base model is the first run's, not the run of adapters"
 
 
+def test_a_folder_of_pefts_goes_on_with_the_dropout_that_is_given(lora: TrainConfig, tmp_path: Path) -> None:
+    _, end = begun(lora)
+    write_peft(end, tmp_path / "peft")
+    more = beside(lora, "more", init_from=str(tmp_path / "peft"))
+    with pytest.raises(ConfigError, match=r"To go on with them, give --lora_rank=4 .* --lora_dropout=0\.2;"):
+        plan(replace(more, lora_rank=0))
+    assert plan(more).start.summary.endswith("--lora_targets=attn.c_attn --lora_dropout=0.2")
+    assert plan(replace(more, lora_dropout=0.0)).start.summary.endswith("attn.c_attn (lora_dropout was 0.2)")
+
+
 def test_adapters_alone_begin_at_0_with_new_moments(lora: TrainConfig) -> None:
     _, saved = begun(lora)
     still = {"learning_rate": 1e-30, "min_lr": 0.0, "weight_decay": 0.0}
@@ -181,6 +192,21 @@ def test_another_base_model_is_refused(first: TrainConfig, lora: TrainConfig, tm
     assert names(lora) == before
 
 
+def test_a_base_model_of_other_shapes_is_refused_on_the_ranks(first: TrainConfig, lora: TrainConfig) -> None:
+    """Where the driver does not see the weights, as on a cluster, the ranks are the first to read them."""
+    begun(lora)
+    short = beside(first, "short", block_size=8, init_from="scratch", max_iters=1)
+    train(resolve(short), World())
+    with pytest.raises(CheckpointError, match=r"is not the base .*wpe\.weight is \(8, 32\) instead of \(16, 32\)"):
+        train(resolve(replace(lora, max_iters=6, lora_base=short.out_dir)), World())
+
+
+def test_a_base_model_that_no_node_has_is_asked_for(lora: TrainConfig) -> None:
+    begun(lora)
+    with pytest.raises(CheckpointError, match=r"no worker's node has it; .* give --lora_base=PATH"):
+        train(resolve(replace(lora, max_iters=6, lora_base=f"{lora.out_dir}/gone")), World())
+
+
 def test_adapters_are_no_base_model(lora: TrainConfig) -> None:
     begun(lora)
     for start in (plan, lambda config: train(resolve(config), World())):
@@ -214,10 +240,13 @@ def test_other_adapters_than_the_runs(lora: TrainConfig, changes: dict[str, Any]
             plan(beside(lora, "more", init_from=lora.out_dir, max_iters=8, **changes))
 
 
-def test_settings_may_be_left_out_with_resume(lora: TrainConfig) -> None:
+def test_settings_may_be_left_out_with_resume(lora: TrainConfig, caplog: pytest.LogCaptureFixture) -> None:
+    lora = replace(lora, lora_alpha=4.0)
     begun(lora)
-    resumed = replace(lora, init_from="resume", lora_rank=0, max_iters=8)
-    assert begun(resumed)[0] == 4
+    resumed = replace(lora, init_from="resume", n_layer=12, n_embd=768, lora_rank=0, lora_alpha=16.0, max_iters=8)
+    with caplog.at_level("INFO"):
+        assert begun(resumed)[0] == 4
+    assert "settings that differ from the saved run's: max_iters 4 -> 8\n" in caplog.text, "the others are the state's"
     with pytest.raises(ConfigError, match="asked for --lora_rank=2"):
         plan(replace(resumed, lora_rank=2, max_iters=9))
 
@@ -257,9 +286,13 @@ def test_nanogpts_ckpt_is_begun_with_elsewhere(first: TrainConfig, lora: TrainCo
         ({"lora_targets": ""}, "lora_targets='' is out of range"),
         ({"lora_alpha": 0.0}, r"lora_alpha=0\.0 is out of range: more than 0"),
         ({"lora_dropout": 1.0}, r"lora_dropout=1\.0 is out of range"),
+        ({"lora_base": "elsewhere"}, r"init_from=\S+ is a whole model: .* Leave lora_base out"),
+        ({"lora_base": "elsewhere", "lora_rank": 0}, r"init_from=\S+ is a whole model: .* Leave lora_base out"),
     ],
 )
 def test_settings_that_mean_nothing(lora: TrainConfig, changes: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
         plan(replace(lora, **changes))
     assert not Path(lora.out_dir).exists()
+    with pytest.raises(UserError, match=message):
+        train(resolve(check(replace(lora, **changes))), World())
