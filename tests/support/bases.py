@@ -13,6 +13,8 @@ import xxhash
 from model.lora import frozen_parameters
 from tests.support.ranks import Ended
 
+CHARS = "abcdefghijk"  # of a base model's tokenizer
+
 
 @dataclass(frozen=True)
 class WatchBase:

@@ -24,11 +24,11 @@ from orchestrator.commands.sample import SampleConfig, build, sample
 from orchestrator.data.tokenizers import CharTokenizer
 from orchestrator.errors import CheckpointError
 from tests.support.adapters import save_adapters, trained_adapters
+from tests.support.bases import CHARS
 from tests.support.commands import Say
 from tests.support.damage import flip_a_bit
 from tests.support.states import SMALL, random_state, save_run
 
-CHARS = "abcdefghijk"
 IDX = torch.arange(8).view(2, 4) % 11
 LORA = LoRAConfig(2, 3.0, ("attn.c_attn", "mlp.c_proj"))
 
@@ -36,12 +36,6 @@ LORA = LoRAConfig(2, 3.0, ("attn.c_attn", "mlp.c_proj"))
 @pytest.fixture
 def base() -> Snapshot:
     return replace(random_state(SMALL, iter_num=0), config={"tokenizer": CharTokenizer(CHARS).to_json()})
-
-
-@pytest.fixture
-def base_dir(base: Snapshot, tmp_path: Path) -> Path:
-    write_huggingface(base, tmp_path / "base", CharTokenizer(CHARS))
-    return tmp_path / "base"
 
 
 def logits(model: GPT) -> Tensor:

@@ -17,7 +17,6 @@ from torch import Tensor
 
 from model import GPT, LoRAConfig
 from model.lora import LAYERS
-from orchestrator.checkpoint.formats.huggingface import write_huggingface
 from orchestrator.checkpoint.formats.nanogpt import read_nanogpt
 from orchestrator.checkpoint.formats.sources import Kind, find_source
 from orchestrator.checkpoint.formats.weights import look_at, read_merged, read_source
@@ -26,13 +25,13 @@ from orchestrator.commands.sample import SampleConfig, build, sample
 from orchestrator.data.tokenizers import CharTokenizer
 from orchestrator.errors import CheckpointError
 from tests.support.adapters import save_adapters
+from tests.support.bases import CHARS
 from tests.support.commands import Say
 from tests.support.states import random_state, save_run
 
 # Transformers', of a property that peft asks for.
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 
-CHARS = "abcdefghijk"
 ARGS = {"n_layer": 2, "n_head": 2, "n_embd": 8, "block_size": 4, "vocab_size": 11, "bias": True, "dropout": 0.0}
 IDX = torch.arange(8).view(2, 4) % 11
 
@@ -40,12 +39,6 @@ IDX = torch.arange(8).view(2, 4) % 11
 @pytest.fixture
 def base() -> Snapshot:
     return random_state(ARGS, iter_num=0)
-
-
-@pytest.fixture
-def base_dir(base: Snapshot, tmp_path: Path) -> Path:
-    write_huggingface(base, tmp_path / "base", CharTokenizer(CHARS))
-    return tmp_path / "base"
 
 
 def logits(model: Any) -> Tensor:
